@@ -1,0 +1,421 @@
+"""The catalogue: finding, adding, changing and removing books, and what readers say of them."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import sqlalchemy as sa
+from fastapi import APIRouter, Header, HTTPException, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from sqlalchemy import ColumnElement, Connection
+from sqlmodel import Session, col
+from stdnum import isbn as isbn_numbers
+
+import database
+import events
+from auth import Contributor, CurrentUser, Viewer, not_signed_in
+from models import (
+    FIRST_YEAR,
+    SCORE,
+    UNKNOWN_YEAR,
+    BlankIsNull,
+    Book,
+    BookBase,
+    BookCreate,
+    BookPublic,
+    BookUpdate,
+    GenreCount,
+    Id,
+    Name,
+    NoNul,
+    Principal,
+    ReviewPublic,
+    Setting,
+    ShelfEntry,
+    User,
+    fold,
+)
+from pages import Order, Page, PageQuery, cut, encode, link_headers, paged
+
+router = APIRouter(prefix="/books", tags=["Catalogue"])
+
+BookId = Annotated[Id, Path(description="The book's `id`.")]
+
+# What is read for a BookPublic: its columns, and the average that it shows.
+PUBLIC: dict[str, Any] = {name: getattr(Book, name) for name in BookPublic.model_fields if name != "rating"}
+PUBLIC["rating"] = (sa.cast(col(Book.rating_sum), sa.Float) / sa.func.nullif(col(Book.rating_count), 0)).label("rating")
+SELECT_BOOKS = sa.select(*PUBLIC.values())
+SELECT_BOOK = SELECT_BOOKS.where(col(Book.id) == sa.bindparam("book_id"))
+ONE_BOOK, BOOK_PAGE = TypeAdapter(BookPublic), TypeAdapter(Page[BookPublic])
+REVIEW_PAGE = TypeAdapter(Page[ReviewPublic])
+
+YEAR: ColumnElement[int] = sa.literal_column(f"coalesce(publication_year, {UNKNOWN_YEAR})", sa.Integer)
+SORTED_BY: dict[str, tuple[Any, ...]] = {
+    "id": (),
+    "title": (col(Book.title_key), col(Book.author_key)),
+    "author": (col(Book.author_key),),
+    "year": (YEAR,),
+    "rating": (sa.literal_column(SCORE, sa.Float),),
+    "created": (),  # ids are given out in the order of time
+}
+ORDERS = {
+    name: Order(name, (*columns, col(Book.id))) for key, columns in SORTED_BY.items() for name in (key, f"-{key}")
+}
+BEST = "best"
+FTS = sa.table("book_fts")
+
+
+def no_such_book() -> HTTPException:
+    return HTTPException(404, "No such book.")
+
+
+def json_answer(body: bytes, headers: dict[str, str] | None = None) -> Response:
+    return Response(body, media_type="application/json", headers=headers)
+
+
+def as_book(values: Sequence[Any]) -> dict[str, Any]:
+    """A row of PUBLIC's columns (others may follow) as a BookPublic's fields."""
+    return dict(zip(PUBLIC, values, strict=False))
+
+
+# --- finding ------------------------------------------------------------------------------------------------------
+
+
+Sort = Literal[
+    "id", "title", "author", "year", "rating", "created", "-id", "-title", "-author", "-year", "-rating", "-created"
+]
+
+
+class BookFilter(PageQuery):
+    search: Annotated[
+        str | None,
+        BlankIsNull,
+        NoNul,
+        Field(max_length=500, description="Every word, as a beginning, in title, author, ISBN or publisher."),
+    ] = None
+    genre: Annotated[Name | None, BlankIsNull] = None
+    author: Annotated[Name | None, BlankIsNull, Field(description="These words, in the author's name.")] = None
+    publisher: Annotated[Name | None, BlankIsNull, Field(description="These words, in the publisher's name.")] = None
+    language: Annotated[Name | None, BlankIsNull] = None
+    year_from: Annotated[int | None, Field(ge=FIRST_YEAR, le=9999)] = None
+    year_to: Annotated[int | None, Field(ge=FIRST_YEAR, le=9999)] = None
+    available: bool = Field(default=False, description="`true`: only books with a copy to lend.")
+    added_by: Literal["me"] | None = Field(default=None, description="Only those that I added.")
+    sort: Sort | None = Field(default=None, description="Best match first where `search` is given, else by `id`.")
+
+    def conditions(self, viewer: Principal | None) -> list[ColumnElement[bool]]:
+        """What a book must meet, but for the words, which `match` looks up in the search index."""
+        found = [
+            sa.func.lower(col(column)) == sa.func.lower(value)
+            for column, value in ((Book.genre, self.genre), (Book.language, self.language))
+            if value
+        ]
+        if self.year_from is not None or self.year_to is not None:
+            first = FIRST_YEAR if self.year_from is None else self.year_from
+            found.append(YEAR.between(first, 9999 if self.year_to is None else self.year_to))
+        if self.available:
+            found.append(col(Book.available) > 0)
+        if self.added_by and viewer is not None:
+            found.append(col(Book.added_by) == viewer.id)
+        return found
+
+    @property
+    def match(self) -> str:
+        """The FTS5 expression for all words asked for; empty where there are none."""
+        parts = [all_words(words(self.search))] if words(self.search) else []
+        for column, text in (("author", self.author), ("publisher", self.publisher)):
+            if text is not None:
+                parts.append(f"{{{column}}} : ({all_words(words(text), prefixes=False)})")
+        return " AND ".join(f"({part})" for part in parts)
+
+
+def words(text: str | None) -> list[str]:
+    """What there is to search for: the words, or the ISBN that they spell, in the form it is kept in."""
+    if text is None:
+        return []
+    if isbn_numbers.is_valid(text):
+        return [isbn_numbers.to_isbn13(isbn_numbers.compact(text))]
+    return [word for word in text.replace('"', " ").split() if any(map(str.isalnum, word))]
+
+
+def all_words(found: list[str], *, prefixes: bool = True) -> str:
+    """An FTS5 expression. Within quotes nothing is syntax; the star makes a word a prefix; `""` matches nothing."""
+    return " AND ".join(f'"{word}"{"*" * prefixes}' for word in found) or '""'
+
+
+def fts(expression: str) -> ColumnElement[bool]:
+    return sa.text("book_fts MATCH :match").bindparams(match=expression)  # type: ignore[return-value]
+
+
+@router.get("", response_model=Page[BookPublic])
+async def list_books(query: Annotated[BookFilter, Query()], viewer: Viewer, request: Request) -> Response:
+    """A page of the catalogue, filtered, searched and sorted.
+
+    `X-Event-Cursor` is the id of the last change that the page contains: follow `/stream?since=` from there.
+    """
+    if query.added_by and viewer is None:
+        raise not_signed_in()
+    conditions, match = query.conditions(viewer), query.match
+    # The plain walk through the catalogue is short; what must count or match may take long.
+    how = database.scan if conditions or match or query.start else database.read
+    page, cursor = await how(find_books, query, conditions, match)
+    headers = {"X-Event-Cursor": str(cursor), **link_headers(request, page["next"])}
+    return json_answer(BOOK_PAGE.dump_json(BOOK_PAGE.validate_python(page)), headers)
+
+
+def find_books(
+    connection: Connection, query: BookFilter, conditions: list[ColumnElement[bool]], match: str
+) -> tuple[dict[str, Any], int]:
+    """The page, and the event id it is up to date with."""
+    rows: Sequence[Any]
+    if match and words(query.search) and query.sort is None:
+        rows, following = best_matches(connection, query, conditions, match)
+    else:
+        order = ORDERS[query.sort or "id"]
+        select = SELECT_BOOKS.where(*conditions)
+        if match:
+            select = select.where(col(Book.id).in_(sa.text("SELECT rowid FROM book_fts WHERE book_fts MATCH :match")))
+        rows, following = cut(
+            connection.execute(paged(select, order, query), {"match": match} if match else {}).all(), order, query
+        )
+    total = count_books(connection, conditions, match)
+    page = {"items": [as_book(row) for row in rows], "total": total, "next": following}
+    return page, events.head(connection)
+
+
+def count_books(connection: Connection, conditions: list[ColumnElement[bool]], match: str) -> int:
+    if not conditions and not match:
+        return int(connection.execute(sa.select(Setting.value).where(col(Setting.key) == "book_count")).scalar_one())  # type: ignore[call-overload]
+    counted = sa.select(sa.func.count())
+    if not match:
+        counted = counted.select_from(Book)
+    elif conditions:
+        counted = counted.select_from(sa.text("book_fts JOIN book ON book.id = book_fts.rowid")).where(fts(match))
+    else:
+        counted = counted.select_from(sa.text("book_fts")).where(fts(match))
+    return int(connection.execute(counted.where(*conditions)).scalar_one())
+
+
+def best_matches(
+    connection: Connection, query: BookFilter, conditions: list[ColumnElement[bool]], match: str
+) -> tuple[list[Any], str | None]:
+    """Best match first: the exact title, then titles that begin so, then all words in the title, then the rest.
+
+    Each of these tiers is in the order of ids, so that a walk by cursor stays true while books come and go, which a
+    score from word statistics would not; and each is read from the index only as far as the page needs it.
+    """
+    found = words(query.search)
+    in_title = f"{{title}} : ({all_words(found)})"
+    begins = f'{{title}} : ^"{" ".join(found)}"*'
+    exact = col(Book.title_key) == fold(query.search or "")
+    matched = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
+    tiers = (
+        # By the index of titles, which few rows share, and not by the words, which half of all rows may.
+        SELECT_BOOKS.where(exact, sa.exists().where(sa.text("book_fts.rowid = book.id"), fts(match)).select_from(FTS)),
+        *(
+            SELECT_BOOKS.select_from(matched).where(fts(expression), ~exact)
+            for expression in (
+                f"({match}) AND ({begins})",
+                f"({match}) AND (({in_title}) NOT ({begins}))",
+                f"({match}) NOT ({in_title})",
+            )
+        ),
+    )
+    order = Order(BEST, (sa.literal(0), col(Book.id)))
+    tier, last_id = map(int, order.decode(query.cursor)) if query.cursor else (0, 0)
+    wanted = query.start + query.limit + 1
+    rows: list[tuple[int, Any]] = []
+    for number in range(max(tier, 0), len(tiers)):
+        row_id = sa.text("book.id > :last" if number == 0 else "book_fts.rowid > :last")
+        select = tiers[number].where(row_id, *conditions).limit(wanted - len(rows))
+        select = select.order_by(sa.text("book.id" if number == 0 else "book_fts.rowid"))
+        last = last_id if number == tier else 0
+        rows += [(number, row) for row in connection.execute(select, {"last": last})]
+        if len(rows) == wanted:
+            break
+    shown = rows[query.start : query.start + query.limit]
+    more = len(rows) == wanted and shown
+    return [row for _, row in shown], encode(BEST, [shown[-1][0], shown[-1][1].id]) if more else None
+
+
+def index_books(session: Session, first: int, last: int) -> None:
+    """Make new books, those with ids from `first` to `last`, searchable. Changes and deletions are the triggers'."""
+    session.execute(
+        sa.text(
+            "INSERT INTO book_fts (rowid, title, author, isbn, publisher)"
+            " SELECT id, title, author, isbn, publisher FROM book WHERE id BETWEEN :first AND :last"
+        ),
+        {"first": first, "last": last},
+    )
+
+
+@router.get("/genres")
+async def list_genres() -> list[GenreCount]:
+    """The genres and how many books each has, the largest first."""
+    return await database.scan(_count_genres)
+
+
+def _count_genres(connection: Connection) -> list[GenreCount]:
+    key, count = sa.func.lower(col(Book.genre)), sa.func.count()
+    rows = connection.execute(
+        sa.select(sa.func.min(col(Book.genre)), count).where(key.is_not(None)).group_by(key).order_by(count.desc(), key)
+    )
+    return [GenreCount(genre=genre, count=count) for genre, count in rows]
+
+
+# --- one book -----------------------------------------------------------------------------------------------------
+
+
+def etag_of(version: int) -> str:
+    return f'"{version}"'
+
+
+def _names(header: str, etag: str) -> bool:
+    """Whether an If-Match or If-None-Match header names this version (RFC 9110, 13.1)."""
+    return header.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in header.split(","))
+
+
+IfMatch = Annotated[str | None, Header(description="The `ETag` that the change is based on; 412 when it is stale.")]
+IfNoneMatch = Annotated[str | None, Header(description="The `ETag` that you have; 304 when it is still true.")]
+
+
+@router.get("/{book_id:id}", response_model=BookPublic)
+async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
+    """One book. Its `ETag` names its version."""
+    row = await database.read(_find_book, book_id)
+    if row is None:
+        raise no_such_book()
+    headers = {"ETag": etag_of(row.version)}
+    if if_none_match is not None and _names(if_none_match, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    return json_answer(ONE_BOOK.dump_json(ONE_BOOK.validate_python(as_book(row))), headers)
+
+
+def _find_book(connection: Connection, book_id: int) -> Any:
+    return connection.execute(SELECT_BOOK, {"book_id": book_id}).first()
+
+
+@router.post("", status_code=201)
+async def create_book(new: BookCreate, user: Contributor, response: Response) -> BookPublic:
+    """Add a book. An ISBN that is here already is refused with 409."""
+    book = await database.write(add_book, new, user.id)
+    response.headers.update({"Location": f"/books/{book.id}", "ETag": etag_of(book.version)})
+    return book
+
+
+def add_book(session: Session, new: BookBase, user_id: int) -> BookPublic:
+    book = Book(**Book.row(new), added_by=user_id)
+    session.add(book)
+    session.flush()
+    index_books(session, book.id, book.id)
+    return _tell(session, "book.created", book)
+
+
+def _tell(session: Session, event_type: str, book: Book) -> BookPublic:
+    shown = BookPublic.model_validate(book)
+    # A description can be long, and the log keeps many events.
+    events.record(session, event_type, shown.model_dump(mode="json", exclude={"description"}))
+    return shown
+
+
+@router.put("/{book_id:id}")
+async def replace_book(
+    book_id: BookId, new: BookCreate, user: CurrentUser, response: Response, if_match: IfMatch = None
+) -> BookPublic:
+    """Replace all that is said of a book: what is left out is cleared. For who added it, and staff."""
+    book = await database.write(_change_book, book_id, user, if_match, new)
+    response.headers["ETag"] = etag_of(book.version)
+    return book
+
+
+@router.patch("/{book_id:id}")
+async def update_book(
+    book_id: BookId, change: BookUpdate, user: CurrentUser, response: Response, if_match: IfMatch = None
+) -> BookPublic:
+    """Change some of what is said of a book (RFC 7396: null clears). For who added it, and staff."""
+    book = await database.write(_change_book, book_id, user, if_match, change)
+    response.headers["ETag"] = etag_of(book.version)
+    return book
+
+
+def _change_book(
+    session: Session, book_id: int, user: Principal, if_match: str | None, change: BookCreate | BookUpdate
+) -> BookPublic:
+    book = book_to_change(session, book_id, if_match)
+    if not user.is_staff and book.added_by != user.id:
+        raise HTTPException(403, "Only who added a book, librarians and admins change it.")
+    book.describe(change if isinstance(change, BookCreate) else _merged(book, change))
+    book.touch()
+    session.flush()
+    return _tell(session, "book.updated", book)
+
+
+def _merged(book: Book, change: BookUpdate) -> BookCreate:
+    """The book as it would be, validated as a whole."""
+    merged = book.model_dump(include=set(BookBase.model_fields)) | change.model_dump(exclude_unset=True)
+    year_was_the_dates = book.published_date is not None and book.publication_year == book.published_date.year
+    if change.published_date is not None and "publication_year" not in change.model_fields_set and year_was_the_dates:
+        merged["publication_year"] = None  # the new date fills it anew
+    try:
+        return BookCreate.model_validate(merged)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False)
+        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in found]) from None
+
+
+def book_to_change(session: Session, book_id: int, if_match: str | None = None) -> Book:
+    """The book, locked until the transaction ends, if it is still the version that the client has seen."""
+    book = session.get(Book, book_id, with_for_update=True)
+    if book is None:
+        raise no_such_book()
+    if if_match is not None and not _names(if_match, etag_of(book.version)):
+        raise HTTPException(412, f"The book has changed: its ETag is now {etag_of(book.version)}.")
+    return book
+
+
+@router.delete("/{book_id:id}", status_code=204)
+async def delete_book(book_id: BookId, user: CurrentUser, if_match: IfMatch = None) -> None:
+    """Delete a book with its reviews and shelf entries.
+
+    Staff may always; who added it, while nobody else has it on a shelf.
+    """
+    await database.write(_delete_book, book_id, user, if_match)
+
+
+def _delete_book(session: Session, book_id: int, user: Principal, if_match: str | None) -> None:
+    book = book_to_change(session, book_id, if_match)
+    if not user.is_staff:
+        if book.added_by != user.id:
+            raise HTTPException(403, "Only who added a book, librarians and admins delete it.")
+        others = sa.select(ShelfEntry.id).where(col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id)  # type: ignore[call-overload]
+        if session.execute(others.limit(1)).first() is not None:
+            raise HTTPException(409, "Somebody else has this book on a shelf: only librarians and admins delete it.")
+    session.delete(book)
+    events.record(session, "book.deleted", {"id": book.id, "title": book.title, "author": book.author})
+
+
+# --- reviews ------------------------------------------------------------------------------------------------------
+
+REVIEWS = Order("-id", (col(ShelfEntry.id),))
+IS_REVIEW = sa.or_(col(ShelfEntry.rating).is_not(None), col(ShelfEntry.review).is_not(None))
+
+
+@router.get("/{book_id:id}/reviews", response_model=Page[ReviewPublic])
+async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], request: Request) -> Response:
+    """What readers say of a book, the newest entry first. They are written at `/my-library/{book_id}`."""
+    page = await database.scan(_find_reviews, book_id, query)
+    return json_answer(REVIEW_PAGE.dump_json(REVIEW_PAGE.validate_python(page)), link_headers(request, page["next"]))
+
+
+def _find_reviews(connection: Connection, book_id: int, query: PageQuery) -> dict[str, Any]:
+    if _find_book(connection, book_id) is None:
+        raise no_such_book()
+    of_book = sa.and_(col(ShelfEntry.book_id) == book_id, IS_REVIEW)
+    columns = {
+        "username": col(User.username),
+        **{name: col(getattr(ShelfEntry, name)) for name in ReviewPublic.model_fields if name != "username"},
+    }
+    select = sa.select(*columns.values()).join_from(ShelfEntry, User).where(of_book)
+    rows, following = cut(connection.execute(paged(select, REVIEWS, query)).all(), REVIEWS, query)
+    total = connection.execute(sa.select(sa.func.count()).select_from(ShelfEntry).where(of_book)).scalar_one()
+    return {"items": [dict(zip(columns, row, strict=False)) for row in rows], "total": total, "next": following}

@@ -1,0 +1,179 @@
+"""My library: what I want to read, am reading, have read, and what I say of it."""
+
+from typing import Annotated, Any, Literal
+
+import sqlalchemy as sa
+from fastapi import APIRouter, HTTPException, Query, Request, Response
+from pydantic import Field, TypeAdapter
+from sqlalchemy import Connection
+from sqlmodel import Session, col
+
+import database
+import events
+from auth import CurrentUser
+from books import PUBLIC, BookId, as_book, json_answer, no_such_book
+from models import Book, BookPublic, EntryCreate, EntryPublic, EntryUpdate, Principal, ShelfEntry, ShelfStatus
+from pages import Order, Page, PageQuery, cut, link_headers, paged
+
+router = APIRouter(prefix="/my-library", tags=["My library"])
+
+ENTRY: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic.model_fields if name != "book"}
+SELECT_ENTRIES = sa.select(*ENTRY.values(), *PUBLIC.values()).join_from(
+    ShelfEntry, Book, col(ShelfEntry.book_id) == col(Book.id)
+)
+ENTRY_PAGE = TypeAdapter(Page[EntryPublic])
+SORTED_BY: dict[str, tuple[Any, ...]] = {
+    "added": (),  # ids are given out in the order of time
+    "updated": (sa.type_coerce(ShelfEntry.updated_at, sa.String),),
+    "title": (col(Book.title_key),),
+    "author": (col(Book.author_key),),
+    "rating": (sa.func.coalesce(col(ShelfEntry.rating), 0),),
+}
+ORDERS = {
+    name: Order(name, (*columns, col(ShelfEntry.id))) for key, columns in SORTED_BY.items() for name in (key, f"-{key}")
+}
+Sort = Literal["added", "updated", "title", "author", "rating", "-added", "-updated", "-title", "-author", "-rating"]
+
+
+class ShelfQuery(PageQuery):
+    status: ShelfStatus | None = None
+    sort: Sort = Field(default="-added")
+
+
+def as_entry(row: Any) -> dict[str, Any]:
+    return {**dict(zip(ENTRY, row, strict=False)), "book": as_book(row[len(ENTRY) :])}
+
+
+@router.get("", response_model=Page[EntryPublic])
+async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
+    """My shelf, the newest first. `X-Event-Cursor` is the id of the last change that the page contains."""
+    page, cursor = await database.read(_find_entries, user.id, query)
+    headers = {"X-Event-Cursor": str(cursor), **link_headers(request, page["next"])}
+    return json_answer(ENTRY_PAGE.dump_json(ENTRY_PAGE.validate_python(page)), headers)
+
+
+def _find_entries(connection: Connection, user_id: int, query: ShelfQuery) -> tuple[dict[str, Any], int]:
+    mine = [col(ShelfEntry.user_id) == user_id]
+    if query.status is not None:
+        mine.append(col(ShelfEntry.status) == query.status)
+    order = ORDERS[query.sort]
+    rows, following = cut(connection.execute(paged(SELECT_ENTRIES.where(*mine), order, query)).all(), order, query)
+    total = connection.execute(sa.select(sa.func.count()).select_from(ShelfEntry).where(*mine)).scalar_one()
+    return {"items": [as_entry(row) for row in rows], "total": total, "next": following}, events.head(connection)
+
+
+@router.get("/{book_id:id}")
+async def read_entry(book_id: BookId, user: CurrentUser) -> EntryPublic:
+    """A book on my shelf."""
+    row = await database.read(_find_entry, user.id, book_id)
+    if row is None:
+        raise not_on_shelf()
+    return EntryPublic.model_validate(as_entry(row))
+
+
+def _find_entry(connection: Connection, user_id: int, book_id: int) -> Any:
+    mine = SELECT_ENTRIES.where(col(ShelfEntry.user_id) == user_id, col(ShelfEntry.book_id) == book_id)
+    return connection.execute(mine).first()
+
+
+def not_on_shelf() -> HTTPException:
+    return HTTPException(404, "This book is not on your shelf.")
+
+
+@router.post("/{book_id:id}", status_code=201)
+async def shelve_book(
+    book_id: BookId, user: CurrentUser, response: Response, new: EntryCreate | None = None
+) -> EntryPublic:
+    """Put a book on my shelf. 409 where it is there already."""
+    response.headers["Location"] = f"/my-library/{book_id}"
+    return await database.write(_shelve, book_id, user, new or EntryCreate())
+
+
+def _shelve(session: Session, book_id: int, user: Principal, new: EntryCreate) -> EntryPublic:
+    book = session.get(Book, book_id, with_for_update=True)
+    if book is None:
+        raise no_such_book()
+    entry = ShelfEntry(user_id=user.id, book_id=book_id, status=ShelfStatus.wishlist)
+    entry.revise(EntryUpdate.model_validate(new.model_dump()))
+    session.add(entry)
+    return _keep(session, entry, book, user, "shelf.created", was_review=False)
+
+
+@router.patch("/{book_id:id}")
+async def update_entry(book_id: BookId, change: EntryUpdate, user: CurrentUser) -> EntryPublic:
+    """Move, rate, review or tag a book on my shelf (RFC 7396: null clears).
+
+    A rating or a review needs the status `completed` or `abandoned`. Moving to `completed` sets `finished_at`, unless
+    you give it.
+    """
+    return await database.write(_update_entry, book_id, user, change)
+
+
+def _update_entry(session: Session, book_id: int, user: Principal, change: EntryUpdate) -> EntryPublic:
+    entry, book = _mine(session, book_id, user)
+    had_rating, was_review, said = entry.rating, entry.is_review, (entry.rating, entry.review)
+    entry.revise(change)
+    _count_rating(book, had_rating, entry.rating)
+    changed = said != (entry.rating, entry.review)
+    return _keep(session, entry, book, user, "shelf.updated", was_review=was_review, changed=changed)
+
+
+@router.delete("/{book_id:id}", status_code=204)
+async def remove_entry(book_id: BookId, user: CurrentUser) -> None:
+    """Take a book off my shelf, with what I said of it."""
+    await database.write(_remove_entry, book_id, user)
+
+
+def _remove_entry(session: Session, book_id: int, user: Principal) -> None:
+    entry, book = _mine(session, book_id, user)
+    session.delete(entry)
+    _count_rating(book, entry.rating, None)
+    events.record(session, "shelf.deleted", {"book_id": book_id, "title": book.title}, owner=user.id)
+    if entry.is_review:
+        _record_review(session, "review.deleted", book, entry, user)
+
+
+def _mine(session: Session, book_id: int, user: Principal) -> tuple[ShelfEntry, Book]:
+    """My entry and its book, whose rating figures may change with it, both locked until the transaction ends."""
+    book = session.get(Book, book_id, with_for_update=True)
+    mine = sa.select(ShelfEntry).where(col(ShelfEntry.user_id) == user.id, col(ShelfEntry.book_id) == book_id)
+    entry = session.scalars(mine.with_for_update()).first()
+    if book is None or entry is None:
+        raise not_on_shelf()
+    return entry, book
+
+
+def _count_rating(book: Book, old: int | None, new: int | None) -> None:
+    if old != new:
+        book.rating_count += (new is not None) - (old is not None)
+        book.rating_sum += (new or 0) - (old or 0)
+        book.touch()
+
+
+def _keep(
+    session: Session,
+    entry: ShelfEntry,
+    book: Book,
+    user: Principal,
+    event_type: str,
+    *,
+    was_review: bool,
+    changed: bool = False,
+) -> EntryPublic:
+    """Write the entry, with the events that tell its owner of the entry and everybody of the review."""
+    session.flush()
+    shown = EntryPublic(**entry.model_dump(include=set(ENTRY)), book=BookPublic.model_validate(book))
+    told = {"title": book.title, **shown.model_dump(mode="json", exclude={"book", "review"})}
+    events.record(session, event_type, told, owner=user.id)
+    if entry.is_review and (changed or not was_review):
+        _record_review(session, "review.updated" if was_review else "review.created", book, entry, user)
+    elif was_review and not entry.is_review:
+        _record_review(session, "review.deleted", book, entry, user)
+    return shown
+
+
+def _record_review(session: Session, event_type: str, book: Book, entry: ShelfEntry, user: Principal) -> None:
+    # Not the text, which can be long: it is at /books/{id}/reviews.
+    told = {"book_id": book.id, "title": book.title, "username": user.username, "rating": entry.rating}
+    figures = {"book_rating": book.rating, "book_rating_count": book.rating_count}
+    events.record(session, event_type, told | figures)

@@ -1,0 +1,264 @@
+"""Books API: a small library service. This module puts the parts together; read them in this order.
+
+    settings.py   what can be set, and what is refused
+    database.py   the file, its transactions, and what runs inline or in a thread
+    models.py     tables, shapes and the rules of each noun
+    pages.py      lists: cursors, offsets, links
+    events.py     the change log, /events and /stream
+    auth.py       passwords, tokens, roles, accounts
+    books.py      the catalogue and its search, reviews
+    library.py    /my-library
+    imports.py    CSV files
+
+A request: `Manners` below, the route, `auth.identify` if it asks for a user, one read or one transaction by way of
+`database`, the answer. Whatever goes wrong on the way becomes a problem document in one of the handlers below.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import sys
+import time
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from typing import Any
+
+import anyio.to_thread
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse
+from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel
+from sqlalchemy.exc import IntegrityError, OperationalError
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import auth
+import books
+import database
+import events
+import imports
+import library
+from models import DomainError, Problem
+from settings import settings
+
+VERSION = "0.1.0"
+BODY_MAX = 1 << 20  # bytes of a request, but for uploads
+PROBLEM_JSON = "application/problem+json"
+
+log = logging.getLogger("books")
+access_log = logging.getLogger("books.access")
+
+# --- life ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    configure_logging()
+    database.open_database(settings.database_url)
+    try:
+        auth.prepare()
+        async with events.feed.running():
+            rescuer = asyncio.create_task(resume_uploads())
+            try:
+                yield
+            finally:
+                rescuer.cancel()
+                await asyncio.gather(rescuer, return_exceptions=True)
+    finally:
+        database.close_database()
+
+
+def configure_logging() -> None:
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        log.addHandler(handler)
+    log.setLevel(settings.log_level)
+    # Our own line per request says more. Without handlers uvicorn doesn't even format its own.
+    uvicorn_access = logging.getLogger("uvicorn.access")
+    uvicorn_access.handlers.clear()
+    uvicorn_access.propagate = False
+
+
+async def resume_uploads() -> None:
+    """Take up the uploads of processes that died, this one's earlier life included."""
+    while True:
+        for upload_id in await database.scan(imports.abandoned_uploads):
+            await anyio.to_thread.run_sync(imports.run_upload, upload_id)
+        await asyncio.sleep(5)
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def problem(
+    status: int,
+    detail: str,
+    headers: dict[str, str] | None = None,
+    errors: list[dict[str, Any]] | None = None,
+) -> Response:
+    """An error as RFC 9457 describes it; the only shape of error that this service has."""
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    # ASCII: what a client sent may hold half a surrogate pair, which UTF-8 can't carry.
+    content = json.dumps(body if errors is None else body | {"errors": errors})
+    return Response(content, status, headers, media_type=PROBLEM_JSON)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(allowed_methods(request))
+    return problem(error.status_code, str(error.detail), headers)
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """What this path takes, over all its routes; Starlette itself names only the first's."""
+    routes = request.app.routes
+    return [
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        if any(route.matches({**request.scope, "method": method})[0] == Match.FULL for route in routes)
+    ]
+
+
+async def on_invalid_request(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    errors = [
+        {"loc": list(e["loc"]), "msg": e["msg"].removeprefix("Value error, "), "type": e["type"]}
+        for e in error.errors()[:100]
+    ]
+    first = errors[0]
+    where = ".".join(str(part) for part in first["loc"][1:]) or first["loc"][0]
+    return problem(422, f"{where}: {first['msg']}", errors=errors)
+
+
+async def on_broken_rule(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, DomainError)
+    return problem(422, str(error), errors=[field_error(error.field, error.message, "value_error")])
+
+
+async def on_violation(_request: Request, error: Exception) -> Response:
+    """The database decides what is unique and what is in range; this says it to the client."""
+    assert isinstance(error, IntegrityError)
+    kind, field = database.violation(error)
+    if kind == "unique":
+        return problem(409, f"This {field} is taken.", errors=[field_error(field, "is taken", "unique")])
+    if kind == "check":
+        return problem(422, f"{field} is out of range.", errors=[field_error(field, "is out of range", "check")])
+    return problem(409, "Something that this refers to, or that refers to this, stands in the way.")
+
+
+def field_error(field: str, message: str, kind: str) -> dict[str, Any]:
+    return {"loc": ["body", field], "msg": message, "type": kind}
+
+
+async def on_unavailable(_request: Request, error: Exception) -> Response:
+    log.error("the database refused: %s", error)
+    return problem(503, "The database can't do this now. Try again.", {"Retry-After": "1"})
+
+
+async def on_bug(_request: Request, _error: Exception) -> Response:
+    return problem(500, "Something went wrong here; it is in the server's log.")
+
+
+HANDLERS: Any = {
+    HTTPException: on_http_error,
+    RequestValidationError: on_invalid_request,
+    DomainError: on_broken_rule,
+    IntegrityError: on_violation,
+    OperationalError: on_unavailable,
+    Exception: on_bug,
+}
+
+# --- every request ------------------------------------------------------------------------------------------------
+
+
+class Manners:
+    """What every path has in common: its log line and request id, HEAD, both spellings of `/books/`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, status = time.perf_counter(), 500
+        request_id = secrets.token_hex(8)
+        # A copy: the server must still see HEAD to know that it sends no body.
+        path = scope["path"].rstrip("/") or "/"
+        head = scope["method"] == "HEAD" and path != "/stream"
+        inner = {**scope, "path": path, "method": "GET" if head else scope["method"]}
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and is_plain(message):
+                    # FastAPI's body limit answers by itself, in plain text.
+                    too_large = problem(
+                        413, "The request is larger than this path takes.", {"X-Request-ID": request_id}
+                    )
+                    return await too_large(scope, receive, send)
+            elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and message.get("body") == b"Content Too Large":
+                return None
+            return await send(message)
+
+        try:
+            await self.app(inner, receive, answer)
+        finally:
+            milliseconds = (time.perf_counter() - started) * 1000
+            shown = scope["raw_path"].decode("ascii", "replace")[:500]
+            access_log.info("%s %s %d %.1f ms %s", scope["method"], shown, status, milliseconds, request_id)
+
+
+def is_plain(message: Message) -> bool:
+    return any(name == b"content-type" and value.startswith(b"text/plain") for name, value in message["headers"])
+
+
+# --- the app ------------------------------------------------------------------------------------------------------
+
+app = FastAPIOffline(
+    title="Books API",
+    version=VERSION,
+    summary="A catalogue, personal shelves with reviews, CSV import, and a live feed of every change.",
+    description="Sign in with **Authorize**; in development mode as `admin` / `admin`. Errors are "
+    "[problem documents](https://www.rfc-editor.org/rfc/rfc9457).",
+    lifespan=lifespan,
+    exception_handlers=HANDLERS,
+    generate_unique_id_function=lambda route: route.name,
+    responses={
+        422: {"description": "Something in the request is not as it must be.", "model": Problem},
+        "default": {
+            "description": "Any other error.",
+            "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        },
+    },
+    redirect_slashes=False,
+)
+app.add_middleware(Manners)
+for router in (auth.router, books.router, imports.router, library.router, events.build_router(auth.identify)):
+    app.include_router(router, max_body_size=BODY_MAX)
+
+
+class Health(BaseModel):
+    status: str
+    version: str
+    database: str
+
+
+@app.get("/health", tags=["Service"])
+async def health() -> Health:
+    """Whether the service can answer: 200, or 503."""
+    await database.read(events.head)
+    return Health(status="ok", version=VERSION, database="sqlite")
+
+
+@app.get("/", include_in_schema=False)
+async def front_page() -> RedirectResponse:
+    return RedirectResponse("/docs")

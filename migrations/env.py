@@ -1,0 +1,23 @@
+"""What Alembic runs. The service runs it at every start; for a new revision, see CONTRIBUTING in the README."""
+
+from alembic import context
+from sqlalchemy import Connection, create_engine
+from sqlmodel import SQLModel
+
+import models  # noqa: F401  # fills the metadata
+from settings import settings
+
+
+def run(connection: Connection) -> None:
+    context.configure(connection=connection, target_metadata=SQLModel.metadata, render_as_batch=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+# At the service's start the connection is given, and is inside the transaction that keeps other processes waiting.
+given: Connection | None = context.config.attributes.get("connection")
+if given is not None:
+    run(given)
+else:
+    with create_engine(settings.database_url).begin() as own:
+        run(own)

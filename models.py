@@ -1,0 +1,687 @@
+"""Every table and, next to it, the shapes that go in and out; grouped by noun.
+
+Values enter through a shape (`BookCreate`, …): table classes do not validate. What must always hold is a constraint
+of the table. What a noun can do is a verb on its class, which changes the row and records the event together.
+"""
+
+import re
+import unicodedata
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from enum import StrEnum
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+
+import sqlalchemy as sa
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    StringConstraints,
+    model_validator,
+)
+from pydantic import Field as Limit
+from sqlalchemy.engine import Dialect
+from sqlmodel import Field, SQLModel
+from starlette.convertors import IntegerConvertor, register_url_convertor
+from stdnum import isbn as isbn_numbers
+
+Printed = TypeVar("Printed", int, date)
+
+# Names decide how a violation is reported: `uq_user_email` and `ck_book_pages` are answered as faults of the
+# fields `email` and `pages`.
+SQLModel.metadata.naming_convention = {
+    "pk": "pk_%(table_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "ix": "ix_%(table_name)s_%(column_0_name)s",
+}
+ID_MAX = 2**31 - 1  # what an INTEGER holds everywhere
+FIRST_YEAR = -5000
+UNKNOWN_YEAR = -32768  # sorts before every year
+# How books sort by rating: the mean after ten imagined votes of 3, so that one 5 does not beat a thousand 4s and 5s
+# (a Bayesian average). Books that nobody has rated come last.
+SCORE = "CASE WHEN rating_count = 0 THEN 0.0 ELSE (rating_sum + 30.0) / (rating_count + 10) END"
+
+
+def now() -> datetime:
+    """The present, in UTC. Tests replace it: every expiry and time stamp asks here."""
+    return datetime.now(UTC)
+
+
+# --- kinds of value -----------------------------------------------------------------------------------------------
+
+
+class UtcDateTime(sa.TypeDecorator[datetime]):
+    """A moment, kept as UTC. SQLite has no time zones: what comes back gets its UTC mark again."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class Cents(sa.TypeDecorator[Decimal]):
+    """A price, kept as a whole number of hundredths: exact in every database, SQLite's floats included."""
+
+    impl = sa.Integer
+    cache_ok = True
+
+    def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> int | None:
+        return None if value is None else int(value * 100)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> Decimal | None:
+        return None if value is None else Decimal(value) / 100
+
+
+def _no_nul(text: str) -> str:
+    if "\x00" in text:
+        raise ValueError("must not contain NUL characters")
+    return text
+
+
+def _blank_is_null(value: object) -> object:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _to_isbn13(text: str) -> str:
+    """13 digits, from an ISBN-10 or ISBN-13 with or without hyphens and spaces (ISO 2108)."""
+    try:
+        return str(isbn_numbers.validate(text, convert=True))
+    except isbn_numbers.ValidationError as error:
+        raise ValueError(f"is not an ISBN: {str(error).lower().rstrip('.')}") from None
+
+
+def _iso(value: object) -> object:
+    # pydantic alone would take a number for seconds since 1970.
+    if isinstance(value, date) or (isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value)):
+        return value
+    raise ValueError("must be like 2008-08-11 (ISO 8601)")
+
+
+def _to_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except OverflowError:
+        raise ValueError("is out of range") from None
+
+
+def _in_print(value: Printed) -> Printed:
+    """Up to the year after next: publishers announce books that long before they print them."""
+    year = value.year if isinstance(value, date) else value
+    if not FIRST_YEAR <= year <= now().year + 2:
+        raise ValueError(f"must be between {FIRST_YEAR} and {now().year + 2}")
+    return value
+
+
+def bounded(most: int, least: int = 1) -> StringConstraints:
+    return StringConstraints(strip_whitespace=True, min_length=least, max_length=most)
+
+
+NoNul = AfterValidator(_no_nul)
+BlankIsNull = BeforeValidator(_blank_is_null)
+Title = Annotated[str, bounded(500), NoNul]
+Author = Annotated[str, bounded(1000), NoNul]
+Language = Annotated[str, bounded(35), NoNul]
+Word = Annotated[str, bounded(100), NoNul]
+Name = Annotated[str, bounded(300), NoNul]
+LongText = Annotated[str, bounded(20_000), NoNul]
+Url = Annotated[str, bounded(2000), StringConstraints(pattern=r"^https?://[^\s<>\"\\^`{|}]+$"), NoNul]
+Isbn = Annotated[str, bounded(32), AfterValidator(_to_isbn13)]
+Price = Annotated[
+    Decimal,
+    Limit(ge=0, max_digits=9, decimal_places=2, allow_inf_nan=False),
+    PlainSerializer(float, return_type=float, when_used="json"),
+]
+Year = Annotated[int, AfterValidator(_in_print)]
+PublishedDate = Annotated[date, BeforeValidator(_iso), AfterValidator(_in_print)]
+Moment = Annotated[datetime, BeforeValidator(_iso), AfterValidator(_to_utc)]
+Id = Annotated[int, Limit(ge=1, le=ID_MAX)]
+
+
+class Shape(BaseModel):
+    """What clients send: a field that is not named here is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 describes it."""
+
+    type: str = Limit(default="about:blank", examples=["about:blank"])
+    title: str = Limit(examples=["Not Found"])
+    status: int = Limit(examples=[404])
+    detail: str = Limit(examples=["No such book."])
+    errors: list["FieldError"] | None = Limit(default=None, description="Which fields, with 409 and 422.")
+
+
+class FieldError(BaseModel):
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class DomainError(Exception):
+    """A rule of the domain that a request breaks: 422, naming the field."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field, self.message = field, message
+
+
+def key_column() -> Any:
+    return Field(default=None, primary_key=True)
+
+
+def moment_column() -> Any:
+    return Field(default=None, sa_type=UtcDateTime, nullable=True)
+
+
+def stamp_column() -> Any:
+    return Field(
+        default_factory=lambda: now(),  # noqa: PLW0108  # looked up at each call, so that tests can replace it
+        sa_type=UtcDateTime,
+        nullable=False,
+    )
+
+
+def table_options(*constraints: sa.schema.SchemaItem) -> Any:
+    # AUTOINCREMENT: an id is never given out twice, so that a token, an event or a bookmark of something deleted
+    # can't come to mean something else.
+    return (*constraints, {"sqlite_autoincrement": True})
+
+
+class IdConvertor(IntegerConvertor):
+    """`{book_id:id}` in a path: a number that an id can be, so that `/books/upload` is never taken for a book."""
+
+    regex = "[0-9]{1,10}"
+
+
+register_url_convertor("id", IdConvertor())
+
+
+# --- users --------------------------------------------------------------------------------------------------------
+
+
+class Role(StrEnum):
+    reader = "reader"
+    librarian = "librarian"
+    admin = "admin"
+
+
+Username = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=2, max_length=50, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+]
+# The rule of HTML's <input type=email> (HTML Living Standard, "valid e-mail address"), with a dot in the domain.
+# Whether mail arrives there, only mail can tell.
+Email = Annotated[
+    str,
+    StringConstraints(
+        strip_whitespace=True,
+        to_lower=True,
+        max_length=254,
+        pattern=r"^[a-zA-Z0-9.!#$%&'*+/=?^_`{|}~-]+@[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+        r"(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+$",
+    ),
+]
+Password = Annotated[str, StringConstraints(min_length=8, max_length=128), AfterValidator(_no_nul)]
+
+
+class UserCreate(Shape):
+    username: Username = Limit(examples=["ada"])
+    email: Email = Limit(examples=["ada@example.com"])
+    password: Password = Limit(examples=["correct horse battery"])
+    full_name: Annotated[Word | None, BlankIsNull] = None
+
+    @property
+    def password_is_name(self) -> bool:
+        return self.password.lower() in (self.username.lower(), self.email)
+
+
+class UserUpdate(Shape):
+    """A field that is left out stays; `full_name: null` clears it."""
+
+    email: Email = ""
+    full_name: Annotated[Word | None, BlankIsNull] = None
+
+
+class UserPublic(BaseModel):
+    id: int
+    username: str
+    email: str
+    full_name: str | None
+    role: Role
+    is_active: bool
+    email_verified_at: datetime | None
+    created_at: datetime
+
+
+class User(SQLModel, table=True):
+    __tablename__ = "user"
+    __table_args__ = table_options(
+        sa.CheckConstraint("role IN ('reader', 'librarian', 'admin')", name="role"),
+        sa.Index("uq_user_username", sa.text("lower(username)"), unique=True),
+    )
+
+    id: int = key_column()
+    username: str = Field(max_length=50)
+    email: str = Field(max_length=254, unique=True)  # in lower case, see Email
+    password_hash: str = Field(max_length=255)
+    full_name: str | None = Field(default=None, max_length=100)
+    role: str = Field(default=Role.reader, max_length=20)
+    is_active: bool = True
+    email_verified_at: datetime | None = moment_column()
+    created_at: datetime = stamp_column()
+
+
+class Principal(NamedTuple):
+    """Who is asking: the owner of a good access token, and the login that it belongs to."""
+
+    id: int
+    username: str
+    role: str
+    session_id: int
+
+    @property
+    def is_staff(self) -> bool:
+        return self.role in (Role.librarian, Role.admin)
+
+
+class LoginSession(SQLModel, table=True):
+    """One login, from its password to its logout. Access tokens name it and live only as long as it does."""
+
+    __tablename__ = "login_session"
+    __table_args__ = table_options()
+
+    id: int = key_column()
+    user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    refresh_hash: str = Field(max_length=64)  # SHA-256 of the id of the one refresh token that is good now
+    user_agent: str | None = Field(default=None, max_length=200)
+    created_at: datetime = stamp_column()
+    last_used_at: datetime = stamp_column()
+    expires_at: datetime = stamp_column()
+    revoked_at: datetime | None = moment_column()
+
+
+class OneTimeCode(SQLModel, table=True):
+    """A code or link that was mailed, as a hash."""
+
+    __tablename__ = "one_time_code"
+    __table_args__ = table_options(
+        sa.CheckConstraint("purpose IN ('verify_email', 'reset_password')", name="purpose"),
+        sa.CheckConstraint("attempts >= 0", name="attempts"),
+    )
+
+    id: int = key_column()
+    user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    purpose: str = Field(max_length=20)
+    code_hash: str = Field(max_length=64, index=True)
+    attempts: int = 0
+    expires_at: datetime = stamp_column()
+    created_at: datetime = stamp_column()
+
+
+class Setting(SQLModel, table=True):
+    """What a database knows of itself: `book_count`, `event_floor` (ids up to it are not in the
+    log, or no longer), and in development mode `secret_key`."""
+
+    __tablename__ = "setting"
+
+    key: str = Field(primary_key=True, max_length=50)
+    value: str
+
+
+# --- books --------------------------------------------------------------------------------------------------------
+
+
+def fold(text: str) -> str:
+    """The key by which titles and authors sort and are looked up: no case, no accents, single spaces."""
+    if not text.isascii():
+        text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return " ".join(text.casefold().split())
+
+
+class BookBase(SQLModel):
+    """What people can say of a book."""
+
+    title: Title = Field(schema_extra={"examples": ["Pride and Prejudice"]})
+    author: Author = Field(description="One or several, separated by `, `.", schema_extra={"examples": ["Jane Austen"]})
+    isbn: Annotated[Isbn | None, BlankIsNull] = Field(
+        default=None,
+        description="ISBN-10 or 13; kept and shown as 13 digits.",
+        schema_extra={"examples": ["978-0-14-143951-8"]},
+    )
+    genre: Annotated[Word | None, BlankIsNull] = Field(default=None, schema_extra={"examples": ["Romance"]})
+    description: Annotated[LongText | None, BlankIsNull] = None
+    publisher: Annotated[Name | None, BlankIsNull] = None
+    language: Annotated[Language | None, BlankIsNull] = Field(default=None, schema_extra={"examples": ["en"]})
+    pages: Annotated[int, Limit(ge=1, le=100_000)] | None = None
+    price: Price | None = Field(default=None, sa_type=Cents, schema_extra={"examples": [7.99]})
+    cover_url: Annotated[Url | None, BlankIsNull] = None
+    published_date: PublishedDate | None = Field(default=None, schema_extra={"examples": ["1813-01-28"]})
+    publication_year: Year | None = Field(
+        default=None, description="Taken from `published_date` where it is left out; negative before the common era."
+    )
+
+
+class BookCreate(BookBase):
+    model_config = {"extra": "forbid"}
+
+    @model_validator(mode="after")
+    def _a_date_fills_the_year(self) -> Self:
+        if self.published_date is not None and self.publication_year is None:
+            self.publication_year = self.published_date.year
+        return self
+
+
+class BookUpdate(BookBase):
+    """RFC 7396: a field that is left out stays as it is, null clears it."""
+
+    model_config = {"extra": "forbid"}
+
+    title: Title = ""
+    author: Author = ""
+
+
+class Book(BookBase, table=True):
+    __tablename__ = "book"
+    __table_args__ = table_options(
+        sa.CheckConstraint("length(title) > 0", name="title"),
+        sa.CheckConstraint("length(author) > 0", name="author"),
+        sa.CheckConstraint("length(isbn) = 13", name="isbn"),
+        sa.CheckConstraint("pages > 0", name="pages"),
+        sa.CheckConstraint("price >= 0", name="price"),
+        sa.CheckConstraint("publication_year BETWEEN -5000 AND 9999", name="publication_year"),
+        sa.CheckConstraint("copies >= 0", name="copies"),
+        sa.CheckConstraint("available BETWEEN 0 AND copies", name="available"),
+        sa.CheckConstraint("rating_sum BETWEEN rating_count AND 5 * rating_count", name="rating"),
+        # Sorting by title, telling duplicates, and finding an exact title are all this one index.
+        sa.Index("ix_book_title_key", "title_key", "author_key"),
+        sa.Index("ix_book_author_key", "author_key"),
+        sa.Index("ix_book_year", sa.text(f"coalesce(publication_year, {UNKNOWN_YEAR})")),
+        sa.Index("ix_book_score", sa.text(SCORE)),
+        sa.Index("ix_book_genre", sa.text("lower(genre)")),
+    )
+
+    id: int = key_column()
+    isbn: str | None = Field(default=None, unique=True)
+    title_key: str
+    author_key: str
+    copies: int = 0
+    available: int = 0
+    rating_count: int = 0
+    rating_sum: int = 0
+    added_by: int | None = Field(default=None, foreign_key="user.id", ondelete="SET NULL", index=True)
+    version: int = 1
+    created_at: datetime = stamp_column()
+    updated_at: datetime = stamp_column()
+
+    @property
+    def rating(self) -> float | None:
+        return self.rating_sum / self.rating_count if self.rating_count else None
+
+    @staticmethod
+    def row(new: BookBase) -> dict[str, Any]:
+        """The columns that follow from what `new` says."""
+        said = {name: getattr(new, name) for name in BookBase.model_fields}
+        return said | {"title_key": fold(new.title), "author_key": fold(new.author)}
+
+    def describe(self, new: BookBase) -> None:
+        for name, value in self.row(new).items():
+            setattr(self, name, value)
+
+    def touch(self) -> None:
+        """Every change of what is shown of a book goes with a new version: the ETag is made from it."""
+        self.version += 1
+        self.updated_at = now()
+
+
+class BookPublic(BaseModel):
+    model_config = {"from_attributes": True}
+
+    id: int
+    title: str
+    author: str
+    isbn: str | None
+    genre: str | None
+    description: str | None
+    publisher: str | None
+    language: str | None
+    pages: int | None
+    price: Price | None
+    cover_url: str | None
+    published_date: date | None
+    publication_year: int | None
+    copies: int
+    available: int
+    rating: float | None = Limit(description="The average of its ratings, 1 to 5, or null.")
+    rating_count: int
+    added_by: int | None
+    version: int
+    created_at: datetime
+    updated_at: datetime
+
+
+class GenreCount(BaseModel):
+    genre: str
+    count: int
+
+
+# --- shelves ------------------------------------------------------------------------------------------------------
+
+
+class ShelfStatus(StrEnum):
+    wishlist = "wishlist"
+    reading = "reading"
+    completed = "completed"
+    abandoned = "abandoned"
+
+
+class EntryCreate(Shape):
+    status: ShelfStatus = ShelfStatus.wishlist
+
+
+class EntryUpdate(Shape):
+    """RFC 7396: a field that is left out stays as it is, null clears it."""
+
+    status: ShelfStatus = ShelfStatus.wishlist
+    rating: Annotated[int, Limit(ge=1, le=5)] | None = None
+    review: Annotated[LongText | None, BlankIsNull] = None
+    tags: Annotated[list[Annotated[str, bounded(50), NoNul]], Limit(max_length=50)] = []
+    started_at: Moment | None = None
+    finished_at: Moment | None = None
+
+
+class ShelfEntry(SQLModel, table=True):
+    """A book on somebody's shelf. With a rating or a review it is also a review of the book."""
+
+    __tablename__ = "shelf_entry"
+    __table_args__ = table_options(
+        sa.CheckConstraint("status IN ('wishlist', 'reading', 'completed', 'abandoned')", name="status"),
+        sa.CheckConstraint("rating BETWEEN 1 AND 5", name="rating"),
+        sa.CheckConstraint(
+            "(rating IS NULL AND review IS NULL) OR status IN ('completed', 'abandoned')", name="review"
+        ),
+        sa.UniqueConstraint("user_id", "book_id", name="uq_shelf_entry_book_id"),
+    )
+
+    id: int = key_column()
+    user_id: int = Field(foreign_key="user.id", ondelete="CASCADE")
+    book_id: int = Field(foreign_key="book.id", ondelete="CASCADE", index=True)
+    status: str = Field(max_length=20)
+    rating: int | None = None
+    review: str | None = None
+    tags: list[str] = Field(default_factory=list, sa_type=sa.JSON, nullable=False)
+    started_at: datetime | None = moment_column()
+    finished_at: datetime | None = moment_column()
+    added_at: datetime = stamp_column()
+    updated_at: datetime = stamp_column()
+
+    @property
+    def is_review(self) -> bool:
+        return self.rating is not None or self.review is not None
+
+    def revise(self, change: EntryUpdate) -> None:
+        """Apply the fields that `change` names. Raises DomainError where a rule of the shelf is broken."""
+        named = change.model_dump(exclude_unset=True)
+        if "tags" in named:
+            named["tags"] = list(dict.fromkeys(named["tags"]))
+        finishes = named.get("status") == ShelfStatus.completed != self.status
+        if finishes and "finished_at" not in named:
+            named["finished_at"] = now()
+        for name, value in named.items():
+            setattr(self, name, value)
+        if self.is_review and self.status not in (ShelfStatus.completed, ShelfStatus.abandoned):
+            field = "rating" if self.rating is not None else "review"
+            raise DomainError(field, f"needs the status completed or abandoned; this book is on {self.status}")
+        self.updated_at = now()
+
+
+class EntryPublic(BaseModel):
+    model_config = {"from_attributes": True}
+
+    book_id: int
+    status: ShelfStatus
+    rating: int | None
+    review: str | None
+    tags: list[str]
+    started_at: datetime | None
+    finished_at: datetime | None
+    added_at: datetime
+    updated_at: datetime
+    book: BookPublic
+
+
+class ReviewPublic(BaseModel):
+    username: str
+    rating: int | None
+    review: str | None
+    finished_at: datetime | None
+    updated_at: datetime
+
+
+# --- uploads ------------------------------------------------------------------------------------------------------
+
+
+class UploadStatus(StrEnum):
+    queued = "queued"
+    processing = "processing"
+    completed = "completed"
+    failed = "failed"
+    cancelled = "cancelled"
+
+
+class UploadCounts(SQLModel):
+    """Every row of the file is in exactly one of inserted, updated, skipped and failed."""
+
+    rows: int = 0
+    inserted: int = 0
+    updated: int = 0
+    skipped: int = 0
+    failed: int = 0
+    warnings: int = Field(default=0, description="Rows that went in without one bad value.")
+
+
+class Upload(UploadCounts, table=True):
+    __tablename__ = "upload"
+    __table_args__ = table_options(
+        sa.CheckConstraint("status IN ('queued', 'processing', 'completed', 'failed', 'cancelled')", name="status"),
+        sa.CheckConstraint("rows = inserted + updated + skipped + failed", name="rows"),
+        sa.CheckConstraint("progress BETWEEN 0 AND 1", name="progress"),
+    )
+
+    id: int = key_column()
+    user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    filename: str = Field(max_length=255)
+    size: int
+    status: str = Field(default=UploadStatus.queued, max_length=20, index=True)
+    progress: float = 0
+    ignored_columns: list[str] = Field(default_factory=list, sa_type=sa.JSON, nullable=False)
+    error: str | None = None
+    created_at: datetime = stamp_column()
+    started_at: datetime | None = moment_column()
+    finished_at: datetime | None = moment_column()
+    lease_until: datetime | None = moment_column()  # while a worker is at it; an old one means that it died
+
+
+class UploadChunk(SQLModel, table=True):
+    """A piece of the file as it came, so that it outlives the request and the process."""
+
+    __tablename__ = "upload_chunk"
+
+    upload_id: int = Field(foreign_key="upload.id", ondelete="CASCADE", primary_key=True)
+    number: int = Field(primary_key=True)
+    data: bytes
+
+
+class UploadError(SQLModel, table=True):
+    __tablename__ = "upload_error"
+    __table_args__ = table_options(sa.CheckConstraint("severity IN ('error', 'warning')", name="severity"))
+
+    id: int = key_column()
+    upload_id: int = Field(foreign_key="upload.id", ondelete="CASCADE", index=True)
+    row: int
+    severity: str = Field(max_length=10)
+    field: str | None = Field(default=None, max_length=100)
+    value: str | None = None
+    message: str
+
+
+class UploadPublic(UploadCounts):
+    model_config = {"from_attributes": True}
+
+    id: int
+    filename: str
+    status: UploadStatus
+    progress: float = Field(description="From 0 to 1, by the bytes of the file.")
+    ignored_columns: list[str] = Field(description="Columns that the catalogue does not know.")
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    error: str | None = Field(description="Why the upload as a whole failed.")
+
+
+class UploadErrorPublic(BaseModel):
+    model_config = {"from_attributes": True}
+
+    row: int = Limit(description="As a spreadsheet counts: the header is row 1.")
+    severity: Literal["error", "warning"]
+    field: str | None
+    value: str | None
+    message: str
+
+
+# --- events -------------------------------------------------------------------------------------------------------
+
+
+class Event(SQLModel, table=True):
+    """One committed change. The ids of one database only ever grow; the first is the time of its making in ms."""
+
+    __tablename__ = "event"
+    __table_args__ = table_options()
+
+    id: int = Field(
+        default=None,
+        primary_key=True,
+        sa_type=sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+    )
+    at: datetime = stamp_column()
+    type: str = Field(max_length=50)
+    private: bool = False
+    user_id: int | None = Field(default=None, foreign_key="user.id", ondelete="CASCADE", index=True)
+    data: dict[str, Any] = Field(sa_type=sa.JSON, nullable=False)
+
+
+class EventPublic(BaseModel):
+    model_config = {"from_attributes": True}
+
+    id: int
+    at: datetime
+    type: str
+    data: dict[str, Any]

@@ -1,0 +1,120 @@
+"""A page of a list: by cursor to walk it, by offset to jump in it.
+
+A cursor holds the sort keys of the last row that was shown, so the next page starts at its place in the index: the
+cost does not grow with depth, and rows that come or go meanwhile neither repeat nor hide others.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from sqlalchemy import ColumnElement, Select, and_, or_
+
+from models import ID_MAX, BlankIsNull, Shape
+
+T = TypeVar("T")
+Key = str | int | float
+
+
+class Page(BaseModel, Generic[T]):
+    items: list[T]
+    total: int = Field(description="How many there are in all, exact.")
+    next: str | None = Field(description="Give it as `cursor` to read on; null on the last page.")
+
+
+class PageQuery(Shape):
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    offset: Annotated[int | None, Field(ge=0, le=ID_MAX, description="How many to jump over.")] = None
+    skip: Annotated[int | None, Field(ge=0, le=ID_MAX, description="Another name of `offset`.")] = None
+    cursor: Annotated[str | None, BlankIsNull, Field(max_length=8000, description="What `next` gave.")] = None
+
+    @property
+    def start(self) -> int:
+        return self.offset or self.skip or 0
+
+
+@dataclass(frozen=True)
+class Order:
+    """A total order: expressions that are never null, the id last. `name` keeps cursors of other orders out."""
+
+    name: str
+    columns: tuple[Any, ...]
+
+    @property
+    def reverse(self) -> bool:
+        return self.name.startswith("-")
+
+    def by(self) -> list[ColumnElement[Any]]:
+        return [column.desc() if self.reverse else column.asc() for column in self.columns]
+
+    def after(self, keys: Sequence[Key]) -> ColumnElement[bool]:
+        """What comes after the row with these keys, put so that an index on the leading columns is entered there."""
+        (*leading, last), (*leading_keys, last_key) = self.columns, keys
+        condition: ColumnElement[bool] = last < last_key if self.reverse else last > last_key
+        for column, key in zip(reversed(leading), reversed(leading_keys), strict=True):
+            reached = column <= key if self.reverse else column >= key
+            passed = column < key if self.reverse else column > key
+            condition = and_(reached, or_(passed, condition))
+        return condition
+
+    def decode(self, cursor: str) -> list[Key]:
+        try:
+            name, *keys = json.loads(base64.urlsafe_b64decode(cursor.encode() + b"=="))
+        except (ValueError, TypeError, binascii.Error, RecursionError):
+            raise bad_query("cursor", "is not one that this service gave") from None
+        if name != self.name:
+            raise bad_query("cursor", "belongs to a list in another order")
+        kinds = [column.type.python_type for column in self.columns]
+        if len(keys) != len(kinds) or not all(map(_fits, keys, kinds)):
+            raise bad_query("cursor", "is not one that this service gave")
+        return list(keys)
+
+
+def encode(name: str, keys: Sequence[Key]) -> str:
+    return base64.urlsafe_b64encode(json.dumps([name, *keys], separators=(",", ":")).encode()).decode().rstrip("=")
+
+
+def _fits(key: object, kind: type) -> bool:
+    if isinstance(key, str):
+        # JSON can carry half a surrogate pair, which no database takes.
+        return kind is str and "\x00" not in key and key.encode(errors="ignore").decode() == key
+    if isinstance(key, bool) or not isinstance(key, int | float):
+        return False
+    return abs(key) < 2**63 and (kind is float or (kind is int and isinstance(key, int)))
+
+
+def bad_query(name: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": ("query", name), "msg": f"{name} {message}", "type": "value_error"}])
+
+
+def paged(select: Select[Any], order: Order, query: PageQuery) -> Select[Any]:
+    """`select`, cut to the page that `query` asks for and one row more, its sort keys added as the last columns."""
+    if query.cursor and query.start:
+        raise bad_query("cursor", "and offset exclude each other")
+    if query.cursor:
+        select = select.where(order.after(order.decode(query.cursor)))
+    elif query.start:
+        select = select.offset(query.start)
+    return select.add_columns(*order.columns).order_by(*order.by()).limit(query.limit + 1)
+
+
+def cut(rows: Sequence[Any], order: Order, query: PageQuery) -> tuple[Sequence[Any], str | None]:
+    """The rows to show, and the cursor of the page after them."""
+    if len(rows) <= query.limit:
+        return rows, None
+    rows = rows[: query.limit]
+    return rows, encode(order.name, rows[-1][-len(order.columns) :])
+
+
+def link_headers(request: Request, cursor: str | None) -> dict[str, str]:
+    """`Link: <…>; rel="next"` (RFC 8288), to the same list."""
+    if cursor is None:
+        return {}
+    url = request.url.remove_query_params(["offset", "skip"]).include_query_params(cursor=cursor)
+    return {"Link": f'<{url}>; rel="next"'}

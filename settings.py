@@ -1,0 +1,81 @@
+"""Every setting of the service: read from the environment, then from `.env` beside this file."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+HERE = Path(__file__).resolve().parent
+
+
+class Settings(BaseSettings):
+    """Unsafe or impossible values stop the start with a message that names the setting."""
+
+    # An empty variable (`SECRET_KEY=` in a copied .env.example) means "not set", never "set to nothing":
+    # an empty signing key would let anyone forge tokens.
+    model_config = SettingsConfigDict(
+        env_file=HERE / ".env", env_ignore_empty=True, extra="ignore", validate_assignment=True
+    )
+
+    database_url: str = Field(
+        default=f"sqlite:///{HERE / 'books.db'}",
+        description="Where the data lives: the SQLite file beside `main.py` unless set.",
+    )
+    secret_key: SecretStr | None = Field(
+        default=None,
+        description="Signs tokens; at least 32 characters. Unset: development mode, with a random key kept in "
+        "the database and the account `admin` / `admin`.",
+    )
+    admin_username: str = Field(default="admin", description="User name of the account made on the first start.")
+    admin_password: SecretStr | None = Field(
+        default=None, description="Its password. With `SECRET_KEY` set and this unset, no account is made."
+    )
+    admin_email: str = Field(default="admin@example.com", description="Its e-mail address.")
+    access_token_expire_minutes: Annotated[int, Field(ge=1, le=1440)] = Field(
+        default=30, description="How long an access token is good for, in minutes."
+    )
+    refresh_token_expire_days: Annotated[int, Field(ge=1, le=365)] = Field(
+        default=14, description="How long a login lasts without being used, in days."
+    )
+    readers_can_add: bool = Field(
+        default=True, description="Whether readers may add books and upload CSV files; `false` leaves that to staff."
+    )
+    max_upload_mb: Annotated[int, Field(ge=1, le=1024)] = Field(
+        default=100, description="The largest file taken by an upload, in MiB; a larger one gets 413."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="The least level that is logged. `WARNING` silences the line per request."
+    )
+
+    @field_validator("database_url")
+    @classmethod
+    def _sqlite(cls, url: str) -> str:
+        if not url.startswith("sqlite:///") or url == "sqlite:///" or ":memory:" in url:
+            raise ValueError("DATABASE_URL must name an SQLite file: sqlite:////absolute/path/books.db")
+        return url
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, level: str) -> str:
+        return level.upper()
+
+    @model_validator(mode="after")
+    def _refuse_unsafe(self) -> Self:
+        if self.secret_key is not None:
+            if len(self.secret_key.get_secret_value()) < 32:
+                raise ValueError("SECRET_KEY must have at least 32 characters; try: openssl rand -hex 32")
+            if self.admin_password is not None and self.admin_password.get_secret_value() == "admin":
+                raise ValueError("ADMIN_PASSWORD must not be 'admin' where SECRET_KEY is set")
+        if self.admin_password is not None and not (
+            self.admin_password.get_secret_value() == "admin" or 8 <= len(self.admin_password.get_secret_value()) <= 128
+        ):
+            raise ValueError("ADMIN_PASSWORD must have 8 to 128 characters")
+        return self
+
+    @property
+    def development(self) -> bool:
+        return self.secret_key is None
+
+
+settings = Settings()
