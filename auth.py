@@ -91,18 +91,20 @@ class Claims(BaseModel):
     sid: Id
     jti: str
     iat: float
+    exp: float
     typ: str
 
 
 def _verify(kind: str, token: str) -> Claims | None:
     """The claims of a token of this kind, or None. Tokens of one kind never pass for another."""
     try:
-        # Without its name in the options, python-jose accepts a token that never expires.
-        claims = Claims.model_validate(jwt.decode(token, _Key.value, ["HS256"], options={"require_exp": True}))
+        # Whether it has expired is asked below, of our own clock; that it has an expiry, Claims insists on.
+        claims = Claims.model_validate(jwt.decode(token, _Key.value, ["HS256"], options={"verify_exp": False}))
     except (JWTError, ValidationError):
         return None
-    issued_later = claims.iat > models.now().timestamp() + 60  # a minute, for clocks that differ
-    return None if claims.typ != kind or issued_later else claims
+    now = models.now().timestamp()
+    issued_later = claims.iat > now + 60  # a minute, for clocks that differ
+    return None if claims.typ != kind or issued_later or claims.exp <= now else claims
 
 
 def _hash(secret: str) -> str:

@@ -27,11 +27,11 @@ from models import (
     GenreCount,
     Id,
     Name,
-    NoNul,
     Principal,
     ReviewPublic,
     Setting,
     ShelfEntry,
+    Title,
     User,
     fold,
 )
@@ -63,6 +63,7 @@ ORDERS = {
 }
 BEST = "best"
 FTS = sa.table("book_fts")
+BOOKS_BY_WORDS = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
 
 
 def no_such_book() -> HTTPException:
@@ -88,10 +89,9 @@ Sort = Literal[
 
 class BookFilter(PageQuery):
     search: Annotated[
-        str | None,
+        Title | None,
         BlankIsNull,
-        NoNul,
-        Field(max_length=500, description="Every word, as a beginning, in title, author, ISBN or publisher."),
+        Field(description="Every word, as a beginning, in title, author, ISBN or publisher."),
     ] = None
     genre: Annotated[Name | None, BlankIsNull] = None
     author: Annotated[Name | None, BlankIsNull, Field(description="These words, in the author's name.")] = None
@@ -190,9 +190,9 @@ def count_books(connection: Connection, conditions: list[ColumnElement[bool]], m
     if not match:
         counted = counted.select_from(Book)
     elif conditions:
-        counted = counted.select_from(sa.text("book_fts JOIN book ON book.id = book_fts.rowid")).where(fts(match))
+        counted = counted.select_from(BOOKS_BY_WORDS).where(fts(match))
     else:
-        counted = counted.select_from(sa.text("book_fts")).where(fts(match))
+        counted = counted.select_from(FTS).where(fts(match))
     return int(connection.execute(counted.where(*conditions)).scalar_one())
 
 
@@ -208,12 +208,11 @@ def best_matches(
     in_title = f"{{title}} : ({all_words(found)})"
     begins = f'{{title}} : ^"{" ".join(found)}"*'
     exact = col(Book.title_key) == fold(query.search or "")
-    matched = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
     tiers = (
         # By the index of titles, which few rows share, and not by the words, which half of all rows may.
         SELECT_BOOKS.where(exact, sa.exists().where(sa.text("book_fts.rowid = book.id"), fts(match)).select_from(FTS)),
         *(
-            SELECT_BOOKS.select_from(matched).where(fts(expression), ~exact)
+            SELECT_BOOKS.select_from(BOOKS_BY_WORDS).where(fts(expression), ~exact)
             for expression in (
                 f"({match}) AND ({begins})",
                 f"({match}) AND (({in_title}) NOT ({begins}))",

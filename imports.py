@@ -51,7 +51,7 @@ CHUNK = 256 * 1024  # bytes of a stored piece
 BATCH = 1000  # rows to a transaction: some 30 ms in which other writers wait
 RECORD_MAX = 2_000_000  # characters; a row that is longer has lost its way, mostly by a quote that never closes
 ERRORS_MAX = 10_000  # reasons that are kept of one upload; the counts stay exact
-LEASE = timedelta(seconds=30)  # a job that has not committed a batch for so long has died
+LEASE = timedelta(seconds=15)  # a job that has not committed a batch for so long has died
 csv.field_size_limit(RECORD_MAX)
 
 # Tables, not classes: for many rows the plain INSERT is much faster than the unit of work.
@@ -348,9 +348,7 @@ def claimable() -> ColumnElement[bool]:
 
 def abandoned_uploads(connection: Connection) -> Sequence[int]:
     """Uploads that no process is working on: left by one that was stopped or killed."""
-    waiting_since = models.now() - timedelta(seconds=5)  # younger ones are about to be taken by their own request
-    free = sa.select(col(Upload.id)).where(claimable(), col(Upload.created_at) < waiting_since)
-    return connection.execute(free.order_by(col(Upload.id))).scalars().all()
+    return connection.execute(sa.select(col(Upload.id)).where(claimable()).order_by(col(Upload.id))).scalars().all()
 
 
 def _describe(session: Session, upload_id: int, columns: Columns) -> None:

@@ -121,19 +121,21 @@ def _in_print(value: Printed) -> Printed:
 
 
 def bounded(most: int, least: int = 1) -> StringConstraints:
-    return StringConstraints(strip_whitespace=True, min_length=least, max_length=most)
+    return StringConstraints(min_length=least, max_length=most)
 
 
+# Python's idea of white space, not pydantic's, so that a shape, a CSV cell and a sort key agree on what is blank.
+Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
 NoNul = AfterValidator(_no_nul)
 BlankIsNull = BeforeValidator(_blank_is_null)
-Title = Annotated[str, bounded(500), NoNul]
-Author = Annotated[str, bounded(1000), NoNul]
-Language = Annotated[str, bounded(35), NoNul]
-Word = Annotated[str, bounded(100), NoNul]
-Name = Annotated[str, bounded(300), NoNul]
-LongText = Annotated[str, bounded(20_000), NoNul]
-Url = Annotated[str, bounded(2000), StringConstraints(pattern=r"^https?://[^\s<>\"\\^`{|}]+$"), NoNul]
-Isbn = Annotated[str, bounded(32), AfterValidator(_to_isbn13)]
+Title = Annotated[str, Stripped, bounded(500), NoNul]
+Author = Annotated[str, Stripped, bounded(1000), NoNul]
+Language = Annotated[str, Stripped, bounded(35), NoNul]
+Word = Annotated[str, Stripped, bounded(100), NoNul]
+Name = Annotated[str, Stripped, bounded(300), NoNul]
+LongText = Annotated[str, Stripped, bounded(20_000), NoNul]
+Url = Annotated[str, Stripped, bounded(2000), StringConstraints(pattern=r"^https?://[^\s<>\"\\^`{|}]+$"), NoNul]
+Isbn = Annotated[str, Stripped, bounded(32), AfterValidator(_to_isbn13)]
 Price = Annotated[
     Decimal,
     Limit(ge=0, max_digits=9, decimal_places=2, allow_inf_nan=False),
@@ -493,7 +495,7 @@ class EntryUpdate(Shape):
     status: ShelfStatus = ShelfStatus.wishlist
     rating: Annotated[int, Limit(ge=1, le=5)] | None = None
     review: Annotated[LongText | None, BlankIsNull] = None
-    tags: Annotated[list[Annotated[str, bounded(50), NoNul]], Limit(max_length=50)] = []
+    tags: Annotated[list[Annotated[str, Stripped, bounded(50), NoNul]], Limit(max_length=50)] = []
     started_at: Moment | None = None
     finished_at: Moment | None = None
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
-from sqlalchemy import ColumnElement, Select, and_, or_
+from sqlalchemy import ColumnElement, Float, Integer, Select, and_, or_
 
 from models import ID_MAX, BlankIsNull, Shape
 
@@ -70,8 +70,7 @@ class Order:
             raise bad_query("cursor", "is not one that this service gave") from None
         if name != self.name:
             raise bad_query("cursor", "belongs to a list in another order")
-        kinds = [column.type.python_type for column in self.columns]
-        if len(keys) != len(kinds) or not all(map(_fits, keys, kinds)):
+        if len(keys) != len(self.columns) or not all(map(_fits, keys, self.columns)):
             raise bad_query("cursor", "is not one that this service gave")
         return list(keys)
 
@@ -80,13 +79,13 @@ def encode(name: str, keys: Sequence[Key]) -> str:
     return base64.urlsafe_b64encode(json.dumps([name, *keys], separators=(",", ":")).encode()).decode().rstrip("=")
 
 
-def _fits(key: object, kind: type) -> bool:
-    if isinstance(key, str):
-        # JSON can carry half a surrogate pair, which no database takes.
-        return kind is str and "\x00" not in key and key.encode(errors="ignore").decode() == key
-    if isinstance(key, bool) or not isinstance(key, int | float):
-        return False
-    return abs(key) < 2**63 and (kind is float or (kind is int and isinstance(key, int)))
+def _fits(key: object, column: ColumnElement[Any]) -> bool:
+    """Whether a database can compare this key with this column."""
+    if isinstance(column.type, Integer | Float):
+        right_kind = int if isinstance(column.type, Integer) else int | float
+        return isinstance(key, right_kind) and not isinstance(key, bool) and abs(key) < 2**63
+    # JSON can carry half a surrogate pair, which no database takes.
+    return isinstance(key, str) and "\x00" not in key and key.encode(errors="ignore").decode() == key
 
 
 def bad_query(name: str, message: str) -> RequestValidationError:

@@ -1,0 +1,349 @@
+"""CSV files, dirty as they come: every row goes in or is refused with its reason."""
+
+import io
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+import imports
+from conftest import REAL_BOOKS, Person, Server, sign_up, wait_for
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+Counts = tuple[int, int, int, int]  # rows, inserted, skipped, failed
+
+GOOD: dict[str, tuple[str | bytes, Counts, dict[str, Any]]] = {
+    "the documented file": (
+        "title,author,price,publication_date\nDune,Frank Herbert,9.99,1965-08-01\n",
+        (1, 1, 0, 0),
+        {"price": 9.99, "published_date": "1965-08-01", "publication_year": 1965},
+    ),
+    "headers in any dress": (
+        "Book Title,BOOK-AUTHOR,Num Pages,Year Published,Language Code,Image_URL\nA,B,12,2008.0,en,https://e.org/a.jpg\n",
+        (1, 1, 0, 0),
+        {"pages": 12, "publication_year": 2008, "language": "en", "cover_url": "https://e.org/a.jpg"},
+    ),
+    "a byte order mark": (b"\xef\xbb\xbftitle,author\nA,B\n", (1, 1, 0, 0), {}),
+    "line ends of Windows": ("title,author\r\nA,B\r\n", (1, 1, 0, 0), {}),
+    "line ends of old Macs": ("title,author\rA,B\r", (1, 1, 0, 0), {}),
+    "no line end at the end": ("title,author\nA,B", (1, 1, 0, 0), {}),
+    "blank lines": ("\n\ntitle,author\n\nA,B\n\n\n", (1, 1, 0, 0), {}),
+    "quotes, commas and line breaks": (
+        'title,author,summary\n"A, or ""B""",C,"one\ntwo"\n',
+        (1, 1, 0, 0),
+        {"title": 'A, or "B"', "description": "one\ntwo"},
+    ),
+    "an ISBN-10": ("title,author,isbn\nA,B,0-441-17271-7\n", (1, 1, 0, 0), {"isbn": "9780441172719"}),
+    "an ISBN without its zeros": ("title,author,isbn\nA,B,441172717\n", (1, 1, 0, 0), {"isbn": "9780441172719"}),
+    "an ISBN-13 damaged, an ISBN-10 whole": (
+        "title,author,isbn13,isbn\nA,B,9.78044117271e+12,441172717\n",
+        (1, 1, 0, 0),
+        {"isbn": "9780441172719"},
+    ),
+    "a year before the common era": ("title,author,year\nA,B,-720.0\n", (1, 1, 0, 0), {"publication_year": -720}),
+    "a year for a date": ("title,author,publish_date\nA,B,1999\n", (1, 1, 0, 0), {"publication_year": 1999}),
+    "twice the same ISBN": ("title,author,isbn\nA,B,0441172717\nC,D,9780441172719\n", (2, 1, 1, 0), {}),
+    "twice the same title and author": ("title,author\nDune ,frank  herbert\nDUNE,Frank Herbert\n", (2, 1, 1, 0), {}),
+    "accents make another book": ("title,author\nPeche,A\nPêche,A\n", (2, 2, 0, 0), {}),
+    "only a header": ("title,author\n", (0, 0, 0, 0), {}),
+}
+
+
+@pytest.mark.parametrize(("content", "counts", "book"), GOOD.values(), ids=GOOD)
+def test_files_that_go_in(
+    client: TestClient, reader: Person, content: str | bytes, counts: Counts, book: dict[str, Any]
+) -> None:
+    upload = reader.upload(content)
+    assert (upload["status"], upload["progress"], upload["error"]) == ("completed", 1.0, None)
+    assert (upload["rows"], upload["inserted"], upload["skipped"], upload["failed"]) == counts
+    assert (upload["errors"], upload["warnings"]) == ([], 0)
+    books = client.get("/books").json()
+    assert books["total"] == counts[1]
+    for shown in books["items"][:1]:
+        assert shown.items() >= book.items()
+        assert shown in client.get("/books", params={"search": shown["title"]}).json()["items"]
+
+
+Errors = list[tuple[int, str, str | None, str]]  # row, severity, field, a part of the message
+
+PARTLY: dict[str, tuple[str | bytes, Counts, Errors]] = {
+    "too many cells": (
+        "title,author\nA,B,C\nD,E\n",
+        (2, 1, 0, 1),
+        [(2, "error", None, "3 cells where the header has 2")],
+    ),
+    "too few cells": ("title,author\nA\nD,E\n", (2, 1, 0, 1), [(2, "error", None, "1 cells where the header has 2")]),
+    "no title": ("title,author\n,B\nD,E\n", (2, 1, 0, 1), [(2, "error", "title", "is missing")]),
+    "no title nor author": (
+        "title,author,isbn\n , ,0441172717\nD,E,\n",
+        (2, 1, 0, 1),
+        [(2, "error", "title", "is missing"), (2, "error", "author", "is missing")],
+    ),
+    "prices": (
+        "title,author,price\nA,B,nan\nA,B,-1\nA,B,inf\nA,B,1.005\nA,B,free\nA,B,0\n",
+        (6, 1, 0, 5),
+        [(row, "error", "price", "") for row in range(2, 7)],
+    ),
+    "pages": (
+        "title,author,pages\nA,B,-5\nA,B,1e99\nA,B,many\nA,B,374.0\n",
+        (4, 1, 0, 3),
+        [(n, "error", "pages", "") for n in (2, 3, 4)],
+    ),
+    "dates": (
+        "title,author,publish_date\nA,B,2023-02-30\nA,B,yesterday\nA,B,12345678\nD,E,2008-08-11\n",
+        (4, 1, 0, 3),
+        [(row, "error", "published_date", "") for row in (2, 3, 4)],
+    ),
+    "years": (
+        "title,author,year\nA,B,99999\nA,B,2008.5\nA,B,2008\n",
+        (3, 1, 0, 2),
+        [(n, "error", "publication_year", "") for n in (2, 3)],
+    ),
+    "damaged ISBNs": (
+        "title,author,isbn\nA,B,9.78043902348e+12\nC,D,9780441172710\nE,F,not an isbn\nG,H,123\n",
+        (4, 4, 0, 0),
+        [(row, "warning", "isbn", "not an ISBN") for row in (2, 3, 4, 5)],
+    ),
+    "a NUL": ("title,author\nA\0,B\nD,E\n", (2, 1, 0, 1), [(2, "error", "title", "NUL")]),
+    "bytes that are not UTF-8": (b"title,author\nCaf\xe9,B\nD,E\n", (2, 1, 0, 1), [(2, "error", "title", "not UTF-8")]),
+    "a title that is a book": (
+        f"title,author\n{'x' * 1_000_000},B\nD,E\n",
+        (2, 1, 0, 1),
+        [(2, "error", "title", "500")],
+    ),
+    "a line without end": (
+        f"title,author\n{'x' * 5_000_000},B\nD,E\n",
+        (2, 1, 0, 1),
+        [(2, "error", None, "longer than")],
+    ),
+    "a quote that never closes, in the last row": (
+        'title,author\nA,B\n"C,D\n',
+        (2, 1, 0, 1),
+        [(3, "error", None, "never closes")],
+    ),
+    "a quote that never closes, and rows behind it": (
+        'title,author\nA,B\n"C,D\nE,F\nG,H\n',
+        (4, 3, 0, 1),
+        [(3, "error", None, "never closes")],
+    ),
+    "a quote that closes rows later": (
+        'title,author\n"A,B\nC,D\n"E, or F",G\nH,I\n',
+        (4, 3, 0, 1),
+        [(2, "error", None, "does not close where it should")],
+    ),
+    "a script for a cover": (
+        "title,author,cover url\nA,B,javascript:alert(1)\n",
+        (1, 0, 0, 1),
+        [(2, "error", "cover_url", "")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "counts", "errors"), PARTLY.values(), ids=PARTLY)
+def test_bad_rows_are_explained_and_good_ones_kept(
+    client: TestClient, reader: Person, content: str | bytes, counts: Counts, errors: Errors
+) -> None:
+    upload = reader.upload(content)
+    assert upload["status"] == "completed"
+    assert (upload["rows"], upload["inserted"], upload["skipped"], upload["failed"]) == counts
+    assert upload["warnings"] == sum(severity == "warning" for _, severity, _, _ in errors)
+    told = [(error["row"], error["severity"], error["field"]) for error in upload["errors"]]
+    assert told == [error[:3] for error in errors]
+    for error, (_, _, _, part) in zip(upload["errors"], errors, strict=True):
+        assert part in error["message"]
+        assert len(error["value"]) <= 200
+    assert client.get("/books").json()["total"] == counts[1]
+
+
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "no header": (
+        b"Dune,Frank Herbert\nEmma,Jane Austen\n",
+        "names no column for title and author. It has: 'Dune', 'Frank Herbert'",
+    ),
+    "no author": (b"title,price\nDune,9.99\n", "names no column for author"),
+    "only blank lines": (b"\n\n  \n"[:2], "no header"),
+    "only a byte order mark": (b"\xef\xbb\xbf", "no header"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "names no column"),
+    "a picture of noise": (random.Random(1).randbytes(100_000), ""),
+    "UTF-16": ("title,author\nA,B\n".encode("utf-16"), "not a text file in UTF-8"),
+    "one line of ten megabytes": (b"x" * 10_000_000, "can't be read"),
+    "one open quote": (b'"title,author\nA,B\n', "can't be read"),
+    "ten thousand columns": (b",".join(b"c%d" % n for n in range(10_000)), "names no column"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), REFUSED.values(), ids=REFUSED)
+def test_files_that_can_not_be_read_say_why(reader: Person, content: bytes, reason: str) -> None:
+    upload = reader.upload(content)
+    assert upload["status"] == "failed"
+    assert reason in upload["error"]
+    assert len(upload["error"]) < 2000
+    assert (upload["inserted"], upload["failed"], upload["finished_at"] is None) == (0, 0, False)
+
+
+def test_ignored_columns_are_named(reader: Person) -> None:
+    upload = reader.upload("Title,Shelf,author,,Average Rating\nA,x,B,y,4.5\n")
+    assert upload["ignored_columns"] == ["Shelf", "", "Average Rating"]
+    assert upload["inserted"] == 1
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param({"files": {"file": ("empty.csv", b"")}}, id="an empty file"),
+        pytest.param({"files": {"data": ("a.csv", b"title,author\n")}}, id="another name for the part"),
+        pytest.param({"data": {"file": "title,author"}}, id="a field that is no file"),
+        pytest.param(
+            {"files": {"file": ("a.csv", b"title,author\n")}, "data": {"colour": "red"}}, id="an unknown field"
+        ),
+        pytest.param({"json": {}}, id="JSON"),
+        pytest.param({}, id="nothing"),
+    ],
+)
+def test_requests_without_a_file_are_422(client: TestClient, reader: Person, parts: dict[str, Any]) -> None:
+    assert reader.post("/books/upload", **parts).status_code == 422
+    assert reader.get("/books/upload").json()["total"] == 0
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "bücher\u202e.csv", "x" * 600, "\ud800.csv"])
+def test_file_names_are_only_shown(reader: Person, name: str) -> None:
+    parts = b'--b\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\ntitle,author\nA,B\n\r\n--b--\r\n'
+    content = parts % name.encode(errors="surrogatepass")
+    answer = reader.post("/books/upload", content=content, headers={"Content-Type": "multipart/form-data; boundary=b"})
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["filename"].isprintable()
+    assert answer.json()["filename"][:6] in (name[:6], "\N{REPLACEMENT CHARACTER}" * 3 + ".cs")
+
+
+# --- who sees it --------------------------------------------------------------------------------------------------
+
+
+def test_uploads_are_seen_by_their_owner_and_staff(
+    client: TestClient, reader: Person, other_reader: Person, librarian: Person
+) -> None:
+    upload = reader.upload("title,author\nA,\n")
+    for path in (f"/books/upload/{upload['id']}", f"/books/upload/{upload['id']}/errors"):
+        assert client.get(path).status_code == 401
+        assert other_reader.get(path).status_code == 404
+        assert reader.get(path).status_code == librarian.get(path).status_code == 200
+    assert other_reader.get("/books/upload").json()["items"] == []
+    assert reader.get("/books/upload").json()["total"] == librarian.get("/books/upload").json()["total"] == 1
+    assert client.post("/books/upload", files={"file": ("a.csv", b"title,author\n")}).status_code == 401
+
+
+def test_the_log_tells_everybody_of_the_books_and_the_owner_of_the_progress(client: TestClient, reader: Person) -> None:
+    start = client.get("/events").json()["next"]
+    rows = "".join(f"Book {number},Somebody\n" for number in range(2500))
+    upload = reader.upload(f"title,author\n{rows}")
+    public = client.get("/events", params={"after": start}).json()["items"]
+    told = [(event["type"], *event["data"].values()) for event in public]
+    assert told == [
+        ("books.imported", upload["id"], 1000, 1, 1000),
+        ("books.imported", upload["id"], 1000, 1001, 2000),
+        ("books.imported", upload["id"], 500, 2001, 2500),
+    ]
+    private = reader.get("/events", params={"after": start, "types": "upload.*"}).json()["items"]
+    assert [event["data"]["rows"] for event in private] == [1000, 2000, 2500, 2500]
+    assert private[-1]["data"].items() >= {"status": "completed", "progress": 1.0}.items()
+
+
+def test_errors_are_kept_up_to_a_bound_and_counted_beyond(reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imports, "ERRORS_MAX", 30)
+    upload = reader.upload("title,author\n" + ",\n" * 1500)
+    assert (upload["rows"], upload["failed"], len(upload["errors"])) == (1500, 1500, 30)
+
+
+# --- large ones ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not REAL_BOOKS.exists() and "CI" not in os.environ,
+    reason="the ten thousand real books lie beside the project, not in it",
+)
+def test_ten_thousand_real_books_go_in_whole(client: TestClient, reader: Person) -> None:
+    upload = reader.upload(REAL_BOOKS.read_bytes())
+    assert upload["status"] == "completed"
+    assert (upload["rows"], upload["inserted"], upload["skipped"], upload["failed"]) == (10_000, 10_000, 0, 0)
+    assert upload["warnings"] == 158
+    assert "average_rating" in upload["ignored_columns"]
+    assert client.get("/books").json()["total"] == 10_000
+    game = client.get("/books", params={"search": "0439023483"}).json()["items"][0]
+    assert game.items() >= {"isbn": "9780439023481", "publication_year": 2008, "language": "eng"}.items()
+    oldest = client.get("/books", params={"year_to": -700, "sort": "year"}).json()["items"]
+    assert {"The Odyssey"} <= {book["title"] for book in oldest}
+    isbns: Counter[bool] = Counter()
+    page = {"next": None}
+    while True:
+        page = client.get("/books", params={"limit": 100, **({"cursor": page["next"]} if page["next"] else {})}).json()
+        isbns.update(book["isbn"] is not None for book in page["items"])
+        if page["next"] is None:
+            break
+    assert isbns == {True: 9277, False: 723}
+    again = reader.upload(REAL_BOOKS.read_bytes())
+    assert (again["inserted"], again["skipped"], again["failed"]) == (0, 10_000, 0)
+
+
+def test_a_file_over_the_limit_is_413_before_it_is_stored(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(MAX_UPLOAD_MB="2")
+    reader = sign_up(server.client, "rita")
+    started = time.monotonic()
+    answer = reader.post("/books/upload", files={"file": ("big.csv", io.BytesIO(b"x" * (200 << 20)))})
+    assert answer.status_code == 413
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert time.monotonic() - started < 20
+    one_byte_more = reader.post("/books/upload", files={"file": ("big.csv", b"x" * ((2 << 20) + 1))})
+    assert one_byte_more.status_code == 413
+    assert reader.get("/books/upload").json()["total"] == 0
+    assert reader.post("/books/upload", files={"file": ("fits.csv", b"x" * (2 << 20))}).status_code == 202
+
+
+def big_file(rows: int) -> bytes:
+    return b"title,author\n" + b"".join(b"Book %d,Author %d\n" % (n, n % 977) for n in range(rows))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(signal.SIGTERM, id="stopped"), pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow)],
+)
+def test_an_upload_survives_its_process(serve: Callable[..., Server], how: signal.Signals) -> None:
+    server = serve()
+    reader = sign_up(server.client, "rita")
+    path = reader.post("/books/upload", files={"file": ("big.csv", big_file(30_000))}).headers["Location"]
+    wait_for(lambda: reader.get(path).json()["rows"] or None)
+    assert server.stop(how) < 5
+    server.start()
+    reader.client = server.client
+    upload = wait_for(lambda: done(reader.get(path).json()), seconds=90)
+    assert (upload["status"], upload["rows"], upload["inserted"]) == ("completed", 30_000, 30_000)
+    assert server.client.get("/books").json()["total"] == 30_000
+    assert server.client.get("/books", params={"search": "29999"}).json()["total"] == 1
+
+
+def done(upload: dict[str, Any]) -> dict[str, Any] | None:
+    return upload if upload["status"] in ("completed", "failed") else None
+
+
+def test_others_read_and_write_while_a_file_goes_in(serve: Callable[..., Server]) -> None:
+    importing, other = serve(), serve()
+    reader = sign_up(importing.client, "rita")
+    path = reader.post("/books/upload", files={"file": ("big.csv", big_file(20_000))}).headers["Location"]
+    writers = [Person(server.client, "rita") for server in (importing, other) for _ in range(3)]
+
+    def write(person: Person) -> list[int]:
+        return [person.post("/books", json={"title": "Mine", "author": f"{n}"}).status_code for n in range(20)]
+
+    with ThreadPoolExecutor(6) as pool:
+        statuses = [status for answers in pool.map(write, writers) for status in answers]
+    assert statuses == [201] * 120
+    upload = wait_for(lambda: done(reader.get(path).json()), seconds=60)
+    assert (upload["status"], upload["inserted"]) == ("completed", 20_000)
+    assert other.client.get("/books").json()["total"] == 20_120

@@ -1,0 +1,309 @@
+"""The product's tour, in order: what a visitor, readers, a librarian and an admin do with it. Then its house rules."""
+
+import ast
+import re
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from conftest import DUNE, HERE, Person, Server, wait_for
+from main import app
+from settings import Settings
+
+README = HERE / "README.md"
+
+# --- the tour -----------------------------------------------------------------------------------------------------
+
+
+def test_a_visitor_finds_the_docs_and_an_empty_catalogue(client: TestClient) -> None:
+    assert client.get("/", follow_redirects=False).headers["Location"] == "/docs"
+    assert client.get("/health").json() == {"status": "ok", "version": "0.1.0", "database": "sqlite"}
+    assert client.get("/books").json() == {"items": [], "total": 0, "next": None}
+
+
+def test_a_reader_signs_up_and_in(client: TestClient) -> None:
+    new = {"username": "Rita", "email": "Rita@Example.com", "password": "correct horse battery", "full_name": "Rita R."}
+    answer = client.post("/auth/register", json=new)
+    assert answer.status_code == 201
+    assert answer.headers["Location"] == "/users/me"
+    assert "password" not in answer.text
+    rita = Person(client, "rita@example.com", "correct horse battery")
+    me = rita.get("/users/me").json()
+    assert (me["username"], me["email"], me["full_name"], me["role"]) == (
+        "Rita",
+        "rita@example.com",
+        "Rita R.",
+        "reader",
+    )
+
+
+def test_a_reader_adds_a_book_and_everybody_sees_it(client: TestClient, reader: Person) -> None:
+    answer = reader.post("/books", json={**DUNE, "price": 9.99, "published_date": "1965-08-01"})
+    assert answer.status_code == 201
+    book = client.get(answer.headers["Location"]).json()
+    assert book == answer.json()
+    assert (book["isbn"], book["price"], book["publication_year"]) == ("9780441172719", 9.99, 1965)
+    assert (book["rating"], book["rating_count"], book["copies"], book["available"]) == (None, 0, 0, 0)
+    assert client.get("/books", params={"search": "herb dune"}).json()["items"] == [book]
+
+
+def test_a_reader_shelves_reads_and_reviews_it(client: TestClient, reader: Person, other_reader: Person) -> None:
+    book = reader.add_book(**DUNE)
+    shelf = f"/my-library/{book['id']}"
+    assert other_reader.post(shelf).json()["status"] == "wishlist"
+    assert other_reader.patch(shelf, json={"status": "reading"}).status_code == 200
+    entry = other_reader.patch(shelf, json={"status": "completed", "rating": 4, "review": "Sandy."}).json()
+    assert entry["finished_at"].endswith("Z")
+    reviews = client.get(f"/books/{book['id']}/reviews").json()
+    assert reviews["total"] == 1
+    assert reviews["items"][0].items() >= {"username": "Oskar", "rating": 4, "review": "Sandy."}.items()
+    rated = client.get(f"/books/{book['id']}").json()
+    assert (rated["rating"], rated["rating_count"]) == (4.0, 1)
+    assert reader.get("/my-library").json()["total"] == 0
+
+
+def test_a_librarian_brings_in_a_file_of_classics(client: TestClient, librarian: Person) -> None:
+    upload = librarian.upload((HERE / "sample_books.csv").read_bytes())
+    assert upload.items() >= {"status": "completed", "rows": 50, "inserted": 50, "failed": 0, "progress": 1.0}.items()
+    assert client.get("/books", params={"search": "bronte"}).json()["total"] == 2
+    assert client.get("/books/genres").json()[0] == {"genre": "Novel", "count": 14}
+    oldest = client.get("/books", params={"sort": "year", "limit": 1}).json()["items"][0]
+    assert (oldest["title"], oldest["publication_year"]) == ("The Epic of Gilgamesh", -1800)
+
+
+def test_who_follows_the_change_log_sees_all_of_it(client: TestClient, reader: Person) -> None:
+    book = reader.add_book(**DUNE)
+    reader.post(f"/my-library/{book['id']}", json={"status": "reading"})
+    public = [event["type"] for event in client.get("/events").json()["items"]]
+    mine = [event["type"] for event in reader.get("/events").json()["items"]]
+    assert public == ["book.created"]
+    assert mine == ["book.created", "shelf.created"]
+
+
+# --- manners ------------------------------------------------------------------------------------------------------
+
+ERRORS: dict[str, tuple[str, str, int]] = {
+    "an unknown path": ("GET", "/nothing", 404),
+    "an unknown book": ("GET", "/books/1", 404),
+    "a book with a word for its id": ("GET", "/books/one", 404),
+    "a book id that no database can hold": ("GET", f"/books/{10**30}", 404),
+    "a book id that is a little too large": ("GET", "/books/2147483648", 422),
+    "a method that a path does not take": ("DELETE", "/books", 405),
+    "no token": ("GET", "/users/me", 401),
+    "an unknown parameter": ("GET", "/books?colour=red", 422),
+    "a page of none": ("GET", "/books?limit=0", 422),
+    "a page of too many": ("GET", "/books?limit=101", 422),
+    "a negative page": ("GET", "/books?limit=-1", 422),
+    "a NUL in a search": ("GET", "/books?search=%00", 422),
+    "a body that is no JSON": ("POST", "/auth/register", 422),
+}
+
+
+@pytest.mark.parametrize(("method", "path", "status"), ERRORS.values(), ids=ERRORS)
+def test_every_error_is_a_problem_document(client: TestClient, method: str, path: str, status: int) -> None:
+    answer = client.request(
+        method, path, content=b"{" if method == "POST" else None, headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == status
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.json().keys() >= {"type", "title", "status", "detail"}
+    assert answer.json()["status"] == status
+    assert ("errors" in answer.json()) == (status == 422)
+    assert ("WWW-Authenticate" in answer.headers) == (status == 401)
+
+
+def test_405_names_every_method_of_the_path(client: TestClient) -> None:
+    assert client.post("/books/1").headers["Allow"] == "GET, PUT, PATCH, DELETE"
+    assert client.put("/books/upload").headers["Allow"] == "GET, POST"
+
+
+def test_a_bug_is_500_and_tells_nothing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("events.head", lambda _connection: 1 / 0)
+    answer = TestClient(app, raise_server_exceptions=False).get("/health")
+    assert answer.status_code == 500
+    assert answer.json()["detail"] == "Something went wrong here; it is in the server's log."
+    assert "division" not in answer.text
+
+
+def test_both_spellings_of_a_path_work(client: TestClient, reader: Person) -> None:
+    book = reader.post("/books/", json=DUNE)
+    assert book.status_code == 201
+    for path in ("/books/", "/books", "/books/1/", "/health/", "/docs/"):
+        assert client.get(path, follow_redirects=False).status_code == 200
+
+
+def test_head_is_get_without_its_body(server: Server) -> None:
+    answer = server.client.head("/books")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert int(answer.headers["Content-Length"]) == len(server.client.get("/books").content)
+
+
+def test_a_request_larger_than_a_megabyte_is_413(client: TestClient) -> None:
+    answer = client.post("/auth/register", json={"username": "x" * (1 << 20)})
+    assert answer.status_code == 413
+    assert answer.headers["Content-Type"] == "application/problem+json"
+
+    def endless() -> list[bytes]:
+        return [b"x" * 65536] * 20
+
+    chunked = client.post("/auth/register", content=iter(endless()), headers={"Content-Type": "application/json"})
+    assert chunked.status_code == 413
+    assert chunked.json()["status"] == 413
+
+
+def test_each_request_is_one_line_in_the_log(server: Server) -> None:
+    answer = server.client.get("/books/7", params={"secret": "s3cret"})
+    line = wait_for(lambda: next((row for row in server.log.read_text().splitlines() if "/books/7" in row), None))
+    assert re.search(r"INFO books\.access GET /books/7 404 \d+\.\d ms " + answer.headers["X-Request-ID"], line)
+    assert "s3cret" not in server.log.read_text()
+
+
+# --- the docs -----------------------------------------------------------------------------------------------------
+
+
+def test_the_docs_need_no_other_host(client: TestClient) -> None:
+    for page in ("/docs", "/redoc"):
+        html = client.get(page).text
+        loaded = re.findall(r"""(?:src|href)=["']([^"']+)""", html)
+        assert loaded
+        for asset in loaded:
+            assert asset.startswith("/"), f"{page} loads {asset}"
+            assert client.get(asset).status_code == 200
+
+
+def test_the_authorize_button_finds_the_login(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    flow = schema["components"]["securitySchemes"]["OAuth2PasswordBearer"]["flows"]["password"]
+    form = {"grant_type": "password", "username": "admin", "password": "admin", "scope": ""}
+    answer = client.post(f"/{flow['tokenUrl']}", data=form)
+    assert answer.json()["token_type"] == "bearer"
+
+
+def test_every_operation_has_a_name_of_its_own_and_a_description(client: TestClient) -> None:
+    operations = [
+        operation for path in client.get("/openapi.json").json()["paths"].values() for operation in path.values()
+    ]
+    names = [operation["operationId"] for operation in operations]
+    assert len(set(names)) == len(names)
+    assert [operation["operationId"] for operation in operations if not operation.get("description")] == []
+
+
+# --- the README ---------------------------------------------------------------------------------------------------
+
+
+def commands(heading: str) -> str:
+    """The shell lines under a heading of the README."""
+    section = README.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return "\n".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL))
+
+
+def table(heading: str) -> list[list[str]]:
+    section = README.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_the_readme_lists_every_endpoint() -> None:
+    told = {(method, path) for row in table("Endpoints") for method, path in [row[0].strip("`").split()]}
+    schema = app.openapi()["paths"]
+    assert told == {(method.upper(), path) for path, operations in schema.items() for method in operations}
+
+
+def test_the_readme_and_the_example_list_every_setting() -> None:
+    told = {row[0].strip("`") for row in table("Settings")}
+    known = {name.upper() for name in Settings.model_fields}
+    assert told == known
+    example = (HERE / ".env.example").read_text()
+    assert set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE)) == known
+    Settings(_env_file=HERE / ".env.example")  # a copy of it, untouched, starts
+
+
+def test_the_readme_tour_works_as_written(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve()
+    script = commands("Tour").replace("http://localhost:8000", str(server.client.base_url).rstrip("/"))
+    assert script.count("curl") >= 5
+    (tmp_path / "sample_books.csv").write_bytes((HERE / "sample_books.csv").read_bytes())
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for told in ('"inserted":50', '"title":"Emma"', '"status":"completed"', '"rating":5', "event: books.imported"):
+        assert told in done.stdout
+    assert '"status":4' not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_readme_commands_work_in_a_clean_clone(tmp_path: Path) -> None:
+    clone = tmp_path / "books-api"
+    subprocess.run(["git", "clone", "-q", str(HERE), str(clone)], check=True)
+    environment = {
+        "PATH": f"{make_python(tmp_path)}:/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
+    command = commands("Run").strip()
+    run = subprocess.Popen(["bash", "-ec", f"exec 2>&1; {command}"], cwd=clone, env=environment, start_new_session=True)
+    try:
+
+        def up() -> bool | None:
+            assert run.poll() is None
+            try:
+                return httpx.get("http://localhost:8000/health").status_code == 200 or None
+            except httpx.TransportError:
+                return None
+
+        wait_for(up, seconds=180)
+        assert httpx.get("http://localhost:8000/docs").status_code == 200
+        assert (clone / "books.db").exists()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True
+        )
+        assert changed.stdout == "", "starting it leaves nothing that git would see"
+    finally:
+        subprocess.run(["pkill", "-TERM", "-s", str(run.pid)], check=False)
+        run.wait(timeout=30)
+
+
+def make_python(folder: Path) -> Path:
+    """A folder with a plain `python3`, whatever environment the tests run in."""
+    venv.create(folder / "python", with_pip=True)
+    return folder / "python" / "bin"
+
+
+# --- the house ----------------------------------------------------------------------------------------------------
+
+LAYERS = ["settings", "database", "models", "pages", "events", "auth", "books", "library", "imports", "main"]
+
+
+def test_imports_run_downward_only() -> None:
+    """A module imports only what stands before it in LAYERS; and every module stands there."""
+    modules = {path.stem for path in HERE.glob("*.py")}
+    assert {name for name in modules if not name.startswith("test_")} == {*LAYERS, "conftest", "bench"}
+    for name in LAYERS:
+        tree = ast.parse((HERE / f"{name}.py").read_text())
+        imported = {
+            target.split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for target in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        }
+        wrong = imported & set(LAYERS) - set(LAYERS[: LAYERS.index(name)])
+        assert not wrong, f"{name}.py imports {wrong}"
+
+
+def test_the_procfile_and_python_version_name_what_is_there() -> None:
+    assert "uvicorn main:app" in (HERE / "Procfile").read_text()
+    wanted = (HERE / ".python-version").read_text().strip()
+    assert wanted in ("3.11", "3.12", "3.13")
+    assert sys.version_info >= (3, 11)

@@ -1,0 +1,40 @@
+"""Settings that would be unsafe, or can't work, stop the start and say which one it is."""
+
+import pytest
+from pydantic import ValidationError
+
+from settings import Settings
+
+LONG_KEY = "k" * 32
+
+REFUSED = {
+    "a short key": ({"SECRET_KEY": "short"}, "SECRET_KEY"),
+    "the password of development mode with a key": (
+        {"SECRET_KEY": LONG_KEY, "ADMIN_PASSWORD": "admin"},
+        "ADMIN_PASSWORD",
+    ),
+    "a short password": ({"ADMIN_PASSWORD": "1234567"}, "ADMIN_PASSWORD"),
+    "a database that vanishes": ({"DATABASE_URL": "sqlite:///:memory:"}, "DATABASE_URL"),
+    "a database that nobody knows": ({"DATABASE_URL": "mysql://localhost/books"}, "DATABASE_URL"),
+    "tokens that never expire": ({"ACCESS_TOKEN_EXPIRE_MINUTES": "0"}, "access_token_expire_minutes"),
+    "an upload limit that is no number": ({"MAX_UPLOAD_MB": "many"}, "max_upload_mb"),
+    "an unknown log level": ({"LOG_LEVEL": "LOUD"}, "log_level"),
+}
+
+
+@pytest.mark.parametrize(("environment", "named"), REFUSED.values(), ids=REFUSED)
+def test_unsafe_settings_are_refused(environment: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError, match=named):
+        Settings(_env_file=None)
+
+
+def test_an_empty_key_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", "")
+    assert Settings(_env_file=None).development
+
+
+def test_secrets_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", LONG_KEY)
+    assert LONG_KEY not in repr(Settings(_env_file=None))
