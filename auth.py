@@ -28,6 +28,7 @@ from models import (
     Role,
     Setting,
     Shape,
+    Storable,
     User,
     UserCreate,
     Username,
@@ -77,7 +78,7 @@ class TokenPair(BaseModel):
 
 
 class RefreshRequest(Shape):
-    refresh_token: Annotated[str, Field(max_length=4000)]
+    refresh_token: Annotated[str, Storable, Field(max_length=4000)]
 
 
 def _sign(kind: str, login: LoginSession, lifetime: timedelta, jti: str) -> str:
@@ -203,12 +204,12 @@ async def register(new: UserCreate, response: Response) -> UserPublic:
     if new.password_is_name:
         raise _bad_body("password", "must not be the user name or the e-mail address")
     password_hash = await hash_password(new.password)
-    user = await database.write(_add_user, new, password_hash, Role.reader)
+    user = await database.write(add_user, new, password_hash, Role.reader)
     response.headers["Location"] = "/users/me"
     return UserPublic.model_validate(user, from_attributes=True)
 
 
-def _add_user(session: Session, new: UserCreate, password_hash: str, role: Role) -> User:
+def add_user(session: Session, new: UserCreate, password_hash: str, role: Role) -> User:
     user = User(**new.model_dump(exclude={"password"}), password_hash=password_hash, role=role)
     session.add(user)
     session.flush()
@@ -220,8 +221,8 @@ def _bad_body(field: str, message: str) -> RequestValidationError:
 
 
 class Credentials(BaseModel):
-    username: Annotated[str, Field(max_length=254, description="Or the e-mail address.", examples=["admin"])]
-    password: Annotated[str, Field(max_length=1000, examples=["admin"])]
+    username: Annotated[str, Storable, Field(max_length=254, description="Or the e-mail address.", examples=["admin"])]
+    password: Annotated[str, Storable, Field(max_length=1000, examples=["admin"])]
 
 
 async def credentials(request: Request) -> Credentials:

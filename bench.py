@@ -118,9 +118,8 @@ def bench_import(file: Path, rounds: int) -> None:
     rate = runs[0]["rows"] / median("seconds")
     print(f"{file.name}: {runs[0]['rows']:,} rows, {runs[0]['status']}; median of {rounds} runs")
     print(f"  from 202 to completed      {median('seconds'):8.2f} s   {rate:10,.0f} rows/s")
-    print(
-        f"  csv and sqlite3 alone      {median('bare'):8.2f} s   {median('seconds') / median('bare'):10.1f} times faster"
-    )
+    ratio = median("seconds") / median("bare")
+    print(f"  csv and sqlite3 alone      {median('bare'):8.2f} s   {ratio:10.1f} times faster")
     print(f"  a book read meanwhile, p99 {median('read_p99'):8.1f} ms")
     print(f"  memory of the server, most {median('memory'):8.0f} MB")
 

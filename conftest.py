@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import Session, col, select
 
+import auth
 import database
 import models
 from main import app
@@ -97,10 +99,22 @@ def wait_for(ask: Callable[[], T | None], seconds: float = 10) -> T:
 # --- in this process ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def first_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database file as the first start leaves it: migrating it anew for each test would take most of the time."""
+    file = tmp_path_factory.mktemp("first") / "books.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "database_url", f"sqlite:///{file}")
+        with TestClient(app):
+            pass
+    return file
+
+
 @pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    """A visitor, who has no account, of a service with an empty database."""
-    monkeypatch.setattr(settings, "database_url", f"sqlite:///{tmp_path / 'books.db'}")
+def client(first_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    """A visitor, who has no account, of a service with an empty catalogue."""
+    file = shutil.copy(first_start, tmp_path / "books.db")
+    monkeypatch.setattr(settings, "database_url", f"sqlite:///{file}")
     with TestClient(app) as visitor:
         yield visitor
 
@@ -112,19 +126,27 @@ def admin(client: TestClient) -> Person:
 
 @pytest.fixture
 def reader(client: TestClient) -> Person:
-    return sign_up(client, "Rita")
+    return make(client, "Rita")
 
 
 @pytest.fixture
 def other_reader(client: TestClient) -> Person:
-    return sign_up(client, "Oskar")
+    return make(client, "Oskar")
 
 
 @pytest.fixture
 def librarian(client: TestClient) -> Person:
-    person = sign_up(client, "Lydia")
-    database.transact(set_role, person.username, models.Role.librarian)
-    return person
+    return make(client, "Lydia", models.Role.librarian)
+
+
+PASSWORD_HASH = auth.passwords.hash(PASSWORD)
+
+
+def make(client: TestClient, username: str, role: models.Role = models.Role.reader) -> Person:
+    """Somebody who signed up before the test began."""
+    new = models.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
+    database.transact(auth.add_user, new, PASSWORD_HASH, role)
+    return Person(client, username)
 
 
 def set_role(session: Session, username: str, role: models.Role) -> None:

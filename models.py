@@ -80,9 +80,9 @@ class Cents(sa.TypeDecorator[Decimal]):
         return None if value is None else Decimal(value) / 100
 
 
-def _no_nul(text: str) -> str:
-    if "\x00" in text:
-        raise ValueError("must not contain NUL characters")
+def _storable(text: str) -> str:
+    if "\x00" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("must not contain NUL characters or halves of surrogate pairs")
     return text
 
 
@@ -126,15 +126,15 @@ def bounded(most: int, least: int = 1) -> StringConstraints:
 
 # Python's idea of white space, not pydantic's, so that a shape, a CSV cell and a sort key agree on what is blank.
 Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
-NoNul = AfterValidator(_no_nul)
+Storable = AfterValidator(_storable)
 BlankIsNull = BeforeValidator(_blank_is_null)
-Title = Annotated[str, Stripped, bounded(500), NoNul]
-Author = Annotated[str, Stripped, bounded(1000), NoNul]
-Language = Annotated[str, Stripped, bounded(35), NoNul]
-Word = Annotated[str, Stripped, bounded(100), NoNul]
-Name = Annotated[str, Stripped, bounded(300), NoNul]
-LongText = Annotated[str, Stripped, bounded(20_000), NoNul]
-Url = Annotated[str, Stripped, bounded(2000), StringConstraints(pattern=r"^https?://[^\s<>\"\\^`{|}]+$"), NoNul]
+Title = Annotated[str, Stripped, bounded(500), Storable]
+Author = Annotated[str, Stripped, bounded(1000), Storable]
+Language = Annotated[str, Stripped, bounded(35), Storable]
+Word = Annotated[str, Stripped, bounded(100), Storable]
+Name = Annotated[str, Stripped, bounded(300), Storable]
+LongText = Annotated[str, Stripped, bounded(20_000), Storable]
+Url = Annotated[str, Stripped, bounded(2000), StringConstraints(pattern=r"^https?://[^\s<>\"\\^`{|}]+$"), Storable]
 Isbn = Annotated[str, Stripped, bounded(32), AfterValidator(_to_isbn13)]
 Price = Annotated[
     Decimal,
@@ -232,7 +232,7 @@ Email = Annotated[
         r"(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+$",
     ),
 ]
-Password = Annotated[str, StringConstraints(min_length=8, max_length=128), AfterValidator(_no_nul)]
+Password = Annotated[str, StringConstraints(min_length=8, max_length=128), Storable]
 
 
 class UserCreate(Shape):
@@ -495,7 +495,7 @@ class EntryUpdate(Shape):
     status: ShelfStatus = ShelfStatus.wishlist
     rating: Annotated[int, Limit(ge=1, le=5)] | None = None
     review: Annotated[LongText | None, BlankIsNull] = None
-    tags: Annotated[list[Annotated[str, Stripped, bounded(50), NoNul]], Limit(max_length=50)] = []
+    tags: Annotated[list[Annotated[str, Stripped, bounded(50), Storable]], Limit(max_length=50)] = []
     started_at: Moment | None = None
     finished_at: Moment | None = None
 

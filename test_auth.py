@@ -19,6 +19,7 @@ from settings import settings
 
 # --- registration -------------------------------------------------------------------------------------------------
 
+JSON = {"Content-Type": "application/json"}
 NEW = {"username": "rita", "email": "rita@example.com", "password": PASSWORD}
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -109,8 +110,11 @@ def test_a_wrong_password_an_unknown_name_and_a_closed_account_look_the_same(cli
         pytest.param({"data": {"password": "x"}}, id="no name"),
         pytest.param({"json": ["rita", "x"]}, id="a list"),
         pytest.param({"json": {"username": {"$ne": ""}, "password": {"$ne": ""}}}, id="objects"),
-        pytest.param({"content": b"{", "headers": {"Content-Type": "application/json"}}, id="half a body"),
-        pytest.param({"content": b"\xff", "headers": {"Content-Type": "application/json"}}, id="no UTF-8"),
+        pytest.param({"content": b"{", "headers": JSON}, id="half a body"),
+        pytest.param({"content": b"\xff", "headers": JSON}, id="no UTF-8"),
+        pytest.param(
+            {"content": b'{"username": "rita", "password": "\\ud800"}', "headers": JSON}, id="half a character"
+        ),
         pytest.param({}, id="nothing"),
     ],
 )
