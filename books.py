@@ -1,6 +1,5 @@
 """The catalogue: finding, adding, changing and removing books, and what readers say of them."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
@@ -35,7 +34,7 @@ from models import (
     User,
     fold,
 )
-from pages import Order, Page, PageQuery, cut, encode, link_headers, paged
+from pages import Order, Page, PageQuery, encode, named, page_answer, read_page
 
 router = APIRouter(prefix="/books", tags=["Catalogue"])
 
@@ -47,7 +46,7 @@ PUBLIC["rating"] = (sa.cast(col(Book.rating_sum), sa.Float) / sa.func.nullif(col
 SELECT_BOOKS = sa.select(*PUBLIC.values())
 SELECT_BOOK = SELECT_BOOKS.where(col(Book.id) == sa.bindparam("book_id"))
 ONE_BOOK, BOOK_PAGE = TypeAdapter(BookPublic), TypeAdapter(Page[BookPublic])
-REVIEW_PAGE = TypeAdapter(Page[ReviewPublic])
+as_book = named(PUBLIC)
 
 YEAR: ColumnElement[int] = sa.literal_column(f"coalesce(publication_year, {UNKNOWN_YEAR})", sa.Integer)
 SORTED_BY: dict[str, tuple[Any, ...]] = {
@@ -68,15 +67,6 @@ BOOKS_BY_WORDS = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
 
 def no_such_book() -> HTTPException:
     return HTTPException(404, "No such book.")
-
-
-def json_answer(body: bytes, headers: dict[str, str] | None = None) -> Response:
-    return Response(body, media_type="application/json", headers=headers)
-
-
-def as_book(values: Sequence[Any]) -> dict[str, Any]:
-    """A row of PUBLIC's columns (others may follow) as a BookPublic's fields."""
-    return dict(zip(PUBLIC, values, strict=False))
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
@@ -159,27 +149,23 @@ async def list_books(query: Annotated[BookFilter, Query()], viewer: Viewer, requ
     # The plain walk through the catalogue is short; what must count or match may take long.
     how = database.scan if conditions or match or query.start else database.read
     page, cursor = await how(find_books, query, conditions, match)
-    headers = {"X-Event-Cursor": str(cursor), **link_headers(request, page["next"])}
-    return json_answer(BOOK_PAGE.dump_json(BOOK_PAGE.validate_python(page)), headers)
+    return page_answer(page, BOOK_PAGE, request, cursor)
 
 
 def find_books(
     connection: Connection, query: BookFilter, conditions: list[ColumnElement[bool]], match: str
 ) -> tuple[dict[str, Any], int]:
     """The page, and the event id it is up to date with."""
-    rows: Sequence[Any]
-    if match and words(query.search) and query.sort is None:
-        rows, following = best_matches(connection, query, conditions, match)
-    else:
-        order = ORDERS[query.sort or "id"]
-        select = SELECT_BOOKS.where(*conditions)
-        if match:
-            select = select.where(col(Book.id).in_(sa.text("SELECT rowid FROM book_fts WHERE book_fts MATCH :match")))
-        rows, following = cut(
-            connection.execute(paged(select, order, query), {"match": match} if match else {}).all(), order, query
-        )
     total = count_books(connection, conditions, match)
-    page = {"items": [as_book(row) for row in rows], "total": total, "next": following}
+    if words(query.search) and query.sort is None:
+        page = best_matches(connection, query, conditions, match, total)
+    else:
+        if match:
+            rows = sa.text("SELECT rowid FROM book_fts WHERE book_fts MATCH :match").bindparams(match=match)
+            conditions = [*conditions, col(Book.id).in_(rows)]
+        page = read_page(
+            connection, SELECT_BOOKS.where(*conditions), ORDERS[query.sort or "id"], query, as_book, total=total
+        )
     return page, events.head(connection)
 
 
@@ -197,8 +183,8 @@ def count_books(connection: Connection, conditions: list[ColumnElement[bool]], m
 
 
 def best_matches(
-    connection: Connection, query: BookFilter, conditions: list[ColumnElement[bool]], match: str
-) -> tuple[list[Any], str | None]:
+    connection: Connection, query: BookFilter, conditions: list[ColumnElement[bool]], match: str, total: int
+) -> dict[str, Any]:
     """Best match first: the exact title, then titles that begin so, then all words in the title, then the rest.
 
     Each of these tiers is in the order of ids, so that a walk by cursor stays true while books come and go, which a
@@ -233,8 +219,8 @@ def best_matches(
         if len(rows) == wanted:
             break
     shown = rows[query.start : query.start + query.limit]
-    more = len(rows) == wanted and shown
-    return [row for _, row in shown], encode(BEST, [shown[-1][0], shown[-1][1].id]) if more else None
+    following = encode(BEST, [shown[-1][0], shown[-1][1].id]) if len(rows) == wanted else None
+    return {"items": [as_book(row) for _, row in shown], "total": total, "next": following}
 
 
 def index_books(session: Session, first: int, last: int) -> None:
@@ -287,7 +273,8 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
     headers = {"ETag": etag_of(row.version)}
     if if_none_match is not None and _names(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    return json_answer(ONE_BOOK.dump_json(ONE_BOOK.validate_python(as_book(row))), headers)
+    body = ONE_BOOK.dump_json(ONE_BOOK.validate_python(as_book(row)))
+    return Response(body, media_type="application/json", headers=headers)
 
 
 def _find_book(connection: Connection, book_id: int) -> Any:
@@ -396,25 +383,25 @@ def _delete_book(session: Session, book_id: int, user: Principal, if_match: str 
 # --- reviews ------------------------------------------------------------------------------------------------------
 
 REVIEWS = Order("-id", (col(ShelfEntry.id),))
-IS_REVIEW = sa.or_(col(ShelfEntry.rating).is_not(None), col(ShelfEntry.review).is_not(None))
+REVIEW = {"username": col(User.username)} | {
+    name: getattr(ShelfEntry, name) for name in ReviewPublic.model_fields if name != "username"
+}
+SELECT_REVIEWS = (
+    sa.select(*REVIEW.values())
+    .join_from(ShelfEntry, User)
+    .where(sa.or_(col(ShelfEntry.rating).is_not(None), col(ShelfEntry.review).is_not(None)))
+)
+REVIEW_PAGE = TypeAdapter(Page[ReviewPublic])
 
 
 @router.get("/{book_id:id}/reviews", response_model=Page[ReviewPublic])
 async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], request: Request) -> Response:
     """What readers say of a book, the newest entry first. They are written at `/my-library/{book_id}`."""
-    page = await database.scan(_find_reviews, book_id, query)
-    return json_answer(REVIEW_PAGE.dump_json(REVIEW_PAGE.validate_python(page)), link_headers(request, page["next"]))
+    return page_answer(await database.scan(_find_reviews, book_id, query), REVIEW_PAGE, request)
 
 
 def _find_reviews(connection: Connection, book_id: int, query: PageQuery) -> dict[str, Any]:
     if _find_book(connection, book_id) is None:
         raise no_such_book()
-    of_book = sa.and_(col(ShelfEntry.book_id) == book_id, IS_REVIEW)
-    columns = {
-        "username": col(User.username),
-        **{name: col(getattr(ShelfEntry, name)) for name in ReviewPublic.model_fields if name != "username"},
-    }
-    select = sa.select(*columns.values()).join_from(ShelfEntry, User).where(of_book)
-    rows, following = cut(connection.execute(paged(select, REVIEWS, query)).all(), REVIEWS, query)
-    total = connection.execute(sa.select(sa.func.count()).select_from(ShelfEntry).where(of_book)).scalar_one()
-    return {"items": [dict(zip(columns, row, strict=False)) for row in rows], "total": total, "next": following}
+    of_book = SELECT_REVIEWS.where(col(ShelfEntry.book_id) == book_id)
+    return read_page(connection, of_book, REVIEWS, query, named(REVIEW))

@@ -27,7 +27,7 @@ import database
 import events
 import models
 from auth import Contributor, CurrentUser
-from books import index_books, json_answer
+from books import index_books
 from models import (
     Book,
     BookCreate,
@@ -41,7 +41,7 @@ from models import (
     UploadPublic,
     UploadStatus,
 )
-from pages import Order, Page, PageQuery, cut, link_headers, paged
+from pages import Order, Page, PageQuery, named, page_answer, read_page
 from settings import settings
 
 log = logging.getLogger("books.imports")
@@ -449,9 +449,10 @@ def _tell_progress(session: Session, upload: Upload) -> None:
 # --- routes -------------------------------------------------------------------------------------------------------
 
 UploadId = Annotated[Id, Path(description="The upload's `id`.")]
-UPLOADS = Order("-id", (col(Upload.id),))
-ERRORS = Order("id", (col(UploadError.id),))
-UPLOAD_PAGE, ERROR_PAGE = TypeAdapter(Page[UploadPublic]), TypeAdapter(Page[UploadErrorPublic])
+UPLOADS, UPLOAD_PAGE = Order("-id", (col(Upload.id),)), TypeAdapter(Page[UploadPublic])
+ERRORS, ERROR_PAGE = Order("id", (col(UploadError.id),)), TypeAdapter(Page[UploadErrorPublic])
+SELECT_UPLOADS = sa.select(*[col(getattr(Upload, name)) for name in UploadPublic.model_fields])
+SELECT_ERRORS = sa.select(*[col(getattr(UploadError, name)) for name in UploadErrorPublic.model_fields])
 
 
 class UploadForm(Shape):
@@ -493,21 +494,16 @@ def _store_file(session: Session, file: BinaryIO, filename: str, size: int, user
 @router.get("", response_model=Page[UploadPublic])
 async def list_uploads(query: Annotated[PageQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My uploads, the newest first; for staff, everybody's."""
-    page = await database.read(_find_uploads, user, query)
-    return json_answer(UPLOAD_PAGE.dump_json(UPLOAD_PAGE.validate_python(page)), link_headers(request, page["next"]))
+    return page_answer(await database.read(_find_uploads, user, query), UPLOAD_PAGE, request)
+
+
+def _find_uploads(connection: Connection, user: Principal, query: PageQuery) -> dict[str, Any]:
+    visible = SELECT_UPLOADS.where(_visible(user))
+    return read_page(connection, visible, UPLOADS, query, named(UploadPublic.model_fields))
 
 
 def _visible(user: Principal) -> ColumnElement[bool]:
     return sa.true() if user.is_staff else col(Upload.user_id) == user.id
-
-
-def _find_uploads(connection: Connection, user: Principal, query: PageQuery) -> dict[str, Any]:
-    columns = [col(getattr(Upload, name)) for name in UploadPublic.model_fields]
-    select = sa.select(*columns).where(_visible(user))
-    rows, following = cut(connection.execute(paged(select, UPLOADS, query)).all(), UPLOADS, query)
-    total = connection.execute(sa.select(sa.func.count()).select_from(Upload).where(_visible(user))).scalar_one()
-    items = [dict(zip(UploadPublic.model_fields, row, strict=False)) for row in rows]
-    return {"items": items, "total": total, "next": following}
 
 
 @router.get("/{upload_id:id}")
@@ -517,7 +513,7 @@ async def read_upload(upload_id: UploadId, user: CurrentUser) -> UploadPublic:
 
 
 def _find_upload(connection: Connection, upload_id: int, user: Principal) -> UploadPublic:
-    row = connection.execute(sa.select(Upload).where(col(Upload.id) == upload_id, _visible(user))).first()
+    row = connection.execute(SELECT_UPLOADS.where(col(Upload.id) == upload_id, _visible(user))).first()
     if row is None:
         raise HTTPException(404, "No such upload.")
     return UploadPublic.model_validate(row)
@@ -528,17 +524,10 @@ async def list_upload_errors(
     upload_id: UploadId, query: Annotated[PageQuery, Query()], user: CurrentUser, request: Request
 ) -> Response:
     """Why rows were refused, and what others had to go in without."""
-    page = await database.read(_find_upload_errors, upload_id, user, query)
-    return json_answer(ERROR_PAGE.dump_json(ERROR_PAGE.validate_python(page)), link_headers(request, page["next"]))
+    return page_answer(await database.read(_find_upload_errors, upload_id, user, query), ERROR_PAGE, request)
 
 
 def _find_upload_errors(connection: Connection, upload_id: int, user: Principal, query: PageQuery) -> dict[str, Any]:
     _find_upload(connection, upload_id, user)
-    of_upload = col(UploadError.upload_id) == upload_id
-    columns = [col(getattr(UploadError, name)) for name in UploadErrorPublic.model_fields]
-    rows, following = cut(
-        connection.execute(paged(sa.select(*columns).where(of_upload), ERRORS, query)).all(), ERRORS, query
-    )
-    total = connection.execute(sa.select(sa.func.count()).select_from(UploadError).where(of_upload)).scalar_one()
-    items = [dict(zip(UploadErrorPublic.model_fields, row, strict=False)) for row in rows]
-    return {"items": items, "total": total, "next": following}
+    of_upload = SELECT_ERRORS.where(col(UploadError.upload_id) == upload_id)
+    return read_page(connection, of_upload, ERRORS, query, named(UploadErrorPublic.model_fields))

@@ -11,9 +11,9 @@ from sqlmodel import Session, col
 import database
 import events
 from auth import CurrentUser
-from books import PUBLIC, BookId, as_book, json_answer, no_such_book
+from books import PUBLIC, BookId, as_book, no_such_book
 from models import Book, BookPublic, EntryCreate, EntryPublic, EntryUpdate, Principal, ShelfEntry, ShelfStatus
-from pages import Order, Page, PageQuery, cut, link_headers, paged
+from pages import Order, Page, PageQuery, named, page_answer, read_page
 
 router = APIRouter(prefix="/my-library", tags=["My library"])
 
@@ -41,25 +41,21 @@ class ShelfQuery(PageQuery):
 
 
 def as_entry(row: Any) -> dict[str, Any]:
-    return {**dict(zip(ENTRY, row, strict=False)), "book": as_book(row[len(ENTRY) :])}
+    return named(ENTRY)(row) | {"book": as_book(row[len(ENTRY) :])}
 
 
 @router.get("", response_model=Page[EntryPublic])
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My shelf, the newest first. `X-Event-Cursor` is the id of the last change that the page contains."""
     page, cursor = await database.read(_find_entries, user.id, query)
-    headers = {"X-Event-Cursor": str(cursor), **link_headers(request, page["next"])}
-    return json_answer(ENTRY_PAGE.dump_json(ENTRY_PAGE.validate_python(page)), headers)
+    return page_answer(page, ENTRY_PAGE, request, cursor)
 
 
 def _find_entries(connection: Connection, user_id: int, query: ShelfQuery) -> tuple[dict[str, Any], int]:
-    mine = [col(ShelfEntry.user_id) == user_id]
+    mine = SELECT_ENTRIES.where(col(ShelfEntry.user_id) == user_id)
     if query.status is not None:
-        mine.append(col(ShelfEntry.status) == query.status)
-    order = ORDERS[query.sort]
-    rows, following = cut(connection.execute(paged(SELECT_ENTRIES.where(*mine), order, query)).all(), order, query)
-    total = connection.execute(sa.select(sa.func.count()).select_from(ShelfEntry).where(*mine)).scalar_one()
-    return {"items": [as_entry(row) for row in rows], "total": total, "next": following}, events.head(connection)
+        mine = mine.where(col(ShelfEntry.status) == query.status)
+    return read_page(connection, mine, ORDERS[query.sort], query, as_entry), events.head(connection)
 
 
 @router.get("/{book_id:id}")

@@ -81,7 +81,7 @@ class Cents(sa.TypeDecorator[Decimal]):
 
 
 def _storable(text: str) -> str:
-    if "\x00" in text or any("\ud800" <= character <= "\udfff" for character in text):
+    if re.search("[\x00\ud800-\udfff]", text):
         raise ValueError("must not contain NUL characters or halves of surrogate pairs")
     return text
 

@@ -7,14 +7,14 @@ cost does not grow with depth, and rows that come or go meanwhile neither repeat
 import base64
 import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field
-from sqlalchemy import ColumnElement, Float, Integer, Select, and_, or_
+from pydantic import BaseModel, Field, TypeAdapter
+from sqlalchemy import ColumnElement, Connection, Float, Integer, Select, and_, func, or_
 
 from models import ID_MAX, BlankIsNull, Shape
 
@@ -92,28 +92,47 @@ def bad_query(name: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"loc": ("query", name), "msg": f"{name} {message}", "type": "value_error"}])
 
 
-def paged(select: Select[Any], order: Order, query: PageQuery) -> Select[Any]:
-    """`select`, cut to the page that `query` asks for and one row more, its sort keys added as the last columns."""
+def read_page(
+    connection: Connection,
+    select: Select[Any],
+    order: Order,
+    query: PageQuery,
+    shown: Callable[[Any], dict[str, Any]],
+    *,
+    total: int | None = None,
+) -> dict[str, Any]:
+    """The page of `select` that `query` asks for, as a `Page`'s fields. `shown` makes an item of a row.
+
+    Without a `total` that is known, it is counted.
+    """
     if query.cursor and query.start:
         raise bad_query("cursor", "and offset exclude each other")
-    if query.cursor:
-        select = select.where(order.after(order.decode(query.cursor)))
-    elif query.start:
-        select = select.offset(query.start)
-    return select.add_columns(*order.columns).order_by(*order.by()).limit(query.limit + 1)
+    page = select.where(order.after(order.decode(query.cursor))) if query.cursor else select.offset(query.start)
+    page = page.add_columns(*order.columns).order_by(*order.by()).limit(query.limit + 1)
+    rows = connection.execute(page).all()
+    following = None
+    if len(rows) > query.limit:
+        rows = rows[: query.limit]
+        following = encode(order.name, rows[-1][-len(order.columns) :])
+    if total is None:
+        total = connection.execute(select.with_only_columns(func.count(), maintain_column_froms=True)).scalar_one()
+    return {"items": [shown(row) for row in rows], "total": total, "next": following}
 
 
-def cut(rows: Sequence[Any], order: Order, query: PageQuery) -> tuple[Sequence[Any], str | None]:
-    """The rows to show, and the cursor of the page after them."""
-    if len(rows) <= query.limit:
-        return rows, None
-    rows = rows[: query.limit]
-    return rows, encode(order.name, rows[-1][-len(order.columns) :])
+def named(columns: Iterable[str]) -> Callable[[Any], dict[str, Any]]:
+    """Makes an item of a row whose first columns are these."""
+    names = tuple(columns)
+    return lambda row: dict(zip(names, row, strict=False))
 
 
-def link_headers(request: Request, cursor: str | None) -> dict[str, str]:
-    """`Link: <…>; rel="next"` (RFC 8288), to the same list."""
-    if cursor is None:
-        return {}
-    url = request.url.remove_query_params(["offset", "skip"]).include_query_params(cursor=cursor)
-    return {"Link": f'<{url}>; rel="next"'}
+def page_answer(
+    page: dict[str, Any], adapter: TypeAdapter[Any], request: Request, event_cursor: int | None = None
+) -> Response:
+    """The page, validated and serialised in one pass, with its `Link` (RFC 8288) and the event id it is true for."""
+    answer = Response(adapter.dump_json(adapter.validate_python(page)), media_type="application/json")
+    if page["next"] is not None:
+        url = request.url.remove_query_params(["offset", "skip"]).include_query_params(cursor=page["next"])
+        answer.headers["Link"] = f'<{url}>; rel="next"'
+    if event_cursor is not None:
+        answer.headers["X-Event-Cursor"] = str(event_cursor)
+    return answer
