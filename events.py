@@ -8,6 +8,7 @@ at its own pace, and from the log itself when it lies further back.
 import asyncio
 import contextlib
 import json
+import logging
 import random
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,11 +21,14 @@ from fastapi import APIRouter, Depends, Header, Query
 from pydantic import BaseModel, Field
 from sqlalchemy import Connection
 from sqlalchemy import event as orm_event
+from sqlalchemy.exc import OperationalError
 from sqlmodel import Session, col
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 import database
 from models import BlankIsNull, Event, EventPublic, Principal, Role, Setting, Shape
+
+log = logging.getLogger("books.events")
 
 POLL_SECONDS = 0.1  # how often other processes' commits are looked for: 3 µs each time
 HEARTBEAT_SECONDS = 15  # well under the 55 s after which Heroku's router cuts a silent connection
@@ -162,15 +166,19 @@ class Feed:
             while True:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._nudged.wait(), POLL_SECONDS)
-                # Changes whenever another connection, of this process or another, has committed.
-                version = connection.exec_driver_sql("PRAGMA data_version").scalar_one()
-                if version == seen and not self._nudged.is_set():
-                    continue
-                self._nudged.clear()
-                seen = version
-                while events := await database.read(after, self.head):
-                    self._append(events)
-                    await asyncio.sleep(0)
+                try:
+                    # Changes whenever another connection, of this process or another, has committed.
+                    version = connection.exec_driver_sql("PRAGMA data_version").scalar_one()
+                    if version == seen and not self._nudged.is_set():
+                        continue
+                    self._nudged.clear()
+                    while events := await database.read(after, self.head):
+                        self._append(events)
+                        await asyncio.sleep(0)
+                    seen = version
+                except OperationalError as error:  # it may be better in a while; what was missed is still in the log
+                    log.error("can't read the change log: %s", error)
+                    await asyncio.sleep(1)
 
     def _append(self, events: Sequence[Logged]) -> None:
         for event in events:
@@ -289,6 +297,12 @@ class EventPage(BaseModel):
     next: int = Field(description="Give it as `after` to read on. At the end of the log, ask again with it later.")
 
 
+STREAM = {
+    "description": "Frames, until the client closes.",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+
+
 def split_types(types: str | None) -> tuple[str, ...]:
     return tuple(types.split(",")) if types else ()
 
@@ -307,7 +321,7 @@ def build_router(identify: Callable[..., Awaitable[Principal | None]]) -> APIRou
         wanted = Filter(viewer, split_types(query.types))
         return await database.scan(_events_page, wanted, query)
 
-    @router.get("/stream", response_class=EventSourceResponse)
+    @router.get("/stream", response_class=EventSourceResponse, responses={200: STREAM})
     async def stream(
         query: Annotated[StreamQuery, Query()],
         viewer: Viewer,

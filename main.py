@@ -31,6 +31,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
@@ -87,8 +88,11 @@ def configure_logging() -> None:
 async def resume_uploads() -> None:
     """Take up the uploads of processes that died, this one's earlier life included."""
     while True:
-        for upload_id in await database.scan(imports.abandoned_uploads):
-            await anyio.to_thread.run_sync(imports.run_upload, upload_id)
+        try:
+            for upload_id in await database.scan(imports.abandoned_uploads):
+                await anyio.to_thread.run_sync(imports.run_upload, upload_id)
+        except OperationalError as error:  # a full disk, a locked file: it may be better in a while
+            log.error("can't look for uploads: %s", error)
         await asyncio.sleep(5)
 
 
@@ -194,6 +198,11 @@ class Manners:
         head = scope["method"] == "HEAD" and path != "/stream"
         inner = {**scope, "path": path, "method": "GET" if head else scope["method"]}
 
+        def tell() -> None:
+            milliseconds = (time.perf_counter() - started) * 1000
+            shown = scope["raw_path"].decode("ascii", "replace")[:500]
+            access_log.info("%s %s %d %.1f ms %s", scope["method"], shown, status, milliseconds, request_id)
+
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
@@ -206,15 +215,17 @@ class Manners:
                     )
                     return await too_large(scope, receive, send)
             elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and message.get("body") == b"Content Too Large":
-                return None
-            return await send(message)
+                return tell()
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                tell()  # here, not at the end: background tasks run on after the answer
+            return None
 
         try:
             await self.app(inner, receive, answer)
-        finally:
-            milliseconds = (time.perf_counter() - started) * 1000
-            shown = scope["raw_path"].decode("ascii", "replace")[:500]
-            access_log.info("%s %s %d %.1f ms %s", scope["method"], shown, status, milliseconds, request_id)
+        except BaseException:
+            tell()
+            raise
 
 
 def is_plain(message: Message) -> bool:
@@ -233,7 +244,10 @@ app = FastAPIOffline(
     exception_handlers=HANDLERS,
     generate_unique_id_function=lambda route: route.name,
     responses={
-        422: {"description": "Something in the request is not as it must be.", "model": Problem},
+        422: {
+            "description": "Something in the request is not as it must be.",
+            "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        },
         "default": {
             "description": "Any other error.",
             "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
@@ -244,6 +258,20 @@ app = FastAPIOffline(
 app.add_middleware(Manners)
 for router in (auth.router, books.router, imports.router, library.router, events.build_router(auth.identify)):
     app.include_router(router, max_body_size=BODY_MAX)
+
+
+plain_openapi = app.openapi
+
+
+def openapi() -> dict[str, Any]:
+    """With the shape of errors, which FastAPI adds by itself only where it is plain JSON."""
+    schema = plain_openapi()
+    _, problems = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
+    schema["components"]["schemas"].update(problems["$defs"])
+    return schema
+
+
+app.openapi = openapi  # type: ignore[method-assign]
 
 
 class Health(BaseModel):

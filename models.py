@@ -579,18 +579,7 @@ class UploadStatus(StrEnum):
     cancelled = "cancelled"
 
 
-class UploadCounts(SQLModel):
-    """Every row of the file is in exactly one of inserted, updated, skipped and failed."""
-
-    rows: int = 0
-    inserted: int = 0
-    updated: int = 0
-    skipped: int = 0
-    failed: int = 0
-    warnings: int = Field(default=0, description="Rows that went in without one bad value.")
-
-
-class Upload(UploadCounts, table=True):
+class Upload(SQLModel, table=True):
     __tablename__ = "upload"
     __table_args__ = table_options(
         sa.CheckConstraint("status IN ('queued', 'processing', 'completed', 'failed', 'cancelled')", name="status"),
@@ -603,6 +592,12 @@ class Upload(UploadCounts, table=True):
     filename: str = Field(max_length=255)
     size: int
     status: str = Field(default=UploadStatus.queued, max_length=20, index=True)
+    rows: int = 0
+    inserted: int = 0
+    updated: int = 0
+    skipped: int = 0
+    failed: int = 0
+    warnings: int = 0
     progress: float = 0
     ignored_columns: list[str] = Field(default_factory=list, sa_type=sa.JSON, nullable=False)
     error: str | None = None
@@ -635,18 +630,24 @@ class UploadError(SQLModel, table=True):
     message: str
 
 
-class UploadPublic(UploadCounts):
+class UploadPublic(BaseModel):
     model_config = {"from_attributes": True}
 
     id: int
     filename: str
     status: UploadStatus
-    progress: float = Field(description="From 0 to 1, by the bytes of the file.")
-    ignored_columns: list[str] = Field(description="Columns that the catalogue does not know.")
+    rows: int = Limit(description="Each is in exactly one of inserted, updated, skipped and failed.")
+    inserted: int
+    updated: int
+    skipped: int
+    failed: int
+    warnings: int = Limit(description="Rows that went in without one bad value.")
+    progress: float = Limit(description="From 0 to 1, by the bytes of the file.")
+    ignored_columns: list[str] = Limit(description="Columns that the catalogue does not know.")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
-    error: str | None = Field(description="Why the upload as a whole failed.")
+    error: str | None = Limit(description="Why the upload as a whole failed.")
 
 
 class UploadErrorPublic(BaseModel):
