@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -198,7 +198,9 @@ class Server:
         environment = {**os.environ, "DATABASE_URL": f"sqlite:///{self.file}", **self.environment}
         command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(self.port), *self.options]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=HERE, env=environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                command, cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
         wait_for(self._up, seconds=30)
 
@@ -218,8 +220,10 @@ class Server:
         return time.monotonic() - started
 
     def close(self) -> None:
-        if self.process.poll() is None:
-            self.stop(signal.SIGKILL)
+        self.client.close()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # its workers too
+        self.process.wait(timeout=30)
 
     def restart(self) -> None:
         if self.process.poll() is None:

@@ -267,14 +267,17 @@ def _resume(connection: Connection, cursor: int | None) -> tuple[Position, str |
 # --- routes -------------------------------------------------------------------------------------------------------
 
 Types = Annotated[
-    str | None,
-    BlankIsNull,
+    str,
     Field(
         max_length=500,
         pattern=r"^(\*|[a-z]+\.(\*|[a-z]+))(,(\*|[a-z]+\.(\*|[a-z]+)))*$",
-        description="Only these types, separated by commas; `book.*` means all of the book.",
         examples=["book.*,review.created"],
     ),
+]
+TypesParameter = Annotated[
+    Types | None,
+    BlankIsNull,
+    Field(description="Only these types, separated by commas; `book.*` means all of the book."),
 ]
 EventId = Annotated[int, Field(ge=0, le=EVENT_ID_MAX)]
 
@@ -282,11 +285,11 @@ EventId = Annotated[int, Field(ge=0, le=EVENT_ID_MAX)]
 class EventsQuery(Shape):
     after: EventId = Field(default=0, description="The `next` of the answer before; 0 for the oldest that are kept.")
     limit: Annotated[int, Field(ge=1, le=100)] = 20
-    types: Types = None
+    types: TypesParameter = None
 
 
 class StreamQuery(Shape):
-    types: Types = None
+    types: TypesParameter = None
     since: EventId | None = Field(default=None, description="Resume after this id. `Last-Event-ID` wins over it.")
     limit: Annotated[int | None, Field(ge=1, le=10_000, description="End after so many events.")] = None
     seconds: Annotated[float | None, Field(gt=0, le=86_400, description="End after so many seconds.")] = None

@@ -20,6 +20,7 @@ from models import ID_MAX, BlankIsNull, Shape
 
 T = TypeVar("T")
 Key = str | int | float
+Cursor = Annotated[str, Field(max_length=8000)]
 
 
 class Page(BaseModel, Generic[T]):
@@ -32,7 +33,7 @@ class PageQuery(Shape):
     limit: Annotated[int, Field(ge=1, le=100)] = 20
     offset: Annotated[int | None, Field(ge=0, le=ID_MAX, description="How many to jump over.")] = None
     skip: Annotated[int | None, Field(ge=0, le=ID_MAX, description="Another name of `offset`.")] = None
-    cursor: Annotated[str | None, BlankIsNull, Field(max_length=8000, description="What `next` gave.")] = None
+    cursor: Annotated[Cursor | None, BlankIsNull] = Field(default=None, description="What `next` gave.")
 
     @property
     def start(self) -> int:
