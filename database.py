@@ -7,6 +7,7 @@ kept connection, with no `await` while it is in use. Everything else goes to thr
 import functools
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from alembic.config import Config
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, SQLModel
+
+if sys.platform != "win32":
+    import fcntl
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -54,13 +58,42 @@ class _Open:
         event.listen(self.loop_engine, "connect", _on_connect)
         self.kept = self.loop_engine.connect()
         self.limiter = anyio.CapacityLimiter(THREADS)
-        # Waiting on a lock of our own is fair and instant; SQLite's busy handler sleeps and retries.
-        self.write_lock = threading.Lock()
+        self.write_lock = WriteLock(f"{self.engine.url.database}-lock")
 
     def close(self) -> None:
+        self.write_lock.close()
         self.kept.close()
         self.loop_engine.dispose()
         self.engine.dispose()
+
+
+class WriteLock:
+    """Held around each write transaction, by one thread of all processes at a time.
+
+    SQLite would let writers wait, too, but by sleeping and trying again: beside an import a writer of another process
+    waited for seconds, and now and then in vain. A lock file's waiters are woken in turn.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.threads = threading.Lock()
+        self.file = open(path, "a")  # noqa: SIM115  # kept open for as long as the database is
+
+    def __enter__(self) -> None:
+        self.threads.acquire()
+        try:
+            if sys.platform != "win32":  # which has no flock: there SQLite's own waiting must do
+                fcntl.flock(self.file, fcntl.LOCK_EX)
+        except BaseException:
+            self.threads.release()
+            raise
+
+    def __exit__(self, *_error: object) -> None:
+        if sys.platform != "win32":
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+        self.threads.release()
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def to_json(value: object) -> str:

@@ -48,7 +48,7 @@ log = logging.getLogger("books.imports")
 router = APIRouter(prefix="/books/upload", tags=["In and out"])
 
 CHUNK = 256 * 1024  # bytes of a stored piece
-BATCH = 1000  # rows to a transaction: some 30 ms in which other writers wait
+BATCH = 500  # rows to a transaction: some 20 ms in which other writers wait
 RECORD_MAX = 2_000_000  # characters; a row that is longer has lost its way, mostly by a quote that never closes
 ERRORS_MAX = 10_000  # reasons that are kept of one upload; the counts stay exact
 LEASE = timedelta(seconds=15)  # a job that has not committed a batch for so long has died

@@ -252,17 +252,17 @@ def test_uploads_are_seen_by_their_owner_and_staff(
 
 def test_the_log_tells_everybody_of_the_books_and_the_owner_of_the_progress(client: TestClient, reader: Person) -> None:
     start = client.get("/events").json()["next"]
-    rows = "".join(f"Book {number},Somebody\n" for number in range(2500))
+    rows = "".join(f"Book {number},Somebody\n" for number in range(1250))
     upload = reader.upload(f"title,author\n{rows}")
     public = client.get("/events", params={"after": start}).json()["items"]
     told = [(event["type"], *event["data"].values()) for event in public]
     assert told == [
-        ("books.imported", upload["id"], 1000, 1, 1000),
-        ("books.imported", upload["id"], 1000, 1001, 2000),
-        ("books.imported", upload["id"], 500, 2001, 2500),
+        ("books.imported", upload["id"], 500, 1, 500),
+        ("books.imported", upload["id"], 500, 501, 1000),
+        ("books.imported", upload["id"], 250, 1001, 1250),
     ]
     private = reader.get("/events", params={"after": start, "types": "upload.*"}).json()["items"]
-    assert [event["data"]["rows"] for event in private] == [1000, 2000, 2500, 2500]
+    assert [event["data"]["rows"] for event in private] == [500, 1000, 1250, 1250]
     assert private[-1]["data"].items() >= {"status": "completed", "progress": 1.0}.items()
 
 
