@@ -1,44 +1,33 @@
-"""Who is asking: passwords, logins, tokens, roles, and people's own accounts."""
+"""Who is asking: passwords, tokens, the signed-in user, roles, and the first admin."""
 
 import asyncio
 import hashlib
+import hmac
 import logging
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi import Depends, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import OAuth2PasswordBearer
 from jose import JWTError, jwt
 from passlib.context import CryptContext
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 from sqlalchemy import Connection
 from sqlmodel import Session, col
 
 import database
+import events
 import models
-from models import (
-    Email,
-    Id,
-    LoginSession,
-    Principal,
-    Role,
-    Setting,
-    Shape,
-    Storable,
-    User,
-    UserCreate,
-    Username,
-    UserPublic,
-    UserUpdate,
-)
+from models import Email, Id, LoginSession, Principal, Role, Setting, User, Username
 from settings import settings
 
 log = logging.getLogger("books.auth")
-router = APIRouter(tags=["Accounts"])
+TOKEN_MAX = 4000  # characters; ours have some 300
 
 # --- passwords ----------------------------------------------------------------------------------------------------
 
@@ -57,8 +46,27 @@ async def hash_password(password: str) -> str:
     return await asyncio.get_running_loop().run_in_executor(hashers, passwords.hash, password)
 
 
-async def verify_password(password: str, password_hash: str) -> bool:
-    return await asyncio.get_running_loop().run_in_executor(hashers, passwords.verify, password, password_hash)
+async def verify_password(password: str, password_hash: str) -> tuple[bool, str | None]:
+    """Whether it is the right one, and a new hash of it where the old one was made with other parameters."""
+    verify = passwords.verify_and_update
+    right, new_hash = await asyncio.get_running_loop().run_in_executor(hashers, verify, password, password_hash)
+    return right, new_hash
+
+
+# As OWASP's ASVS 5.0 asks (6.2.4): at least the 3,000 most common ones that are long enough.
+COMMON_PASSWORDS = frozenset(Path(__file__).with_name("common_passwords.txt").read_text().splitlines()[1:])
+
+
+def refuse_weak(field: str, password: str, *names: str) -> None:
+    """422 for a password that is somebody's first guess."""
+    if password.lower() in [name.lower() for name in names]:
+        raise bad_body(field, "must not be the user name or the e-mail address")
+    if password.lower() in COMMON_PASSWORDS:
+        raise bad_body(field, "is one of the most common passwords: choose another")
+
+
+def bad_body(field: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": ("body", field), "msg": f"{field} {message}", "type": "value_error"}])
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -70,20 +78,8 @@ class _Key:
     value = ""
 
 
-class TokenPair(BaseModel):
-    access_token: str
-    token_type: str = Field(default="bearer", examples=["bearer"])
-    expires_in: int = Field(description="Seconds until the access token expires.", examples=[1800])
-    refresh_token: str = Field(description="Good once, at `/auth/refresh`.")
-
-
-class RefreshRequest(Shape):
-    refresh_token: Annotated[str, Storable, Field(max_length=4000)]
-
-
-def _sign(kind: str, login: LoginSession, lifetime: timedelta, jti: str) -> str:
-    issued = models.now()
-    claims = {"sub": str(login.user_id), "sid": str(login.id), "iat": issued, "exp": issued + lifetime, "jti": jti}
+def sign(kind: str, login: LoginSession, issued: datetime, expires: datetime, jti: str) -> str:
+    claims = {"sub": str(login.user_id), "sid": str(login.id), "iat": issued, "exp": expires, "jti": jti}
     return str(jwt.encode({**claims, "typ": kind}, _Key.value, algorithm="HS256"))
 
 
@@ -91,13 +87,15 @@ class Claims(BaseModel):
     sub: Id
     sid: Id
     jti: str
-    iat: float
-    exp: float
+    iat: FiniteFloat
+    exp: FiniteFloat
     typ: str
 
 
-def _verify(kind: str, token: str) -> Claims | None:
+def verify(kind: str, token: str) -> Claims | None:
     """The claims of a token of this kind, or None. Tokens of one kind never pass for another."""
+    if len(token) > TOKEN_MAX:
+        return None
     try:
         # Whether it has expired is asked below, of our own clock; that it has an expiry, Claims insists on.
         claims = Claims.model_validate(jwt.decode(token, _Key.value, ["HS256"], options={"verify_exp": False}))
@@ -108,21 +106,14 @@ def _verify(kind: str, token: str) -> Claims | None:
     return None if claims.typ != kind or issued_later or claims.exp <= now else claims
 
 
-def _hash(secret: str) -> str:
+def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _issue(login: LoginSession) -> TokenPair:
-    """A new pair for this login, in place of its last. The caller's transaction keeps the new hash."""
-    now, jti = models.now(), secrets.token_urlsafe(24)
-    login.refresh_hash = _hash(jti)
-    login.last_used_at, login.expires_at = now, now + timedelta(days=settings.refresh_token_expire_days)
-    access_lifetime = timedelta(minutes=settings.access_token_expire_minutes)
-    return TokenPair(
-        access_token=_sign("access", login, access_lifetime, secrets.token_urlsafe(12)),
-        expires_in=int(access_lifetime.total_seconds()),
-        refresh_token=_sign("refresh", login, timedelta(days=settings.refresh_token_expire_days), jti),
-    )
+def seal(*parts: object) -> str:
+    """A hash that nobody can try values against without the key: the database alone does not give a code away."""
+    text = ":".join(map(str, parts))
+    return hmac.new(_Key.value.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
 # --- who is asking ------------------------------------------------------------------------------------------------
@@ -155,7 +146,7 @@ async def identify(token: Annotated[str | None, Depends(bearer)]) -> Principal |
     """Who signed in, None without a token. A token that is no good is an error even where none is needed."""
     if token is None:
         return None
-    claims = _verify("access", token)
+    claims = verify("access", token)
     principal = None if claims is None else await database.read(_find_principal, claims)
     if principal is None:
         raise not_signed_in()
@@ -195,147 +186,10 @@ async def may_add(user: CurrentUser) -> Principal:
 
 Contributor = Annotated[Principal, Depends(may_add)]
 
-# --- accounts -----------------------------------------------------------------------------------------------------
 
-
-@router.post("/auth/register", status_code=201)
-async def register(new: UserCreate, response: Response) -> UserPublic:
-    """Make an account with the role reader. User names and e-mail addresses are unique whatever their case."""
-    if new.password_is_name:
-        raise _bad_body("password", "must not be the user name or the e-mail address")
-    password_hash = await hash_password(new.password)
-    user = await database.write(add_user, new, password_hash, Role.reader)
-    response.headers["Location"] = "/users/me"
-    return UserPublic.model_validate(user, from_attributes=True)
-
-
-def add_user(session: Session, new: UserCreate, password_hash: str, role: Role) -> User:
-    user = User(**new.model_dump(exclude={"password"}), password_hash=password_hash, role=role)
-    session.add(user)
-    session.flush()
-    return user
-
-
-def _bad_body(field: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("body", field), "msg": f"{field} {message}", "type": "value_error"}])
-
-
-class Credentials(BaseModel):
-    username: Annotated[str, Storable, Field(max_length=254, description="Or the e-mail address.", examples=["admin"])]
-    password: Annotated[str, Storable, Field(max_length=1000, examples=["admin"])]
-
-
-async def credentials(request: Request) -> Credentials:
-    """The two fields, from a form (as OAuth2's password grant sends them) or from JSON."""
-    try:
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
-            return Credentials.model_validate_json(await request.body())
-        return Credentials.model_validate({k: v for k, v in (await request.form()).items() if isinstance(v, str)})
-    except ValidationError as error:
-        found = error.errors(include_input=False, include_url=False)
-        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in found]) from None
-
-
-LOGIN_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            kind: {"schema": Credentials.model_json_schema()}
-            for kind in ("application/x-www-form-urlencoded", "application/json")
-        },
-    }
-}
-
-
-@router.post("/login", openapi_extra=LOGIN_BODY)
-@router.post("/auth/token", openapi_extra=LOGIN_BODY, name="token")
-async def login(given: Annotated[Credentials, Depends(credentials)], request: Request, response: Response) -> TokenPair:
-    """Sign in, with a form (OAuth2 password grant) or JSON.
-
-    The answer is the same, and takes the same time, for an unknown user, a wrong password and an account that is
-    switched off.
-    """
-    found = await database.read(_find_login, given.username.strip())
-    user_id, password_hash, is_active = found or (0, NOBODYS_HASH, False)
-    if not await verify_password(given.password, password_hash) or not is_active:
-        raise not_signed_in("Wrong user name or password.")
-    response.headers["Cache-Control"] = "no-store"
-    return await database.write(_start_session, user_id, request.headers.get("user-agent"))
-
-
-def _find_login(connection: Connection, name: str) -> tuple[int, str, bool] | None:
-    # A user name has no @, so a name can never be taken for somebody else's address.
-    column = col(User.email) if "@" in name else sa.func.lower(col(User.username))
-    query = sa.select(col(User.id), col(User.password_hash), col(User.is_active)).where(column == name.lower())
-    row = connection.execute(query).first()
-    return None if row is None else (row.id, row.password_hash, row.is_active)
-
-
-def _start_session(session: Session, user_id: int, user_agent: str | None) -> TokenPair:
-    login = LoginSession(user_id=user_id, refresh_hash="", user_agent=user_agent and user_agent[:200])
-    session.add(login)
-    session.flush()
-    return _issue(login)
-
-
-@router.post("/auth/refresh")
-async def refresh(given: RefreshRequest, response: Response) -> TokenPair:
-    """Change a refresh token for a new pair. Each is good once: one that is shown again ends its whole login."""
-    claims = _verify("refresh", given.refresh_token)
-    pair = None if claims is None else await database.write(_rotate, claims)
-    if pair is None:
-        raise not_signed_in()
-    response.headers["Cache-Control"] = "no-store"
-    return pair
-
-
-def _rotate(session: Session, claims: Claims) -> TokenPair | None:
-    login = session.get(LoginSession, claims.sid, with_for_update=True)
-    if login is None or login.revoked_at is not None or login.user_id != claims.sub:
-        return None
-    user = session.get_one(User, login.user_id)
-    if not secrets.compare_digest(login.refresh_hash, _hash(claims.jti)):
-        # We signed it, and it is not the current one: it was used before, by its owner or by a thief.
-        login.revoked_at = models.now()
-        return None
-    return _issue(login) if user.is_active else None
-
-
-@router.post("/auth/logout", status_code=204)
-async def logout(user: CurrentUser) -> None:
-    """End this login: its access and refresh tokens are dead at once."""
-    await database.write(_revoke, user.session_id)
-
-
-def _revoke(session: Session, session_id: int) -> None:
-    session.get_one(LoginSession, session_id).revoked_at = models.now()
-
-
-@router.get("/users/me")
-async def read_me(user: CurrentUser) -> UserPublic:
-    """My account."""
-    return await database.read(_account, user.id)
-
-
-def _account(connection: Connection, user_id: int) -> UserPublic:
-    row = connection.execute(sa.select(User).where(col(User.id) == user_id)).one()
-    return UserPublic.model_validate(row, from_attributes=True)
-
-
-@router.patch("/users/me")
-async def update_me(change: UserUpdate, user: CurrentUser) -> UserPublic:
-    """Change my name or e-mail address (RFC 7396). Role, user name and state are not mine to change."""
-    return await database.write(_change_account, user.id, change)
-
-
-def _change_account(session: Session, user_id: int, change: UserUpdate) -> UserPublic:
-    user = session.get_one(User, user_id)
-    if change.email and change.email != user.email:
-        user.email_verified_at = None
-    for name, value in change.model_dump(exclude_unset=True).items():
-        setattr(user, name, value)
-    session.flush()
-    return UserPublic.model_validate(user, from_attributes=True)
+def audit(session: Session, /, user_id: int, what: str, **data: object) -> None:
+    """Keep in the log what happened to an account, for its owner and admins to read."""
+    events.record(session, f"account.{what}", data, owner=user_id)
 
 
 # --- the first start ----------------------------------------------------------------------------------------------

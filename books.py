@@ -386,11 +386,14 @@ REVIEWS = Order("-id", (col(ShelfEntry.id),))
 REVIEW = {"username": col(User.username)} | {
     name: getattr(ShelfEntry, name) for name in ReviewPublic.model_fields if name != "username"
 }
-SELECT_REVIEWS = (
-    sa.select(*REVIEW.values())
-    .join_from(ShelfEntry, User)
-    .where(sa.or_(col(ShelfEntry.rating).is_not(None), col(ShelfEntry.review).is_not(None)))
-)
+
+
+def is_review() -> ColumnElement[bool]:
+    """Whether a shelf entry says something of its book."""
+    return sa.or_(col(ShelfEntry.rating).is_not(None), col(ShelfEntry.review).is_not(None))
+
+
+SELECT_REVIEWS = sa.select(*REVIEW.values()).join_from(ShelfEntry, User).where(is_review())
 REVIEW_PAGE = TypeAdapter(Page[ReviewPublic])
 
 

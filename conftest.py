@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,28 +20,37 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import Session, col, select
 
+import accounts
 import auth
 import database
+import logins
+import mail
 import models
+from mail import Letter
 from main import app
 from settings import settings
 
-if importlib.util.find_spec("hypothesis") is None:
-    collect_ignore = ["test_properties.py"]  # CI has it
+# CI has them.
+needs = {"hypothesis": "test_properties.py", "aiosmtpd": "test_mail.py"}
+collect_ignore = [file for package, file in needs.items() if importlib.util.find_spec(package) is None]
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
 REAL_BOOKS = HERE.parent / "shared" / "data" / "goodbooks-10k.csv"
 PASSWORD = "correct horse battery"
+JSON = {"Content-Type": "application/json"}
+NEW = {"username": "rita", "email": "rita@example.com", "password": PASSWORD}
 DUNE = {"title": "Dune", "author": "Frank Herbert", "isbn": "978-0-441-17271-9", "genre": "Science fiction"}
 
 
 class Person:
-    """Somebody with an account, who sends requests with its token."""
+    """Somebody with an account, who has signed in and sends requests with the token."""
 
-    def __init__(self, client: httpx.Client, username: str, password: str = PASSWORD) -> None:
-        self.client, self.username, self.password = client, username, password
-        self.tokens = client.post("/login", json={"username": username, "password": password}).json()
+    def __init__(
+        self, client: httpx.Client, username: str, password: str = PASSWORD, tokens: dict[str, Any] | None = None
+    ) -> None:
+        self.client, self.username = client, username
+        self.tokens = tokens or client.post("/login", json={"username": username, "password": password}).json()
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.tokens['access_token']}", **options.pop("headers", {})}
@@ -115,6 +125,7 @@ def client(first_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A visitor, who has no account, of a service with an empty catalogue."""
     file = shutil.copy(first_start, tmp_path / "books.db")
     monkeypatch.setattr(settings, "database_url", f"sqlite:///{file}")
+    monkeypatch.setattr(settings, "rate_limits", False)  # but for the tests that are about them
     with TestClient(app) as visitor:
         yield visitor
 
@@ -139,22 +150,39 @@ def librarian(client: TestClient) -> Person:
     return make(client, "Lydia", models.Role.librarian)
 
 
+@pytest.fixture
+def mailbox(monkeypatch: pytest.MonkeyPatch) -> list[Letter]:
+    """All that is mailed, whoever it is to."""
+    letters: list[Letter] = []
+
+    async def keep(letter: Letter) -> None:
+        letters.append(letter)
+
+    monkeypatch.setattr(mail, "send", keep)
+    return letters
+
+
+def token_in(letter: Letter) -> str:
+    """Of the link that a letter holds."""
+    return str(re.findall(r"/auth/verify-email/([\w-]+)", letter.text)[0])
+
+
+def code_in(letter: Letter) -> str:
+    return str(re.findall(r"^ +(\d{6})\s*$", letter.text, re.MULTILINE)[0])
+
+
 PASSWORD_HASH = auth.passwords.hash(PASSWORD)
 
 
 def make(client: TestClient, username: str, role: models.Role = models.Role.reader) -> Person:
-    """Somebody who signed up before the test began."""
+    """Somebody who signed up, and in, before the test began."""
     new = models.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
-    database.transact(auth.add_user, new, PASSWORD_HASH, role)
-    return Person(client, username)
 
+    def sign_up_and_in(session: Session) -> logins.TokenPair:
+        user = accounts.add_user(session, new, PASSWORD_HASH, role)
+        return logins.start_session(session, user.id, logins.Device("testclient", None), None)
 
-def set_role(session: Session, username: str, role: models.Role) -> None:
-    user_named(session, username).role = role
-
-
-def switch_off(session: Session, username: str) -> None:
-    user_named(session, username).is_active = False
+    return Person(client, username, tokens=database.transact(sign_up_and_in).model_dump())
 
 
 def user_named(session: Session, username: str) -> models.User:
@@ -183,6 +211,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 # --- behind a socket ----------------------------------------------------------------------------------------------
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class Server:
     """A real uvicorn on a database file, started as the README says."""
 
@@ -192,10 +226,9 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        environment = {**os.environ, "DATABASE_URL": f"sqlite:///{self.file}", **self.environment}
+        self.port = free_port()
+        limits = {"RATE_LIMITS": "false"}  # but for the tests that are about them
+        environment = {**os.environ, "DATABASE_URL": f"sqlite:///{self.file}", **limits, **self.environment}
         command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(self.port), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

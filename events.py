@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import random
+import signal
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,9 +51,19 @@ class Logged(NamedTuple):
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def record(session: Session, type: str, data: dict[str, Any], owner: int | None = None) -> None:  # noqa: A002
-    """Log a change, in the transaction that makes it. With `owner` only that user will see it."""
-    session.add(Event(type=type, data=data, user_id=owner, private=owner is not None))
+def record(
+    session: Session,
+    type: str,  # noqa: A002
+    data: dict[str, Any],
+    owner: int | None = None,
+    *,
+    private: bool = False,
+) -> None:
+    """Log a change, in the transaction that makes it. With `owner` it is private: only that user will see it.
+
+    Admins also see what happens to accounts (`account.*`), which may be private without an owner who is still there.
+    """
+    session.add(Event(type=type, data=data, user_id=owner, private=private or owner is not None))
     session.info["recorded"] = True
 
 
@@ -248,6 +259,11 @@ class Feed:
 feed = Feed()
 
 
+def server_is_stopping() -> bool:
+    """Whether uvicorn was told to stop. Its lifespan says so only after the jobs are done, which is too late."""
+    return bool(getattr(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), "should_exit", False))
+
+
 class Position(NamedTuple):
     cursor: int
     floor: int
@@ -270,7 +286,7 @@ Types = Annotated[
     str,
     Field(
         max_length=500,
-        pattern=r"^(\*|[a-z]+\.(\*|[a-z]+))(,(\*|[a-z]+\.(\*|[a-z]+)))*$",
+        pattern=r"^(\*|[a-z]+\.(\*|[a-z_]+))(,(\*|[a-z]+\.(\*|[a-z_]+)))*$",
         examples=["book.*,review.created"],
     ),
 ]

@@ -8,7 +8,6 @@ import csv
 import io
 import logging
 import re
-import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import sqlalchemy as sa
 from fastapi import APIRouter, BackgroundTasks, Form, HTTPException, Path, Query, Request, Response, UploadFile
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import ColumnElement, Connection
+from sqlalchemy.exc import NoResultFound
 from sqlmodel import Session, SQLModel, col
 from stdnum import isbn as isbn_numbers
 
@@ -308,21 +308,18 @@ def run_upload(upload_id: int) -> None:
             next(rows)
         while batch := [row for row in islice(rows, BATCH) if isinstance(row, Row)]:
             database.transact(_store_batch, upload_id, batch, file.position)
-            if server_is_stopping():
+            if events.server_is_stopping():
                 database.transact(_release, upload_id)
                 return
         database.transact(_finish, upload_id, None)
     except UnreadableFile as error:
         database.transact(_finish, upload_id, str(error))
+    except NoResultFound:
+        log.info("upload %s is gone with its owner", upload_id)
     except Exception:
         # The last line of defence of a job that nobody waits for: it must end in a state that its owner can see.
         log.exception("upload %s failed", upload_id)
         database.transact(_finish, upload_id, "Something went wrong here; it is in the server's log.")
-
-
-def server_is_stopping() -> bool:
-    """Whether uvicorn was told to stop. Its lifespan says so only after the jobs are done, which is too late."""
-    return bool(getattr(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), "should_exit", False))
 
 
 def _claim(session: Session, upload_id: int) -> int | None:

@@ -11,8 +11,8 @@ from sqlmodel import Session, col
 import database
 import events
 from auth import CurrentUser
-from books import PUBLIC, BookId, as_book, no_such_book
-from models import Book, BookPublic, EntryCreate, EntryPublic, EntryUpdate, Principal, ShelfEntry, ShelfStatus
+from books import PUBLIC, BookId, as_book, is_review, no_such_book
+from models import Book, BookPublic, EntryCreate, EntryPublic, EntryUpdate, Principal, ShelfEntry, ShelfStatus, User
 from pages import Order, Page, PageQuery, named, page_answer, read_page
 
 router = APIRouter(prefix="/my-library", tags=["My library"])
@@ -126,7 +126,17 @@ def _remove_entry(session: Session, book_id: int, user: Principal) -> None:
     _count_rating(book, entry.rating, None)
     events.record(session, "shelf.deleted", {"book_id": book_id, "title": book.title}, owner=user.id)
     if entry.is_review:
-        _record_review(session, "review.deleted", book, entry, user)
+        _record_review(session, "review.deleted", book, entry, user.username)
+
+
+def withdraw_reviews(session: Session, user: User) -> None:
+    """Take what somebody said out of the figures of the books, and tell of it: their shelf is about to go."""
+    said = (
+        sa.select(ShelfEntry, Book).join_from(ShelfEntry, Book).where(col(ShelfEntry.user_id) == user.id, is_review())
+    )
+    for entry, book in session.execute(said.with_for_update()):
+        _count_rating(book, entry.rating, None)
+        _record_review(session, "review.deleted", book, entry, user.username)
 
 
 def _mine(session: Session, book_id: int, user: Principal) -> tuple[ShelfEntry, Book]:
@@ -162,14 +172,14 @@ def _keep(
     told = {"title": book.title, **shown.model_dump(mode="json", exclude={"book", "review"})}
     events.record(session, event_type, told, owner=user.id)
     if entry.is_review and (changed or not was_review):
-        _record_review(session, "review.updated" if was_review else "review.created", book, entry, user)
+        _record_review(session, "review.updated" if was_review else "review.created", book, entry, user.username)
     elif was_review and not entry.is_review:
-        _record_review(session, "review.deleted", book, entry, user)
+        _record_review(session, "review.deleted", book, entry, user.username)
     return shown
 
 
-def _record_review(session: Session, event_type: str, book: Book, entry: ShelfEntry, user: Principal) -> None:
+def _record_review(session: Session, event_type: str, book: Book, entry: ShelfEntry, username: str) -> None:
     # Not the text, which can be long: it is at /books/{id}/reviews.
-    told = {"book_id": book.id, "title": book.title, "username": user.username, "rating": entry.rating}
+    told = {"book_id": book.id, "title": book.title, "username": username, "rating": entry.rating}
     figures = {"book_rating": book.rating, "book_rating_count": book.rating_count}
     events.record(session, event_type, told | figures)

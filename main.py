@@ -5,10 +5,15 @@
     models.py     tables, shapes and the rules of each noun
     pages.py      lists: cursors, offsets, links
     events.py     the change log, /events and /stream
-    auth.py       passwords, tokens, roles, accounts
+    mail.py       letters, and how they are sent
+    throttle.py   rate limits
+    auth.py       passwords, tokens, the signed-in user, roles
+    logins.py     signing in, refreshing, signing out
     books.py      the catalogue and its search, reviews
     library.py    /my-library
     imports.py    CSV files
+    accounts.py   registration, confirming an address, forgotten passwords
+    users.py      my profile, administration
 
 A request: `Manners` below, the route, `auth.identify` if it asks for a user, one read or one transaction by way of
 `database`, the answer. Whatever goes wrong on the way becomes a problem document in one of the handlers below.
@@ -21,7 +26,7 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -34,15 +39,20 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import accounts
 import auth
 import books
 import database
 import events
 import imports
 import library
+import logins
+import throttle
+import users
 from models import DomainError, Problem
 from settings import settings
 
@@ -62,13 +72,15 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     database.open_database(settings.database_url)
     try:
         auth.prepare()
+        throttle.open_counters()
         async with events.feed.running():
-            rescuer = asyncio.create_task(resume_uploads())
+            jobs = [asyncio.create_task(every(5, resume_uploads)), asyncio.create_task(every(3600, sweep))]
             try:
                 yield
             finally:
-                rescuer.cancel()
-                await asyncio.gather(rescuer, return_exceptions=True)
+                for job in jobs:
+                    job.cancel()
+                await asyncio.gather(*jobs, return_exceptions=True)
     finally:
         database.close_database()
 
@@ -85,15 +97,23 @@ def configure_logging() -> None:
     uvicorn_access.propagate = False
 
 
-async def resume_uploads() -> None:
-    """Take up the uploads of processes that died, this one's earlier life included."""
+async def every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
-            for upload_id in await database.scan(imports.abandoned_uploads):
-                await anyio.to_thread.run_sync(imports.run_upload, upload_id)
+            await work()
         except OperationalError as error:  # a full disk, a locked file: it may be better in a while
-            log.error("can't look for uploads: %s", error)
-        await asyncio.sleep(5)
+            log.error("%s: %s", work.__name__, error)
+        await asyncio.sleep(seconds)
+
+
+async def resume_uploads() -> None:
+    """Take up the uploads of processes that died, this one's earlier life included."""
+    for upload_id in await database.scan(imports.abandoned_uploads):
+        await anyio.to_thread.run_sync(imports.run_upload, upload_id)
+
+
+async def sweep() -> None:
+    await database.write(logins.sweep)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -117,7 +137,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(allowed_methods(request))
-    return problem(error.status_code, str(error.detail), headers)
+    answer = problem(error.status_code, str(error.detail), headers)
+    answer.background = getattr(error, "after", None)
+    return answer
 
 
 def allowed_methods(request: Request) -> list[str]:
@@ -166,24 +188,39 @@ async def on_unavailable(_request: Request, error: Exception) -> Response:
     return problem(503, "The database can't do this now. Try again.", {"Retry-After": "1"})
 
 
-async def on_bug(_request: Request, _error: Exception) -> Response:
-    return problem(500, "Something went wrong here; it is in the server's log.")
-
-
 HANDLERS: Any = {
     HTTPException: on_http_error,
     RequestValidationError: on_invalid_request,
     DomainError: on_broken_rule,
     IntegrityError: on_violation,
     OperationalError: on_unavailable,
-    Exception: on_bug,
 }
 
 # --- every request ------------------------------------------------------------------------------------------------
 
 
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),  # for browsers that do not know frame-ancestors
+)
+# Nothing that is answered here is a page, but for the docs. Those start themselves by a script within the page, and
+# draw with styles and pictures within it; nobody's data is written into that page.
+POLICY = b"default-src 'none'; frame-ancestors 'none'"
+DOCS_POLICY = (
+    b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    b"img-src 'self' data:; worker-src blob:; frame-ancestors 'none'"
+)
+DOCS = ("/docs", "/docs/oauth2-redirect", "/redoc")
+A_YEAR_OF_HTTPS = (b"strict-transport-security", b"max-age=31536000")
+NO_STORE = (b"cache-control", b"no-store")
+# Where HEAD is not GET without a body: a stream would never end, and a link in a mail is used up by following it.
+VERIFY_LINK = "/auth/verify-email/"
+NO_HEAD = ("/stream", VERIFY_LINK)
+
+
 class Manners:
-    """What every path has in common: its log line and request id, HEAD, both spellings of `/books/`."""
+    """What every path has in common: its log line, request id and headers, HEAD, both spellings of `/books/`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -191,31 +228,32 @@ class Manners:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        started, status = time.perf_counter(), 500
+        started, status = time.perf_counter(), 0
         request_id = secrets.token_hex(8)
         # A copy: the server must still see HEAD to know that it sends no body.
         path = scope["path"].rstrip("/") or "/"
-        head = scope["method"] == "HEAD" and path != "/stream"
+        head = scope["method"] == "HEAD" and not path.startswith(NO_HEAD)
         inner = {**scope, "path": path, "method": "GET" if head else scope["method"]}
 
         def tell() -> None:
             milliseconds = (time.perf_counter() - started) * 1000
             shown = scope["raw_path"].decode("ascii", "replace")[:500]
+            if path.startswith(VERIFY_LINK):  # what follows is a secret
+                shown = VERIFY_LINK
             access_log.info("%s %s %d %.1f ms %s", scope["method"], shown, status, milliseconds, request_id)
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
                 if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and is_plain(message):
                     # FastAPI's body limit answers by itself, in plain text.
-                    too_large = problem(
-                        413, "The request is larger than this path takes.", {"X-Request-ID": request_id}
-                    )
-                    return await too_large(scope, receive, send)
+                    too_large = problem(413, "The request is larger than this path takes.")
+                    return await too_large(scope, receive, answer)
+                message["headers"] = [*message["headers"], *headers_of_every_answer(scope, path, message)]
+                message["headers"].append((b"x-request-id", request_id.encode()))
             elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and message.get("body") == b"Content Too Large":
-                return tell()
+                return None
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 tell()  # here, not at the end: background tasks run on after the answer
@@ -223,9 +261,25 @@ class Manners:
 
         try:
             await self.app(inner, receive, answer)
-        except BaseException:
+        except Exception:
+            if not status:
+                bug = problem(500, "Something went wrong here; it is in the server's log.")
+                await bug(scope, receive, answer)
+            raise  # the server logs it
+        except BaseException:  # the server stops, or the client is gone
             tell()
             raise
+
+
+def headers_of_every_answer(scope: Scope, path: str, message: Message) -> Iterator[tuple[bytes, bytes]]:
+    yield from SECURITY_HEADERS
+    yield b"content-security-policy", DOCS_POLICY if path in DOCS else POLICY
+    if scope["scheme"] == "https":
+        yield A_YEAR_OF_HTTPS
+    asked, answered = ({name for name, _ in headers} for headers in (scope["headers"], message["headers"]))
+    # What is answered to a token may be somebody's own; only what has an ETag is the same for all.
+    if path.startswith(("/login", "/auth/")) or (b"authorization" in asked and b"etag" not in answered):
+        yield NO_STORE
 
 
 def is_plain(message: Message) -> bool:
@@ -255,8 +309,24 @@ app = FastAPIOffline(
     },
     redirect_slashes=False,
 )
-app.add_middleware(Manners)
-for router in (auth.router, books.router, imports.router, library.router, events.build_router(auth.identify)):
+if settings.cors_origins:
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+        allow_headers=["Authorization", "If-Match", "If-None-Match", "Last-Event-ID"],
+        expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Event-Cursor", "X-Request-ID"],
+    )
+app.add_middleware(Manners)  # outermost: what goes wrong further in is answered with its headers, too
+for router in (
+    logins.router,
+    accounts.router,
+    users.router,
+    books.router,
+    imports.router,
+    library.router,
+    events.build_router(auth.identify),
+):
     app.include_router(router, max_body_size=BODY_MAX)
 
 

@@ -241,9 +241,9 @@ class UserCreate(Shape):
     password: Password = Limit(examples=["correct horse battery"])
     full_name: Annotated[Word | None, BlankIsNull] = None
 
-    @property
-    def password_is_name(self) -> bool:
-        return self.password.lower() in (self.username.lower(), self.email)
+
+class AccountCreate(UserCreate):
+    role: Role = Role.reader
 
 
 class UserUpdate(Shape):
@@ -253,7 +253,14 @@ class UserUpdate(Shape):
     full_name: Annotated[Word | None, BlankIsNull] = None
 
 
+class AccountUpdate(UserUpdate):
+    role: Role = Role.reader
+    is_active: bool = True
+
+
 class UserPublic(BaseModel):
+    model_config = {"from_attributes": True}
+
     id: int
     username: str
     email: str
@@ -304,11 +311,26 @@ class LoginSession(SQLModel, table=True):
     id: int = key_column()
     user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
     refresh_hash: str = Field(max_length=64)  # SHA-256 of the id of the one refresh token that is good now
+    previous_hash: str | None = Field(default=None, max_length=64)  # of the one before, for clients that try again
     user_agent: str | None = Field(default=None, max_length=200)
     created_at: datetime = stamp_column()
     last_used_at: datetime = stamp_column()
     expires_at: datetime = stamp_column()
     revoked_at: datetime | None = moment_column()
+
+
+class SessionPublic(BaseModel):
+    id: int
+    user_agent: str | None
+    created_at: datetime
+    last_used_at: datetime
+    expires_at: datetime
+    current: bool = Limit(description="Whether it is the one that asks.")
+
+
+class CodePurpose(StrEnum):
+    verify_email = "verify_email"
+    reset_password = "reset_password"
 
 
 class OneTimeCode(SQLModel, table=True):

@@ -1,10 +1,12 @@
 """Every setting of the service: read from the environment, then from `.env` beside this file."""
 
+import re
+from email.utils import parseaddr
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 HERE = Path(__file__).resolve().parent
 
@@ -41,8 +43,31 @@ class Settings(BaseSettings):
     readers_can_add: bool = Field(
         default=True, description="Whether readers may add books and upload CSV files; `false` leaves that to staff."
     )
+    require_verified_email: bool = Field(
+        default=False, description="Whether an e-mail address must be confirmed before its account can sign in."
+    )
+    public_url: str = Field(
+        default="http://localhost:8000", description="Where people reach the service: what links in mails begin with."
+    )
+    smtp_host: str | None = Field(default=None, description="The mail server. Unset: mails are written to the log.")
+    smtp_port: Annotated[int, Field(ge=1, le=65535)] = Field(default=587, description="Its port.")
+    smtp_username: str | None = Field(default=None, description="The account there, if it wants one.")
+    smtp_password: SecretStr | None = Field(default=None, description="Its password.")
+    smtp_tls: bool = Field(
+        default=True, description="Whether to insist on TLS: from the first byte on port 465, else by STARTTLS."
+    )
+    mail_from: str = Field(default="Books API <books@localhost>", description="The sender of mails.")
     max_upload_mb: Annotated[int, Field(ge=1, le=1024)] = Field(
         default=100, description="The largest file taken by an upload, in MiB; a larger one gets 413."
+    )
+    rate_limits: bool = Field(
+        default=True, description="Whether logins, registrations and the like are limited, see the README."
+    )
+    rate_limit_storage: str = Field(
+        default="memory://", description="Where attempts are counted; `redis://host:6379/0` for several processes."
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Web sites whose pages may call the service, separated by commas; `*` for any."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="The least level that is logged. `WARNING` silences the line per request."
@@ -54,6 +79,40 @@ class Settings(BaseSettings):
         if not url.startswith("sqlite:///") or url == "sqlite:///" or ":memory:" in url:
             raise ValueError("DATABASE_URL must name an SQLite file: sqlite:////absolute/path/books.db")
         return url
+
+    @field_validator("public_url")
+    @classmethod
+    def _web_address(cls, url: str) -> str:
+        if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+            raise ValueError("PUBLIC_URL must be like https://books.example.com")
+        return url.rstrip("/")
+
+    @field_validator("mail_from")
+    @classmethod
+    def _sender(cls, sender: str) -> str:
+        if not re.fullmatch(r"[^@\s]+@[^@\s]+", parseaddr(sender)[1]) or "\n" in sender:
+            raise ValueError("MAIL_FROM must be like Books API <books@example.com>")
+        return sender
+
+    @field_validator("rate_limit_storage")
+    @classmethod
+    def _counters(cls, url: str) -> str:
+        if not url.startswith(("memory://", "redis://", "rediss://")):
+            raise ValueError("RATE_LIMIT_STORAGE must be memory:// or redis://host:6379/0")
+        return url
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _origins(cls, origins: object) -> object:
+        return [part.strip().rstrip("/") for part in origins.split(",")] if isinstance(origins, str) else origins
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^\s/?#*]+", origin):
+                raise ValueError("CORS_ORIGINS must be like https://books.example.com,http://localhost:3000")
+        return origins
 
     @field_validator("log_level", mode="before")
     @classmethod

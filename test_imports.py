@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlmodel import Session
 
 import imports
 from conftest import REAL_BOOKS, Person, Server, sign_up, wait_for
+from models import User
 
 # --- files --------------------------------------------------------------------------------------------------------
 
@@ -320,9 +322,10 @@ def big_file(rows: int) -> bytes:
     return b"title,author\n" + b"".join(b"Book %d,Author %d\n" % (n, n % 977) for n in range(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    [pytest.param(signal.SIGTERM, id="stopped"), pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow)],
+    [pytest.param(signal.SIGTERM, id="stopped"), pytest.param(signal.SIGKILL, id="killed")],
 )
 def test_an_upload_survives_its_process(serve: Callable[..., Server], how: signal.Signals) -> None:
     server = serve()
@@ -342,6 +345,7 @@ def done(upload: dict[str, Any]) -> dict[str, Any] | None:
     return upload if upload["status"] in ("completed", "failed") else None
 
 
+@pytest.mark.slow
 def test_others_read_and_write_while_a_file_goes_in(serve: Callable[..., Server]) -> None:
     importing, other = serve(), serve()
     reader = sign_up(importing.client, "rita")
@@ -357,3 +361,23 @@ def test_others_read_and_write_while_a_file_goes_in(serve: Callable[..., Server]
     upload = wait_for(lambda: done(reader.get(path).json()), seconds=60)
     assert (upload["status"], upload["inserted"]) == ("completed", 20_000)
     assert other.client.get("/books").json()["total"] == 20_120
+
+
+def test_an_upload_goes_with_its_owner(
+    client: TestClient, reader: Person, admin: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who deletes their account while a file goes in stops it; what went in before stays."""
+    store = imports._store_batch
+    batches: list[None] = []
+
+    def store_and_delete_the_owner(session: Session, upload_id: int, *batch: Any) -> None:
+        batches.append(store(session, upload_id, *batch))
+        session.delete(session.get_one(User, 2))
+
+    monkeypatch.setattr(imports, "BATCH", 10)
+    monkeypatch.setattr(imports, "_store_batch", store_and_delete_the_owner)
+    rows = "".join(f"Book {number},Somebody\n" for number in range(25))
+    assert reader.post("/books/upload", files={"file": ("a.csv", f"title,author\n{rows}".encode())}).status_code == 202
+    wait_for(lambda: admin.get("/books/upload").json()["total"] == 0 or None)
+    assert len(batches) == 1
+    assert client.get("/books").json()["total"] == 10

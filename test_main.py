@@ -83,7 +83,7 @@ def test_who_follows_the_change_log_sees_all_of_it(client: TestClient, reader: P
     public = [event["type"] for event in client.get("/events").json()["items"]]
     mine = [event["type"] for event in reader.get("/events").json()["items"]]
     assert public == ["book.created"]
-    assert mine == ["book.created", "shelf.created"]
+    assert mine == ["account.login", "book.created", "shelf.created"]
 
 
 # --- manners ------------------------------------------------------------------------------------------------------
@@ -164,6 +164,77 @@ def test_each_request_is_one_line_in_the_log(server: Server) -> None:
     assert "s3cret" not in server.log.read_text()
 
 
+def security(answer: httpx.Response) -> dict[str, str | None]:
+    names = ("X-Content-Type-Options", "Referrer-Policy", "X-Frame-Options", "Strict-Transport-Security")
+    return {name: answer.headers.get(name) for name in names}
+
+
+@pytest.mark.parametrize("path", ["/", "/books", "/books/1", "/nothing", "/users/me", "/health", "/docs", "/bug"])
+def test_every_answer_tells_browsers_to_be_careful(
+    client: TestClient, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "/bug":
+        monkeypatch.setattr("events.head", lambda _connection: 1 / 0)
+        path = "/health"
+    visitor = TestClient(app, raise_server_exceptions=False, follow_redirects=False)
+    plain = {
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "X-Frame-Options": "DENY",
+        "Strict-Transport-Security": None,
+    }
+    answer = visitor.get(path)
+    assert security(answer) == plain
+    policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'self'" in policy if path == "/docs" else policy.startswith("default-src 'none'")
+    secure = TestClient(app, base_url="https://testserver", raise_server_exceptions=False, follow_redirects=False)
+    assert security(secure.get(path)) == {**plain, "Strict-Transport-Security": "max-age=31536000"}
+
+
+def test_https_is_known_behind_a_proxy(server: Server) -> None:
+    answer = server.client.get("/health", headers={"X-Forwarded-Proto": "https"})
+    assert answer.headers["Strict-Transport-Security"] == "max-age=31536000"
+
+
+def test_nothing_personal_is_kept_on_the_way(client: TestClient, reader: Person) -> None:
+    book = reader.add_book()
+    reader.post(f"/my-library/{book['id']}")
+    for path in (
+        "/users/me",
+        "/users/me/export",
+        "/auth/sessions",
+        "/my-library",
+        "/books/upload",
+        "/events",
+        "/books",
+    ):
+        assert reader.get(path).headers["Cache-Control"] == "no-store", path
+    body = {"username": "admin", "password": "admin"}
+    for path in ("/login", "/auth/token", "/auth/refresh", "/auth/forgot-password"):
+        assert client.post(path, json=body).headers["Cache-Control"] == "no-store", path
+    for person in (client, reader):
+        assert "Cache-Control" not in person.get(f"/books/{book['id']}").headers, "its ETag lets it be kept"
+
+
+ELSEWHERE = {"Origin": "https://elsewhere.example"}
+
+
+def test_no_other_site_may_call_it(server: Server) -> None:
+    assert "Access-Control-Allow-Origin" not in server.client.get("/books", headers=ELSEWHERE).headers
+
+
+def test_sites_that_are_set_may(serve: Callable[..., Server]) -> None:
+    server = serve(CORS_ORIGINS="https://elsewhere.example, http://localhost:3000/")
+    answer = server.client.get("/books?limit=101", headers=ELSEWHERE)
+    assert answer.status_code == 422, "errors can be read there, too"
+    assert answer.headers["Access-Control-Allow-Origin"] == "https://elsewhere.example"
+    assert "ETag" in answer.headers["Access-Control-Expose-Headers"]
+    asked = {**ELSEWHERE, "Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "if-match"}
+    assert server.client.options("/books/1", headers=asked).status_code == 200
+    other = server.client.options("/books/1", headers={**asked, "Origin": "https://evil.example"})
+    assert "Access-Control-Allow-Origin" not in other.headers
+
+
 # --- the docs -----------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +274,7 @@ def test_a_blank_parameter_is_none(client: TestClient, reader: Person) -> None:
         for parameter in operations.get("get", {}).get("parameters", []):
             if parameter["in"] == "query" and path != "/stream":
                 answer = reader.get(path.format(book_id=1, upload_id=1), params={parameter["name"]: ""})
-                assert answer.status_code in (200, 422), f"{path} {parameter['name']}: {answer.text}"
+                assert answer.status_code in (200, 403, 422), f"{path} {parameter['name']}: {answer.text}"
     assert client.get("/stream", params={"types": "", "seconds": 0.1}).status_code == 200
 
 
@@ -235,6 +306,13 @@ def test_the_readme_and_the_example_list_every_setting() -> None:
     example = (HERE / ".env.example").read_text()
     assert set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE)) == known
     Settings(_env_file=HERE / ".env.example")  # a copy of it, untouched, starts
+
+
+def test_the_readme_names_tests_that_there_are() -> None:
+    named = set(re.findall(r"`(test_\w+)`", README.read_text()))
+    there = set(re.findall(r"def (test_\w+)", "".join(file.read_text() for file in HERE.glob("test_*.py"))))
+    assert named
+    assert named <= there
 
 
 def test_the_readme_tour_works_as_written(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -296,7 +374,8 @@ def make_python(folder: Path) -> Path:
 
 # --- the house ----------------------------------------------------------------------------------------------------
 
-LAYERS = ["settings", "database", "models", "pages", "events", "auth", "books", "library", "imports", "main"]
+LAYERS = ["settings", "database", "models", "pages", "events", "mail", "throttle", "auth", "logins"]
+LAYERS += ["books", "library", "imports", "accounts", "users", "main"]
 
 
 def test_imports_run_downward_only() -> None:
@@ -316,7 +395,9 @@ def test_imports_run_downward_only() -> None:
 
 
 def test_the_procfile_and_python_version_name_what_is_there() -> None:
-    assert "uvicorn main:app" in (HERE / "Procfile").read_text()
+    procfile = (HERE / "Procfile").read_text()
+    assert "uvicorn main:app" in procfile
+    assert "--forwarded-allow-ips 10.0.0.0/8" in procfile, "with '*' uvicorn would believe what a client claims to be"
     wanted = (HERE / ".python-version").read_text().strip()
     assert wanted in ("3.11", "3.12", "3.13")
     assert sys.version_info >= (3, 11)

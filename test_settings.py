@@ -18,6 +18,11 @@ REFUSED = {
     "a database that nobody knows": ({"DATABASE_URL": "mysql://localhost/books"}, "DATABASE_URL"),
     "tokens that never expire": ({"ACCESS_TOKEN_EXPIRE_MINUTES": "0"}, "access_token_expire_minutes"),
     "an upload limit that is no number": ({"MAX_UPLOAD_MB": "many"}, "max_upload_mb"),
+    "a place that is no web address": ({"PUBLIC_URL": "books.example.com"}, "PUBLIC_URL"),
+    "a sender without an address": ({"MAIL_FROM": "Books"}, "MAIL_FROM"),
+    "counters that nobody knows": ({"RATE_LIMIT_STORAGE": "memcached://localhost"}, "RATE_LIMIT_STORAGE"),
+    "a site without its scheme": ({"CORS_ORIGINS": "books.example.com"}, "CORS_ORIGINS"),
+    "a pattern of sites": ({"CORS_ORIGINS": "https://*.example.com"}, "CORS_ORIGINS"),
     "an unknown log level": ({"LOG_LEVEL": "LOUD"}, "log_level"),
 }
 

@@ -1,0 +1,274 @@
+"""Making an account, confirming its address, and its password, forgotten ones included."""
+
+import asyncio
+import secrets
+from datetime import datetime
+from typing import Annotated, Any, NamedTuple
+
+import sqlalchemy as sa
+from fastapi import APIRouter, BackgroundTasks, HTTPException, Path, Request, Response
+from pydantic import BaseModel, Field
+from sqlalchemy import ColumnElement, Connection
+from sqlmodel import Session, col
+
+import database
+import mail
+import models
+import throttle
+from auth import CurrentUser, audit, hash_password, refuse_weak, seal, verify_password
+from logins import ask_to_confirm, end_sessions, keep_code
+from mail import Letter
+from models import (
+    CodePurpose,
+    Email,
+    LoginSession,
+    OneTimeCode,
+    Password,
+    Principal,
+    Role,
+    Shape,
+    Storable,
+    User,
+    UserCreate,
+    UserPublic,
+)
+
+router = APIRouter(tags=["Accounts"])
+
+CODE_TRIES = 5
+REFUSAL_SECONDS = 0.3  # how long each refusal of a code takes, whatever it was refused for
+
+# --- making one ---------------------------------------------------------------------------------------------------
+
+
+@router.post("/auth/register", status_code=201)
+async def register(new: UserCreate, request: Request, response: Response, tasks: BackgroundTasks) -> UserPublic:
+    """Make an account with the role reader, and mail a link that confirms its address.
+
+    User names and e-mail addresses are unique whatever their case; 409 names the one that is taken.
+    """
+    await throttle.check("register", request, new.email)
+    user = await create_account(new, Role.reader, tasks)
+    response.headers["Location"] = "/users/me"
+    return user
+
+
+async def create_account(new: UserCreate, role: Role, tasks: BackgroundTasks, by: int | None = None) -> UserPublic:
+    refuse_weak("password", new.password, new.username, new.email)
+    user, letter = await database.write(_make, new, await hash_password(new.password), role, by)
+    tasks.add_task(mail.send, letter)
+    return user
+
+
+def _make(
+    session: Session, new: UserCreate, password_hash: str, role: Role, by: int | None
+) -> tuple[UserPublic, Letter]:
+    user = add_user(session, new, password_hash, role)
+    audit(session, user.id, "created", username=user.username, role=role, by=by or user.id)
+    return UserPublic.model_validate(user), ask_to_confirm(session, user)
+
+
+def add_user(session: Session, new: UserCreate, password_hash: str, role: Role) -> User:
+    said = new.model_dump(include={"username", "email", "full_name"})
+    user = User(**said, password_hash=password_hash, role=role)
+    session.add(user)
+    session.flush()
+    return user
+
+
+# --- confirming the address ---------------------------------------------------------------------------------------
+
+
+class Confirmed(BaseModel):
+    email: str
+    email_verified_at: datetime
+
+
+@router.get("/auth/verify-email/{token}", response_model=Confirmed)
+async def verify_email(token: Annotated[str, Path(max_length=100), Storable], request: Request) -> Response:
+    """Follow the link that was mailed: the address is confirmed. The link works once, for 24 hours."""
+    confirmed = await database.write(_confirm, token)
+    if confirmed is None:
+        raise HTTPException(404, "This link is used up or too old. Sign in to ask for another.")
+    if "text/html" in request.headers.get("accept", ""):  # somebody's browser
+        return Response(
+            f"The address {confirmed.email} is confirmed. You can close this page.", media_type="text/plain"
+        )
+    return Response(confirmed.model_dump_json(), media_type="application/json")
+
+
+def _confirm(session: Session, token: str) -> Confirmed | None:
+    of_token = col(OneTimeCode.code_hash) == seal(CodePurpose.verify_email, token)
+    code = session.scalars(sa.select(OneTimeCode).where(of_token, _is_good()).with_for_update()).first()
+    if code is None:
+        return None
+    user = session.get_one(User, code.user_id)
+    cancel_codes(session, user.id, CodePurpose.verify_email)
+    _mark_confirmed(session, user)
+    return Confirmed(email=user.email, email_verified_at=user.email_verified_at or models.now())
+
+
+def _mark_confirmed(session: Session, user: User) -> None:
+    if user.email_verified_at is None:
+        user.email_verified_at = models.now()
+        audit(session, user.id, "email_verified", email=user.email)
+
+
+def _is_good() -> ColumnElement[bool]:
+    return sa.and_(col(OneTimeCode.expires_at) > models.now(), col(OneTimeCode.attempts) < CODE_TRIES)
+
+
+def cancel_codes(session: Session, user_id: int, *purposes: CodePurpose) -> None:
+    of_user = sa.delete(OneTimeCode).where(col(OneTimeCode.user_id) == user_id)
+    session.execute(of_user.where(col(OneTimeCode.purpose).in_(purposes)))
+
+
+class Notice(BaseModel):
+    detail: str
+
+
+@router.post("/auth/verify-email", status_code=202)
+async def request_verification(user: CurrentUser, request: Request, tasks: BackgroundTasks) -> Notice:
+    """Ask for another link. 409 where the address is confirmed already."""
+    await throttle.check("verify", request, user.id)
+    letter = await database.write(_another_link, user.id)
+    tasks.add_task(mail.send, letter)
+    return Notice(detail=f"A new link is on its way to {letter.to}.")
+
+
+def _another_link(session: Session, user_id: int) -> Letter:
+    user = session.get_one(User, user_id)
+    if user.email_verified_at is not None:
+        raise HTTPException(409, "Your e-mail address is confirmed already.")
+    return ask_to_confirm(session, user)
+
+
+# --- passwords ----------------------------------------------------------------------------------------------------
+
+
+class ForgottenPassword(Shape):
+    email: Email
+
+
+@router.post("/auth/forgot-password", status_code=202)
+async def forgot_password(given: ForgottenPassword, request: Request, tasks: BackgroundTasks) -> Notice:
+    """Have a 6-digit code mailed, good for 10 minutes, 5 tries and one use. It takes the place of the one before.
+
+    The answer is the same whether or not there is such an account.
+    """
+    await throttle.check("forgot", request, given.email)
+    tasks.add_task(_mail_code, given.email)  # all of it: the answer must not take longer for addresses that we know
+    return Notice(detail="If an account has this address, a code is on its way to it.")
+
+
+async def _mail_code(email: str) -> None:
+    letter = await database.write(_start_reset, email)
+    if letter is not None:
+        await mail.send(letter)
+
+
+def _start_reset(session: Session, email: str) -> Letter | None:
+    user = session.scalars(sa.select(User).where(col(User.email) == email, col(User.is_active))).first()
+    if user is None:
+        return None
+    code = f"{secrets.randbelow(10**6):06}"
+    cancel_codes(session, user.id, CodePurpose.reset_password)
+    keep_code(session, user.id, CodePurpose.reset_password, seal(CodePurpose.reset_password, user.id, code))
+    audit(session, user.id, "reset_requested")
+    return mail.reset_code(user.email, user.username, code)
+
+
+class PasswordReset(Shape):
+    email: Email
+    otp: Annotated[str, Field(pattern=r"^[0-9]{6}$", description="The code.", examples=["271828"])]
+    new_password: Password
+
+
+@router.post("/auth/reset-password", status_code=204)
+async def reset_password(given: PasswordReset, request: Request, tasks: BackgroundTasks) -> None:
+    """Set a new password with the code that was mailed. Ends every session."""
+    answer_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS
+    await throttle.check("reset", request, given.email)
+    refuse_weak("new_password", given.new_password, given.email)
+    found = await database.write(_try_code, given.email, given.otp)
+    letter = None
+    if found is not None:
+        refuse_weak("new_password", given.new_password, found.username)
+        letter = await database.write(_use_code, found, await hash_password(given.new_password))
+    if letter is None:
+        await asyncio.sleep(answer_at - asyncio.get_running_loop().time())
+        raise HTTPException(400, "The code is wrong, used up or too old. Ask for a new one.")
+    tasks.add_task(mail.send, letter)
+
+
+class RightCode(NamedTuple):
+    code_id: int
+    user_id: int
+    username: str
+
+
+def _try_code(session: Session, email: str, otp: str) -> RightCode | None:
+    """Whose code it is. Each try counts, and is committed before anything is done with the answer."""
+    of_address = sa.select(OneTimeCode, User).join_from(OneTimeCode, User).where(col(User.email) == email)
+    live = of_address.where(col(OneTimeCode.purpose) == CodePurpose.reset_password, _is_good(), col(User.is_active))
+    found = session.execute(live.with_for_update()).first()
+    if found is None:
+        return None
+    code, user = found
+    code.attempts += 1
+    if not secrets.compare_digest(code.code_hash, seal(CodePurpose.reset_password, user.id, otp)):
+        return None
+    return RightCode(code.id, user.id, user.username)
+
+
+def _use_code(session: Session, right: RightCode, password_hash: str) -> Letter | None:
+    """Set the password, unless another request has used the code meanwhile."""
+    used = sa.delete(OneTimeCode).where(col(OneTimeCode.id) == right.code_id).returning(col(OneTimeCode.user_id))
+    if session.execute(used).first() is None:
+        return None
+    user = session.get_one(User, right.user_id)
+    _mark_confirmed(session, user)  # the code has come through that address
+    return _set_password(session, user, password_hash, "password_reset", sa.true())
+
+
+def _set_password(session: Session, user: User, password_hash: str, what: str, ending: ColumnElement[bool]) -> Letter:
+    user.password_hash = password_hash
+    cancel_codes(session, user.id, CodePurpose.reset_password)
+    end_sessions(session, user.id, ending)
+    audit(session, user.id, what)
+    return mail.password_changed(user.email, user.username)
+
+
+class PasswordChange(Shape):
+    current_password: Annotated[str, Storable, Field(max_length=1000)]
+    new_password: Password
+
+
+@router.post("/auth/change-password", status_code=204)
+async def change_password(given: PasswordChange, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
+    """Set a new password. Ends all my sessions but this one."""
+    me = await with_password(user, given.current_password, request)
+    refuse_weak("new_password", given.new_password, me.username, me.email)
+    password_hash = await hash_password(given.new_password)
+    tasks.add_task(mail.send, await database.write(_change_password, user, password_hash))
+
+
+def _change_password(session: Session, user: Principal, password_hash: str) -> Letter:
+    others = col(LoginSession.id) != user.session_id
+    return _set_password(session, session.get_one(User, user.id), password_hash, "password_changed", others)
+
+
+async def with_password(user: Principal, password: str, request: Request) -> Any:
+    """My account, after I have shown that I know its password. Guesses count as failed logins."""
+    await throttle.check("login", request, user.id)
+    me = await database.read(find_user, user.id)
+    right, _ = await verify_password(password, me.password_hash)
+    if not right:
+        await database.write(audit, user.id, "password_refused")
+        raise HTTPException(403, "This is not your password.")
+    await throttle.forgive("login", request, user.id)
+    return me
+
+
+def find_user(connection: Connection, user_id: int) -> Any:
+    return connection.execute(sa.select(User).where(col(User.id) == user_id)).first()

@@ -1,0 +1,11 @@
+"""The refresh token before the one that is good, for clients that try again because an answer was lost."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    op.add_column("login_session", sa.Column("previous_hash", sa.String(length=64), nullable=True))

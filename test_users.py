@@ -1,0 +1,260 @@
+"""The accounts themselves: my profile, all that is stored of me, and what admins may do."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from conftest import DUNE, NEW, PASSWORD, Person, Server, sign_up, token_in
+from mail import Letter
+
+# --- my account ---------------------------------------------------------------------------------------------------
+
+
+def test_i_can_change_my_name_and_address(reader: Person) -> None:
+    assert reader.patch("/users/me", json={"full_name": "Rita R."}).json()["full_name"] == "Rita R."
+    changed = reader.patch("/users/me", json={"email": "New@Example.com", "full_name": None}).json()
+    assert (changed["email"], changed["full_name"]) == ("new@example.com", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        pytest.param({"role": "admin"}, 422, id="my role"),
+        pytest.param({"is_active": False}, 422, id="my state"),
+        pytest.param({"username": "root"}, 422, id="my user name"),
+        pytest.param({"email": None}, 422, id="no address"),
+        pytest.param({"email": "admin@example.com"}, 409, id="somebody else's address"),
+    ],
+)
+def test_i_can_not_change(reader: Person, change: dict[str, Any], status: int) -> None:
+    before = reader.get("/users/me").json()
+    assert reader.patch("/users/me", json=change).status_code == status
+    assert reader.get("/users/me").json() == before
+
+
+def test_a_new_address_is_confirmed_anew_and_the_old_one_is_told(client: TestClient, mailbox: list[Letter]) -> None:
+    rita = sign_up(client, "rita")
+    (first,) = mailbox
+    changed = rita.patch("/users/me", json={"email": "new@example.com"}).json()
+    assert changed["email_verified_at"] is None
+    _, notice, link = mailbox
+    assert (notice.to, link.to) == ("rita@example.com", "new@example.com")
+    assert "was changed to new@example.com" in notice.text
+    assert client.get(f"/auth/verify-email/{token_in(first)}").status_code == 404, "it went to the old address"
+    assert client.get(f"/auth/verify-email/{token_in(link)}").json()["email"] == "new@example.com"
+    assert client.post("/login", json={"username": "rita@example.com", "password": PASSWORD}).status_code == 401
+
+
+def test_the_same_address_again_changes_nothing(client: TestClient, mailbox: list[Letter]) -> None:
+    rita = sign_up(client, "rita")
+    client.get(f"/auth/verify-email/{token_in(mailbox.pop())}")
+    assert rita.patch("/users/me", json={"email": "RITA@example.com"}).json()["email_verified_at"] is not None
+    assert mailbox == []
+
+
+def test_deleting_my_account_asks_for_the_password(client: TestClient, reader: Person, mailbox: list[Letter]) -> None:
+    assert reader.delete("/users/me").status_code == 422
+    assert reader.delete("/users/me", json={"password": "wrong password"}).status_code == 403
+    assert reader.get("/users/me").status_code == 200
+    assert reader.delete("/users/me", json={"password": PASSWORD}).status_code == 204
+    assert reader.get("/users/me").status_code == 401
+    assert client.post("/login", json={"username": "rita", "password": PASSWORD}).status_code == 401
+    assert [letter.subject for letter in mailbox] == ["Your account was deleted"]
+
+
+def test_what_is_personal_goes_with_the_account_and_the_books_stay(
+    client: TestClient, reader: Person, other_reader: Person, admin: Person
+) -> None:
+    book = reader.add_book(**DUNE)
+    shelf = f"/my-library/{book['id']}"
+    for person, rating in ((reader, 1), (other_reader, 5)):
+        person.post(shelf)
+        person.patch(shelf, json={"status": "completed", "rating": rating, "review": "So."})
+    reader.upload("title,author\nEmma,Jane Austen\n")
+    start = client.get("/events", params={"limit": 100}).json()["next"]
+    assert reader.delete("/users/me", json={"password": PASSWORD}).status_code == 204
+
+    left = client.get(f"/books/{book['id']}").json()
+    assert (left["rating"], left["rating_count"], left["added_by"]) == (5.0, 1, None)
+    assert left["version"] > book["version"]
+    assert [review["username"] for review in client.get(f"/books/{book['id']}/reviews").json()["items"]] == ["Oskar"]
+    assert client.get("/books", params={"search": "emma"}).json()["total"] == 1
+    assert admin.get("/books/upload").json()["total"] == 0
+    assert other_reader.patch(f"/books/{book['id']}", json={"title": "Mine"}).status_code == 403
+    told = [event["type"] for event in client.get("/events", params={"after": start}).json()["items"]]
+    assert told == ["review.deleted"]
+    seen = admin.get("/events", params={"after": start, "types": "account.deleted"}).json()["items"]
+    assert [event["data"] for event in seen] == [{"user_id": 2, "username": "Rita", "by": 2}]
+
+
+def test_a_name_that_is_free_again_is_a_new_account(client: TestClient, reader: Person) -> None:
+    reader.delete("/users/me", json={"password": PASSWORD})
+    again = sign_up(client, "rita")
+    assert again.get("/users/me").json()["id"] > 2
+    assert again.get("/my-library").json()["total"] == 0
+    assert reader.get("/users/me").status_code == 401
+
+
+def test_all_that_is_stored_of_me_is_one_file(client: TestClient, reader: Person, other_reader: Person) -> None:
+    book = reader.add_book(**DUNE)
+    reader.post(f"/my-library/{book['id']}", json={"status": "reading"})
+    reader.upload("title,author\nEmma,Jane Austen\nNobody's,\n", "my books.csv")
+    other_reader.post(f"/my-library/{book['id']}")
+    answer = reader.get("/users/me/export")
+    assert answer.headers["Content-Disposition"] == 'attachment; filename="books-api-Rita.json"'
+    stored = answer.json()
+    assert stored["account"] == reader.get("/users/me").json()
+    assert stored["shelf"] == reader.get("/my-library").json()["items"]
+    assert stored["sessions"] == reader.get("/auth/sessions").json()["items"]
+    assert [added["title"] for added in stored["books_added"]] == ["Dune", "Emma"]
+    assert [upload["filename"] for upload in stored["uploads"]] == ["my books.csv"]
+    assert [(error["row"], error["field"]) for error in stored["upload_errors"]] == [(3, "author")]
+    told = {event["type"] for event in stored["events"]}
+    assert told == {"account.login", "shelf.created", "upload.progress"}
+    assert "argon2" not in answer.text
+    assert "Oskar" not in answer.text
+
+
+# --- administration -----------------------------------------------------------------------------------------------
+
+
+def test_an_admin_makes_accounts_of_any_role(client: TestClient, admin: Person, mailbox: list[Letter]) -> None:
+    answer = admin.post("/users", json={**NEW, "username": "lib", "role": "librarian"})
+    assert answer.status_code == 201
+    assert admin.get(answer.headers["Location"]).json() == answer.json()
+    assert answer.json().items() >= {"username": "lib", "role": "librarian", "is_active": True}.items()
+    assert Person(client, "lib").get("/users/me").json() == answer.json()
+    assert [letter.to for letter in mailbox] == ["rita@example.com"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        pytest.param({"role": "owner"}, 422, id="an unknown role"),
+        pytest.param({"role": None}, 422, id="no role"),
+        pytest.param({"password": "password1"}, 422, id="a common password"),
+        pytest.param({"is_active": False}, 422, id="what is set later"),
+        pytest.param({"username": "ADMIN"}, 409, id="a name that is taken"),
+    ],
+)
+def test_an_account_is_not_made(admin: Person, fields: dict[str, Any], status: int) -> None:
+    assert admin.post("/users", json={**NEW, **fields}).status_code == status
+    assert admin.get("/users").json()["total"] == 1
+
+
+FOUND: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "all": ({}, ["admin", "Rita", "Oskar", "Lydia"]),
+    "part of a name": ({"search": "RIT"}, ["Rita"]),
+    "part of an address": ({"search": "a@example"}, ["Rita", "Lydia"]),
+    "part of a full name": ({"search": "von"}, ["Oskar"]),
+    "what LIKE would take for anything": ({"search": "%"}, []),
+    "a role": ({"role": "librarian"}, ["Lydia"]),
+    "switched off": ({"is_active": False}, ["Oskar"]),
+    "a page": ({"limit": 2, "offset": 1}, ["Rita", "Oskar"]),
+    "blank": ({"search": " "}, ["admin", "Rita", "Oskar", "Lydia"]),
+}
+
+
+@pytest.fixture
+def everybody(admin: Person, reader: Person, other_reader: Person, librarian: Person) -> Person:
+    admin.patch("/users/3", json={"full_name": "Oskar von Matzerath", "is_active": False})
+    return admin
+
+
+@pytest.mark.parametrize(("query", "names"), FOUND.values(), ids=FOUND)
+def test_an_admin_finds_accounts(everybody: Person, query: dict[str, Any], names: list[str]) -> None:
+    assert [user["username"] for user in everybody.get("/users", params=query).json()["items"]] == names
+
+
+def test_an_admin_changes_role_name_and_address(
+    client: TestClient, admin: Person, reader: Person, mailbox: list[Letter]
+) -> None:
+    changed = admin.patch("/users/2", json={"role": "librarian", "full_name": "R.", "email": "r@example.com"}).json()
+    assert (changed["role"], changed["full_name"], changed["email"]) == ("librarian", "R.", "r@example.com")
+    assert reader.get("/users/me").json() == changed
+    assert [letter.to for letter in mailbox] == ["rita@example.com", "r@example.com"]
+    told = admin.get("/events", params={"types": "account.role_changed,account.email_changed"}).json()["items"]
+    assert [event["data"] for event in told] == [
+        {"old": "rita@example.com", "new": "r@example.com", "by": 1},
+        {"old": "reader", "new": "librarian", "by": 1},
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"username": "root"}, {"password": PASSWORD}, {"role": None}, {"is_active": None}, {"is_active": "perhaps"}],
+    ids=str,
+)
+def test_an_admin_can_not_change(admin: Person, reader: Person, change: dict[str, Any]) -> None:
+    assert admin.patch("/users/2", json=change).status_code == 422
+
+
+def test_an_account_that_is_switched_off_is_out_at_once_and_stays_out(
+    client: TestClient, admin: Person, reader: Person
+) -> None:
+    assert admin.patch("/users/2", json={"is_active": False}).json()["is_active"] is False
+    assert reader.get("/users/me").status_code == 401
+    assert client.post("/auth/refresh", json={"refresh_token": reader.tokens["refresh_token"]}).status_code == 401
+    assert client.post("/login", json={"username": "rita", "password": PASSWORD}).status_code == 401
+    admin.patch("/users/2", json={"is_active": True})
+    assert reader.get("/users/me").status_code == 401, "the tokens of before do not come back to life"
+    assert Person(client, "rita").get("/users/me").status_code == 200
+
+
+def test_a_new_role_holds_for_the_tokens_that_are_out(admin: Person, reader: Person, other_reader: Person) -> None:
+    book = other_reader.add_book()
+    assert reader.delete(f"/books/{book['id']}").status_code == 403
+    admin.patch("/users/2", json={"role": "librarian"})
+    assert reader.delete(f"/books/{book['id']}").status_code == 204
+
+
+def test_an_admin_deletes_an_account(client: TestClient, admin: Person, reader: Person) -> None:
+    assert admin.delete("/users/2").status_code == 204
+    assert reader.get("/users/me").status_code == 401
+    assert admin.get("/users/2").status_code == 404
+    assert admin.delete("/users/2").status_code == 404
+    assert admin.patch("/users/2", json={"full_name": "Nobody"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        pytest.param("PATCH", "/users/1", {"role": "librarian"}, id="demoted"),
+        pytest.param("PATCH", "/users/1", {"is_active": False}, id="switched off"),
+        pytest.param("DELETE", "/users/1", None, id="deleted"),
+        pytest.param("DELETE", "/users/me", {"password": "admin"}, id="deleted by themselves"),
+    ],
+)
+def test_the_last_active_admin_stays(admin: Person, method: str, path: str, body: dict[str, Any] | None) -> None:
+    answer = admin.request(method, path, json=body)
+    assert answer.status_code == 409
+    assert answer.json()["detail"] == "This is the last active admin: make another one first."
+    assert admin.patch("/users/me", json={"full_name": "Still here"}).status_code == 200
+    # One who is switched off is none.
+    other = admin.post("/users", json={**NEW, "role": "admin"}).json()["id"]
+    admin.patch(f"/users/{other}", json={"is_active": False})
+    assert admin.request(method, path, json=body).status_code == 409
+    admin.patch(f"/users/{other}", json={"is_active": True})
+    assert admin.request(method, path, json=body).status_code in (200, 204)
+
+
+@pytest.mark.parametrize("gone", ["demoted", "switched off", "deleted"])
+def test_twenty_at_once_leave_one_admin(server: Server, gone: str) -> None:
+    admin = Person(server.client, "admin", "admin")
+    other = admin.post("/users", json={**NEW, "role": "admin"}).json()["id"]
+    rita = Person(server.client, "rita")
+    change = {"demoted": {"role": "reader"}, "switched off": {"is_active": False}}.get(gone)
+
+    def remove(number: int) -> int:
+        who, whom = ((admin, other), (rita, 1))[number % 2]
+        return who.request("DELETE" if gone == "deleted" else "PATCH", f"/users/{whom}", json=change).status_code
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(remove, range(20)))
+    assert sum(status in (200, 204) for status in answers) >= 1
+    assert set(answers) <= {200, 204, 401, 403, 404, 409}
+    left = [person for person in (admin, rita) if person.get("/users").status_code == 200]
+    assert len(left) == 1
+    assert left[0].get("/users", params={"role": "admin", "is_active": True}).json()["total"] == 1

@@ -1,0 +1,275 @@
+"""The accounts themselves: my profile, all that is stored of me, and administration."""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+import sqlalchemy as sa
+from fastapi import APIRouter, BackgroundTasks, HTTPException, Path, Query, Request, Response
+from pydantic import BaseModel, Field, TypeAdapter
+from sqlalchemy import ColumnElement, Connection
+from sqlmodel import Session, SQLModel, col
+
+import database
+import events
+import library
+import mail
+import models
+import throttle
+from accounts import cancel_codes, create_account, find_user, with_password
+from auth import Admin, CurrentUser, audit
+from books import PUBLIC, as_book
+from logins import ask_to_confirm, end_sessions
+from mail import Letter
+from models import (
+    AccountCreate,
+    AccountUpdate,
+    BlankIsNull,
+    Book,
+    BookPublic,
+    CodePurpose,
+    EntryPublic,
+    Event,
+    EventPublic,
+    Id,
+    LoginSession,
+    Name,
+    Principal,
+    Role,
+    SessionPublic,
+    Shape,
+    ShelfEntry,
+    Storable,
+    Upload,
+    UploadError,
+    UploadPublic,
+    User,
+    UserPublic,
+    UserUpdate,
+)
+from pages import Order, Page, PageQuery, named, page_answer, read_page
+
+router = APIRouter(prefix="/users", tags=["Users"])
+
+# --- my profile ---------------------------------------------------------------------------------------------------
+
+
+@router.get("/me")
+async def read_me(user: CurrentUser) -> UserPublic:
+    """My account."""
+    return UserPublic.model_validate(await database.read(find_user, user.id))
+
+
+@router.patch("/me")
+async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> UserPublic:
+    """Change my name or e-mail address (RFC 7396). Role, user name and state are not mine to change.
+
+    A new address must be confirmed by the link that is mailed there; the old one is told.
+    """
+    if "email" in change.model_fields_set:
+        await throttle.check("verify", request, user.id)
+    return await _update(user.id, change, user, tasks)
+
+
+async def _update(user_id: int, change: UserUpdate, by: Principal, tasks: BackgroundTasks) -> UserPublic:
+    user, letters = await database.write(_change_account, user_id, change, by)
+    for letter in letters:
+        tasks.add_task(mail.send, letter)
+    return user
+
+
+def _change_account(
+    session: Session, user_id: int, change: UserUpdate, by: Principal
+) -> tuple[UserPublic, list[Letter]]:
+    admins = _lock_admins(session)
+    user = session.get(User, user_id, with_for_update=True)
+    if user is None:
+        raise no_such_user()
+    email, role, was_active = user.email, user.role, user.is_active
+    for name, value in change.model_dump(exclude_unset=True).items():
+        setattr(user, name, value)
+    if user.role != Role.admin or not user.is_active:
+        _keep_an_admin(admins, user_id)
+    session.flush()
+    letters = []
+    if user.email != email:
+        user.email_verified_at = None
+        cancel_codes(session, user_id, *CodePurpose)  # those went to the old address
+        letters = [mail.address_changed(email, user.username, user.email), ask_to_confirm(session, user)]
+        audit(session, user_id, "email_changed", old=email, new=user.email, by=by.id)
+    if user.role != role:
+        audit(session, user_id, "role_changed", old=role, new=user.role, by=by.id)
+    if user.is_active != was_active:
+        end_sessions(session, user_id, sa.true())  # so that they stay dead when it is switched on again
+        audit(session, user_id, "switched_on" if user.is_active else "switched_off", by=by.id)
+    return UserPublic.model_validate(user), letters
+
+
+def _lock_admins(session: Session) -> set[int]:
+    """The active admins, locked in one order until the transaction ends: of two who go at once, one stays."""
+    admins = sa.select(col(User.id)).where(col(User.role) == Role.admin, col(User.is_active))
+    return set(session.scalars(admins.order_by(col(User.id)).with_for_update()))
+
+
+def _keep_an_admin(admins: set[int], leaving: int) -> None:
+    if admins == {leaving}:
+        raise HTTPException(409, "This is the last active admin: make another one first.")
+
+
+class MyPassword(Shape):
+    password: Annotated[str, Storable, Field(max_length=1000)]
+
+
+@router.delete("/me", status_code=204)
+async def delete_me(given: MyPassword, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
+    """Delete my account, with my shelf, reviews and uploads. The books that I added stay. Needs my password."""
+    await with_password(user, given.password, request)
+    tasks.add_task(mail.send, await database.write(_delete_account, user.id, user))
+
+
+def _delete_account(session: Session, user_id: int, by: Principal) -> Letter:
+    admins = _lock_admins(session)
+    user = session.get(User, user_id, with_for_update=True)
+    if user is None:
+        raise no_such_user()
+    _keep_an_admin(admins, user_id)
+    library.withdraw_reviews(session, user)
+    # What a book shows changes with who added it.
+    added = sa.update(Book).where(col(Book.added_by) == user_id)
+    session.execute(added.values(added_by=None, version=col(Book.version) + 1, updated_at=models.now()))
+    session.delete(user)
+    session.flush()
+    # What was logged of the account is gone with it; that it is gone, admins can still read.
+    told = {"user_id": user_id, "username": user.username, "by": by.id}
+    events.record(session, "account.deleted", told, private=True)
+    return mail.account_deleted(user.email, user.username)
+
+
+# --- all that is stored of me -------------------------------------------------------------------------------------
+
+
+class UploadProblem(BaseModel):
+    upload_id: int
+    row: int
+    severity: str
+    field: str | None
+    value: str | None
+    message: str
+
+
+class AccountExport(BaseModel):
+    exported_at: datetime
+    account: UserPublic
+    sessions: list[SessionPublic]
+    shelf: list[EntryPublic]
+    books_added: list[BookPublic]
+    uploads: list[UploadPublic]
+    upload_errors: list[UploadProblem]
+    events: list[EventPublic] = Field(description="The private ones that the change log keeps.")
+
+
+@router.get("/me/export", response_model=AccountExport)
+async def export_me(user: CurrentUser) -> Response:
+    """All that is stored about me, as one JSON file. The password is not in it: only its hash is stored."""
+    export = await database.scan(_collect, user)
+    name = f"books-api-{user.username}.json"
+    return Response(
+        export.model_dump_json(indent=2),
+        media_type="application/json",
+        headers={"Content-Disposition": f'attachment; filename="{name}"'},
+    )
+
+
+def _collect(connection: Connection, user: Principal) -> AccountExport:
+    def mine(shape: type[BaseModel], table: type[SQLModel], *more: ColumnElement[Any]) -> list[dict[str, Any]]:
+        columns = [getattr(table, name) for name in shape.model_fields if hasattr(table, name)]
+        rows = sa.select(*columns, *more).where(table.user_id == user.id).order_by(table.id)  # type: ignore[attr-defined]
+        return [dict(row._mapping) for row in connection.execute(rows)]
+
+    current = (col(LoginSession.id) == user.session_id).label("current")
+    added = sa.select(*PUBLIC.values()).where(col(Book.added_by) == user.id).order_by(col(Book.id))
+    shelf = library.SELECT_ENTRIES.where(col(ShelfEntry.user_id) == user.id).order_by(col(ShelfEntry.id))
+    uploads = mine(UploadPublic, Upload)
+    faults = [col(getattr(UploadError, name)) for name in UploadProblem.model_fields]
+    of_uploads = sa.select(*faults).where(col(UploadError.upload_id).in_([upload["id"] for upload in uploads]))
+    return AccountExport.model_validate(
+        {
+            "exported_at": models.now(),
+            "account": UserPublic.model_validate(find_user(connection, user.id)),
+            "sessions": mine(SessionPublic, LoginSession, current),
+            "shelf": [library.as_entry(row) for row in connection.execute(shelf)],
+            "books_added": [as_book(row) for row in connection.execute(added)],
+            "uploads": uploads,
+            "upload_errors": [dict(row._mapping) for row in connection.execute(of_uploads)],
+            "events": mine(EventPublic, Event),
+        }
+    )
+
+
+# --- administration -----------------------------------------------------------------------------------------------
+
+UserId = Annotated[Id, Path(description="The user's `id`.")]
+USERS, USER_PAGE = Order("id", (col(User.id),)), TypeAdapter(Page[UserPublic])
+SELECT_USERS = sa.select(*[col(getattr(User, name)) for name in UserPublic.model_fields])
+
+
+class UserQuery(PageQuery):
+    search: Annotated[Name | None, BlankIsNull] = Field(
+        default=None, description="Part of the user name, e-mail address or full name."
+    )
+    role: Role | None = None
+    is_active: bool | None = None
+
+
+def no_such_user() -> HTTPException:
+    return HTTPException(404, "No such user.")
+
+
+@router.get("", response_model=Page[UserPublic])
+async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request: Request) -> Response:
+    """Everybody who has an account."""
+    return page_answer(await database.scan(_find_users, query), USER_PAGE, request)
+
+
+def _find_users(connection: Connection, query: UserQuery) -> dict[str, Any]:
+    found = SELECT_USERS
+    if query.search is not None:
+        texts = (User.username, User.email, User.full_name)
+        part = query.search.lower()
+        found = found.where(sa.or_(*[sa.func.lower(col(text)).contains(part, autoescape=True) for text in texts]))
+    if query.role is not None:
+        found = found.where(col(User.role) == query.role)
+    if query.is_active is not None:
+        found = found.where(col(User.is_active) == query.is_active)
+    return read_page(connection, found, USERS, query, named(UserPublic.model_fields))
+
+
+@router.post("", status_code=201)
+async def create_user(new: AccountCreate, admin: Admin, response: Response, tasks: BackgroundTasks) -> UserPublic:
+    """Make an account with any role. Its owner gets a link that confirms the address, and the password from you."""
+    user = await create_account(new, new.role, tasks, by=admin.id)
+    response.headers["Location"] = f"/users/{user.id}"
+    return user
+
+
+@router.get("/{user_id:id}")
+async def read_user(user_id: UserId, admin: Admin) -> UserPublic:
+    """One account."""
+    user = await database.read(find_user, user_id)
+    if user is None:
+        raise no_such_user()
+    return UserPublic.model_validate(user)
+
+
+@router.patch("/{user_id:id}")
+async def update_user(user_id: UserId, change: AccountUpdate, admin: Admin, tasks: BackgroundTasks) -> UserPublic:
+    """Change an account's role, address or name, or switch it off and on (RFC 7396).
+
+    An account that is switched off is signed out everywhere at once. The last active admin stays one: 409.
+    """
+    return await _update(user_id, change, admin, tasks)
+
+
+@router.delete("/{user_id:id}", status_code=204)
+async def delete_user(user_id: UserId, admin: Admin, tasks: BackgroundTasks) -> None:
+    """Delete an account, with its shelf, reviews and uploads. The books that it added stay."""
+    tasks.add_task(mail.send, await database.write(_delete_account, user_id, admin))
