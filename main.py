@@ -19,7 +19,6 @@ A request: `Manners` below, the route, `auth.identify` if it asks for a user, on
 `database`, the answer. Whatever goes wrong on the way becomes a problem document in one of the handlers below.
 """
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -30,6 +29,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -73,14 +73,14 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     try:
         auth.prepare()
         throttle.open_counters()
-        async with events.feed.running():
-            jobs = [asyncio.create_task(every(5, resume_uploads)), asyncio.create_task(every(3600, sweep))]
+        # anyio's cancelling, unlike asyncio's, waits for what is in a thread: it still needs the database.
+        async with events.feed.running(), anyio.create_task_group() as jobs:
+            jobs.start_soon(every, 5, resume_uploads)
+            jobs.start_soon(every, 3600, sweep)
             try:
                 yield
             finally:
-                for job in jobs:
-                    job.cancel()
-                await asyncio.gather(*jobs, return_exceptions=True)
+                jobs.cancel_scope.cancel()
     finally:
         database.close_database()
 
@@ -103,7 +103,7 @@ async def every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
             await work()
         except OperationalError as error:  # a full disk, a locked file: it may be better in a while
             log.error("%s: %s", work.__name__, error)
-        await asyncio.sleep(seconds)
+        await anyio.sleep(seconds)
 
 
 async def resume_uploads() -> None:
