@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, NamedTuple
 
 import sqlalchemy as sa
@@ -15,8 +15,8 @@ import database
 import mail
 import models
 import throttle
-from auth import CurrentUser, audit, hash_password, refuse_weak, seal, verify_password
-from logins import ask_to_confirm, end_sessions, keep_code
+from auth import CurrentUser, audit, bad_body, hash_password, not_signed_in, refuse_weak, seal, verify_password
+from logins import ask_to_confirm, end_sessions, make_link
 from mail import Letter
 from models import (
     CodePurpose,
@@ -36,6 +36,8 @@ from models import (
 router = APIRouter(tags=["Accounts"])
 
 CODE_TRIES = 5
+CODE_LIFETIME = timedelta(minutes=10)
+UNDO_LIFETIME = timedelta(days=7)
 REFUSAL_SECONDS = 0.3  # how long each refusal of a code takes, whatever it was refused for
 
 # --- making one ---------------------------------------------------------------------------------------------------
@@ -103,9 +105,34 @@ def _confirm(session: Session, token: str) -> Confirmed | None:
     if code is None:
         return None
     user = session.get_one(User, code.user_id)
-    cancel_codes(session, user.id, CodePurpose.verify_email)
+    if code.email not in (None, user.email):
+        # Sent with the news that this confirmed address was replaced: its owner takes it back.
+        audit(session, user.id, "email_restored", old=user.email, new=code.email)
+        user.email, user.email_verified_at = str(code.email), None
+        cancel_codes(session, user.id, *CodePurpose)
+        end_sessions(session, user.id, sa.true())
+    session.execute(sa.delete(OneTimeCode).where(_links_of(user)))
     _mark_confirmed(session, user)
     return Confirmed(email=user.email, email_verified_at=user.email_verified_at or models.now())
+
+
+def _links_of(user: User) -> ColumnElement[bool]:
+    """The links that confirm the address that the user has now."""
+    of_user = sa.and_(col(OneTimeCode.user_id) == user.id, col(OneTimeCode.email) == user.email)
+    return sa.and_(of_user, col(OneTimeCode.purpose) == CodePurpose.verify_email)
+
+
+def change_address(session: Session, user: User, new: str, by: int) -> list[Letter]:
+    """Give the account another address, to be confirmed. The old one is told; if it was a confirmed one, its owner can
+    take the change back: it may be somebody else who has made it."""
+    old, was_confirmed = user.email, user.email_verified_at is not None
+    session.execute(sa.delete(OneTimeCode).where(_links_of(user)))
+    cancel_codes(session, user.id, CodePurpose.reset_password)
+    undo = make_link(session, user, UNDO_LIFETIME) if was_confirmed else None
+    user.email, user.email_verified_at = new, None
+    session.flush()
+    audit(session, user.id, "email_changed", old=old, new=new, by=by)
+    return [mail.address_changed(old, user.username, new, undo), ask_to_confirm(session, user)]
 
 
 def _mark_confirmed(session: Session, user: User) -> None:
@@ -169,12 +196,20 @@ async def _mail_code(email: str) -> None:
 
 def _start_reset(session: Session, email: str) -> Letter | None:
     user = session.scalars(sa.select(User).where(col(User.email) == email, col(User.is_active))).first()
+    audit(session, user.id if user else None, "reset_requested")
     if user is None:
         return None
     code = f"{secrets.randbelow(10**6):06}"
     cancel_codes(session, user.id, CodePurpose.reset_password)
-    keep_code(session, user.id, CodePurpose.reset_password, seal(CodePurpose.reset_password, user.id, code))
-    audit(session, user.id, "reset_requested")
+    session.add(
+        OneTimeCode(
+            user_id=user.id,
+            purpose=CodePurpose.reset_password,
+            email=user.email,
+            code_hash=seal(CodePurpose.reset_password, user.id, code),
+            expires_at=models.now() + CODE_LIFETIME,
+        )
+    )
     return mail.reset_code(user.email, user.username, code)
 
 
@@ -190,15 +225,19 @@ async def reset_password(given: PasswordReset, request: Request, tasks: Backgrou
     answer_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS
     await throttle.check("reset", request, given.email)
     refuse_weak("new_password", given.new_password, given.email)
-    found = await database.write(_try_code, given.email, given.otp)
+    right = await database.write(_try_code, given.email, given.otp)
     letter = None
-    if found is not None:
-        refuse_weak("new_password", given.new_password, found.username)
-        letter = await database.write(_use_code, found, await hash_password(given.new_password))
-    if letter is None:
+    if right is not None:
+        refuse_weak("new_password", given.new_password, right.username)
+        letter = await database.write(_use_code, right, await hash_password(given.new_password))
+    if right is None or letter is None:
         await asyncio.sleep(answer_at - asyncio.get_running_loop().time())
         raise HTTPException(400, "The code is wrong, used up or too old. Ask for a new one.")
     tasks.add_task(mail.send, letter)
+    # Somebody who has failed before has come in.
+    await throttle.forgive("reset", request, given.email)
+    for name in (given.email, right.username.lower()):
+        await throttle.forgive("login", request, name)
 
 
 class RightCode(NamedTuple):
@@ -247,26 +286,38 @@ class PasswordChange(Shape):
 @router.post("/auth/change-password", status_code=204)
 async def change_password(given: PasswordChange, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password. Ends all my sessions but this one."""
+    if given.new_password == given.current_password:
+        raise bad_body("new_password", "must not be the current one")
     me = await with_password(user, given.current_password, request)
     refuse_weak("new_password", given.new_password, me.username, me.email)
     password_hash = await hash_password(given.new_password)
-    tasks.add_task(mail.send, await database.write(_change_password, user, password_hash))
+    tasks.add_task(mail.send, await database.write(_change_password, user, me.password_hash, password_hash))
 
 
-def _change_password(session: Session, user: Principal, password_hash: str) -> Letter:
-    others = col(LoginSession.id) != user.session_id
-    return _set_password(session, session.get_one(User, user.id), password_hash, "password_changed", others)
+def _change_password(session: Session, user: Principal, verified_hash: str, password_hash: str) -> Letter:
+    me, others = still_me(session, user, verified_hash), col(LoginSession.id) != user.session_id
+    return _set_password(session, me, password_hash, "password_changed", others)
+
+
+def still_me(session: Session, user: Principal, verified_hash: str) -> User:
+    """My account, if neither my password nor my login has been taken from me since the password was verified."""
+    me = session.get(User, user.id, with_for_update=True)
+    login = session.get(LoginSession, user.session_id)
+    if me is None or me.password_hash != verified_hash or login is None or login.revoked_at is not None:
+        raise not_signed_in()
+    return me
 
 
 async def with_password(user: Principal, password: str, request: Request) -> Any:
-    """My account, after I have shown that I know its password. Guesses count as failed logins."""
-    await throttle.check("login", request, user.id)
+    """My account, after I have shown that I know its password."""
+    await throttle.check("password", request, user.id)
     me = await database.read(find_user, user.id)
+    if me is None:
+        raise not_signed_in()
     right, _ = await verify_password(password, me.password_hash)
     if not right:
         await database.write(audit, user.id, "password_refused")
         raise HTTPException(403, "This is not your password.")
-    await throttle.forgive("login", request, user.id)
     return me
 
 

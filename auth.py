@@ -18,6 +18,7 @@ from jose import JWTError, jwt
 from passlib.context import CryptContext
 from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
 import database
@@ -137,9 +138,9 @@ _PRINCIPAL = (
 )
 
 
-def _find_principal(connection: Connection, claims: Claims) -> Principal | None:
-    row = connection.execute(_PRINCIPAL, {"user_id": claims.sub, "session_id": claims.sid}).first()
-    return None if row is None else Principal(*row)
+def _find_principal(connection: Connection, user_id: int, session_id: int, expires_at: float) -> Principal | None:
+    row = connection.execute(_PRINCIPAL, {"user_id": user_id, "session_id": session_id}).first()
+    return None if row is None else Principal(*row, expires_at)
 
 
 async def identify(token: Annotated[str | None, Depends(bearer)]) -> Principal | None:
@@ -147,10 +148,18 @@ async def identify(token: Annotated[str | None, Depends(bearer)]) -> Principal |
     if token is None:
         return None
     claims = verify("access", token)
-    principal = None if claims is None else await database.read(_find_principal, claims)
+    principal = None
+    if claims is not None:
+        principal = await database.read(_find_principal, claims.sub, claims.sid, claims.exp)
     if principal is None:
         raise not_signed_in()
     return principal
+
+
+async def is_still(principal: Principal) -> bool:
+    """Whether the token is still good, and its owner still who they were: for answers that take long."""
+    now = await database.read(_find_principal, principal.id, principal.session_id, principal.expires_at)
+    return now == principal and models.now().timestamp() < principal.expires_at
 
 
 async def current_user(principal: Annotated[Principal | None, Depends(identify)]) -> Principal:
@@ -187,9 +196,13 @@ async def may_add(user: CurrentUser) -> Principal:
 Contributor = Annotated[Principal, Depends(may_add)]
 
 
-def audit(session: Session, /, user_id: int, what: str, **data: object) -> None:
-    """Keep in the log what happened to an account, for its owner and admins to read."""
-    events.record(session, f"account.{what}", data, owner=user_id)
+def audit(session: Session, /, user_id: int | None, what: str, **data: object) -> None:
+    """Keep in the log what happened to an account, for its owner and admins to read.
+
+    What was tried on an account that there is not is kept, too: ids of events are public, and one that is missing
+    would tell who has an account.
+    """
+    events.record(session, f"account.{what}", data, owner=user_id, private=True)
 
 
 # --- the first start ----------------------------------------------------------------------------------------------
@@ -209,10 +222,16 @@ def _prepare(session: Session) -> None:
         password = password or "admin"
     else:
         _Key.value = settings.secret_key.get_secret_value()
-        _replace_development_password(session, password)
-    nobody_yet = session.execute(sa.select(col(User.id)).limit(1)).first() is None
-    if password is None or not nobody_yet:
+        _replace_development_passwords(session, password)
+    admins = session.scalars(sa.select(User).where(col(User.role) == Role.admin)).all()
+    if password is None or admins:
+        if password not in (None, "admin") and settings.admin_username.lower() not in [
+            a.username.lower() for a in admins
+        ]:
+            log.warning("ADMIN_USERNAME is not made: there is an admin already, %s.", admins[0].username)
         return
+    if password in COMMON_PASSWORDS:
+        log.warning("ADMIN_PASSWORD is one of the most common passwords: change it.")
     admin = User(
         username=TypeAdapter(Username).validate_python(settings.admin_username),
         email=TypeAdapter(Email).validate_python(settings.admin_email),
@@ -221,18 +240,23 @@ def _prepare(session: Session) -> None:
         email_verified_at=models.now(),
     )
     session.add(admin)
+    try:
+        session.flush()
+    except IntegrityError as error:
+        field = database.violation(error).field
+        raise RuntimeError(f"can't make the first admin: somebody else has this {field}. Set another one") from None
     if password == "admin":
         log.warning("Development mode: SECRET_KEY is not set. Sign in as %s / admin.", admin.username)
     else:
         log.info("Made the first admin: %s.", admin.username)
 
 
-def _replace_development_password(session: Session, password: str | None) -> None:
+def _replace_development_passwords(session: Session, password: str | None) -> None:
     """A database that was begun in development mode must not go public with its `admin` / `admin`."""
-    name = settings.admin_username.lower()
-    admin = session.scalars(sa.select(User).where(sa.func.lower(col(User.username)) == name)).first()
-    if admin is None or not passwords.verify("admin", admin.password_hash):
-        return
-    if password is None:
-        raise RuntimeError(f"{admin.username} still has the password of development mode: set ADMIN_PASSWORD")
-    admin.password_hash = passwords.hash(password)
+    for admin in session.scalars(sa.select(User).where(col(User.role) == Role.admin)):
+        if not passwords.verify("admin", admin.password_hash):
+            continue
+        if password is None:
+            raise RuntimeError(f"{admin.username} still has the password of development mode: set ADMIN_PASSWORD")
+        admin.password_hash = passwords.hash(password)
+        log.warning("%s had the password of development mode: it is ADMIN_PASSWORD now.", admin.username)

@@ -180,7 +180,10 @@ def make(client: TestClient, username: str, role: models.Role = models.Role.read
 
     def sign_up_and_in(session: Session) -> logins.TokenPair:
         user = accounts.add_user(session, new, PASSWORD_HASH, role)
-        return logins.start_session(session, user.id, logins.Device("testclient", None), None)
+        account = logins.Account(user.id, PASSWORD_HASH, is_active=True, email_verified_at=None)
+        pair = logins.start_session(session, account, logins.Device("testclient", None), None)
+        assert pair is not None
+        return pair
 
     return Person(client, username, tokens=database.transact(sign_up_and_in).model_dump())
 

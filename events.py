@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import random
 import signal
 from collections import deque
@@ -65,6 +66,14 @@ def record(
     """
     session.add(Event(type=type, data=data, user_id=owner, private=private or owner is not None))
     session.info["recorded"] = True
+
+
+def forget_reviewer(session: Session, username: str) -> None:
+    """Take a name out of the log: its owner is gone, and another may come to have it."""
+    theirs = sa.and_(col(Event.type).startswith("review."), Event.data["username"].as_string() == username)
+    session.flush()
+    for event in session.scalars(sa.select(Event).where(theirs)):
+        event.data = {**event.data, "username": None}
 
 
 @orm_event.listens_for(Session, "after_commit")
@@ -223,9 +232,15 @@ class Feed:
         return new
 
     async def follow(
-        self, wanted: Filter, cursor: int | None, limit: int | None, seconds: float | None
+        self,
+        wanted: Filter,
+        cursor: int | None,
+        limit: int | None,
+        seconds: float | None,
+        is_still: Callable[[Principal], Awaitable[bool]],
     ) -> AsyncIterator[ServerSentEvent]:
-        """The frames of one stream. It ends by itself at its limits, and when the server is about to stop."""
+        """The frames of one stream. It ends by itself at its limits, when the server is about to stop, and when its
+        viewer's token is no good any more."""
         assert self.closing is not None
         position, lost = await database.read(_resume, cursor)
         retry = random.randint(1500, 2500)  # noqa: S311  # spreads the clients that all lost one server
@@ -234,26 +249,32 @@ class Feed:
             reset = {"reason": lost, "oldest": position.floor + 1, "head": position.head}
             yield ServerSentEvent(event="reset", data=json.dumps(reset))
         at = position.cursor
-        deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+        clock = asyncio.get_running_loop().time
+        deadline = math.inf if seconds is None else clock() + seconds
         left = limit if limit is not None else EVENT_ID_MAX
+        looked_at = clock()
         while not self.closing.is_set():
             changed = self._changed  # taken before reading: what comes in between is not slept through
             events = await self.since(at)
             for event in events:
                 at = event.id
                 if wanted.admits(event):
+                    if event.private and wanted.viewer and not await is_still(wanted.viewer):
+                        return
                     yield ServerSentEvent(id=str(event.id), event=event.type, data=event.data)
                     left -= 1
                     if not left:
                         return
-            if not events:
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        await changed.wait()
-                except TimeoutError:
-                    return
-            elif deadline is not None and asyncio.get_running_loop().time() >= deadline:
+            if clock() >= deadline:
                 return
+            if clock() - looked_at >= HEARTBEAT_SECONDS:
+                looked_at = clock()
+                if wanted.viewer and not await is_still(wanted.viewer):
+                    return
+            if not events:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(min(deadline, looked_at + HEARTBEAT_SECONDS)):
+                        await changed.wait()
 
 
 feed = Feed()
@@ -326,8 +347,10 @@ def split_types(types: str | None) -> tuple[str, ...]:
     return tuple(types.split(",")) if types else ()
 
 
-def build_router(identify: Callable[..., Awaitable[Principal | None]]) -> APIRouter:
-    """The routes. `identify` tells who asks: signing in is built on top of this module."""
+def build_router(
+    identify: Callable[..., Awaitable[Principal | None]], is_still: Callable[[Principal], Awaitable[bool]]
+) -> APIRouter:
+    """The routes. `identify` tells who asks, `is_still` whether they may still: signing in is built on this module."""
     router = APIRouter(tags=["Changes"])
     Viewer = Annotated[Principal | None, Depends(identify)]  # noqa: N806
 
@@ -353,7 +376,7 @@ def build_router(identify: Callable[..., Awaitable[Principal | None]]) -> APIRou
         gets `reset` and goes on live.
         """
         cursor = last_event_id if last_event_id is not None else query.since
-        frames = feed.follow(Filter(viewer, split_types(query.types)), cursor, query.limit, query.seconds)
+        frames = feed.follow(Filter(viewer, split_types(query.types)), cursor, query.limit, query.seconds, is_still)
         return EventSourceResponse(
             frames,
             ping=HEARTBEAT_SECONDS,

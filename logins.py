@@ -115,17 +115,21 @@ async def login(given: Annotated[Credentials, Depends(credentials)], request: Re
     switched off.
     """
     name, device = given.username.strip().lower(), Device.of(request)
+    # By what was typed: a common count for somebody's name and address would tell that they belong together.
+    await throttle.check("login", request, name)
     account = await database.read(_find_account, name) or NOBODY
-    counted = account.id or name
-    await throttle.check("login", request, counted)
     right, new_hash = await verify_password(given.password, account.password_hash)
-    if not right or not account.is_active:
-        raise Refused(401, "Wrong user name or password.", after=_failed_login(account, device))
-    await throttle.forgive("login", request, counted)
-    if settings.require_verified_email and account.email_verified_at is None:
+    if right and settings.require_verified_email and account.is_active and account.email_verified_at is None:
         why = "Confirm your e-mail address first: open the link that was mailed to you."
-        raise Refused(403, why, after=BackgroundTask(_mail_link_again, account.id))
-    return await database.write(start_session, account.id, device, new_hash)
+        may_mail = not await throttle.wait_for("verify", request, account.id)
+        raise Refused(403, why, after=BackgroundTask(_mail_link_again, account.id) if may_mail else None)
+    pair = await database.write(start_session, account, device, new_hash) if right else None
+    if pair is None:
+        raise Refused(
+            401, "Wrong user name or password.", BackgroundTask(database.write, _record_failure, account, device)
+        )
+    await throttle.forgive("login", request, name)
+    return pair
 
 
 class Device(NamedTuple):
@@ -149,7 +153,7 @@ class Account(NamedTuple):
     email_verified_at: datetime | None
 
 
-NOBODY = Account(0, NOBODYS_HASH, is_active=False, email_verified_at=None)
+NOBODY = Account(0, NOBODYS_HASH, is_active=False, email_verified_at=None)  # ids begin with 1
 
 
 def _find_account(connection: Connection, name: str) -> Account | None:
@@ -168,24 +172,22 @@ class Refused(HTTPException):
         self.after = after
 
 
-def _failed_login(account: Account, device: Device) -> BackgroundTask | None:
-    if account is NOBODY:
+def _record_failure(session: Session, account: Account, device: Device) -> None:
+    known = session.get(User, account.id) is not None
+    audit(session, account.id if known else None, "login_failed", **device._asdict())
+
+
+def start_session(session: Session, account: Account, device: Device, new_hash: str | None) -> TokenPair | None:
+    user = session.get(User, account.id, with_for_update=True)
+    # The password was verified a while ago: it may have been changed since, or the account switched off.
+    if user is None or not user.is_active or user.password_hash != account.password_hash:
         return None
-    return BackgroundTask(database.write, _record_failure, account.id, device)
-
-
-def _record_failure(session: Session, user_id: int, device: Device) -> None:
-    if session.get(User, user_id) is not None:  # not deleted since
-        audit(session, user_id, "login_failed", **device._asdict())
-
-
-def start_session(session: Session, user_id: int, device: Device, new_hash: str | None) -> TokenPair:
     if new_hash is not None:
-        session.get_one(User, user_id).password_hash = new_hash
-    login = LoginSession(user_id=user_id, refresh_hash="", user_agent=device.user_agent)
+        user.password_hash = new_hash
+    login = LoginSession(user_id=user.id, refresh_hash="", user_agent=device.user_agent)
     session.add(login)
     session.flush()
-    audit(session, user_id, "login", session_id=login.id, **device._asdict())
+    audit(session, user.id, "login", session_id=login.id, **device._asdict())
     return _renew(login, secrets.token_urlsafe(24))
 
 
@@ -208,7 +210,8 @@ def _rotate(session: Session, claims: Claims) -> TokenPair | None:
     login = session.get(LoginSession, claims.sid, with_for_update=True)
     if login is None or login.revoked_at is not None or login.user_id != claims.sub:
         return None
-    if not session.get_one(User, login.user_id).is_active:
+    user = session.get_one(User, login.user_id)
+    if not user.is_active or (settings.require_verified_email and user.email_verified_at is None):
         return None
     shown = hash_secret(claims.jti)
     if hmac.compare_digest(login.refresh_hash, shown):
@@ -290,20 +293,29 @@ def sweep(session: Session) -> None:
 
 # --- what is mailed, once -----------------------------------------------------------------------------------------
 
-LIFETIMES = {CodePurpose.verify_email: timedelta(hours=24), CodePurpose.reset_password: timedelta(minutes=10)}
+LINK_LIFETIME = timedelta(hours=24)
 LINK_AGAIN_AFTER = timedelta(minutes=5)  # for who tries to sign in and has not confirmed the address
 
 
-def keep_code(session: Session, user_id: int, purpose: CodePurpose, sealed: str) -> None:
-    expires_at = models.now() + LIFETIMES[purpose]
-    session.add(OneTimeCode(user_id=user_id, purpose=purpose, code_hash=sealed, expires_at=expires_at))
+def make_link(session: Session, user: User, lifetime: timedelta = LINK_LIFETIME) -> str:
+    """The token of a link that makes the address that the user has now the confirmed one, also if it changes."""
+    token = secrets.token_urlsafe(24)
+    expires_at, sealed = models.now() + lifetime, seal(CodePurpose.verify_email, token)
+    session.add(
+        OneTimeCode(
+            user_id=user.id,
+            purpose=CodePurpose.verify_email,
+            email=user.email,
+            code_hash=sealed,
+            expires_at=expires_at,
+        )
+    )
+    return token
 
 
 def ask_to_confirm(session: Session, user: User) -> mail.Letter:
     """The letter with a new link that confirms this user's address. Links that are out already stay good."""
-    token = secrets.token_urlsafe(24)
-    keep_code(session, user.id, CodePurpose.verify_email, seal(CodePurpose.verify_email, token))
-    return mail.confirm_address(user.email, user.username, token)
+    return mail.confirm_address(user.email, user.username, make_link(session, user))
 
 
 async def _mail_link_again(user_id: int) -> None:

@@ -39,7 +39,7 @@ async def send(letter: Letter) -> None:
             await asyncio.get_running_loop().run_in_executor(posters, _deliver, letter)
             log.info("mailed %r to %s", letter.subject, letter.to)
             return
-        except OSError as error:  # smtplib's own errors are OSErrors, too
+        except (OSError, ValueError) as error:  # smtplib's own errors are OSErrors; ValueError: no such header
             final = seconds is None or _is_permanent(error)
             log.log(logging.ERROR if final else logging.WARNING, "mail to %s failed: %s", letter.to, error)
             if final or await _stopping_within(seconds or 0):
@@ -58,7 +58,8 @@ def _deliver(letter: Letter) -> None:
             server.starttls(context=context)
         if settings.smtp_username and settings.smtp_password:
             server.login(settings.smtp_username, settings.smtp_password.get_secret_value())
-        server.send_message(_message(letter))
+        # Named here, and not read from the headers: those could be decoded into other addresses.
+        server.send_message(_message(letter), from_addr=parseaddr(settings.mail_from)[1], to_addrs=[letter.to])
 
 
 def _message(letter: Letter) -> EmailMessage:
@@ -74,11 +75,13 @@ def _message(letter: Letter) -> EmailMessage:
     return message
 
 
-def _is_permanent(error: OSError) -> bool:
+def _is_permanent(error: OSError | ValueError) -> bool:
     """Whether the mail server said that it would never take this mail (RFC 5321, 4.2.1)."""
     if isinstance(error, smtplib.SMTPRecipientsRefused):
         return all(code >= HTTPStatus.INTERNAL_SERVER_ERROR for code, _ in error.recipients.values())
-    return isinstance(error, smtplib.SMTPResponseException) and error.smtp_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+    if isinstance(error, smtplib.SMTPResponseException):
+        return error.smtp_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+    return isinstance(error, ValueError)
 
 
 async def _stopping_within(seconds: float) -> bool:
@@ -123,8 +126,12 @@ def password_changed(to: str, username: str) -> Letter:
     return _notice(to, "Your password was changed", f'The password of the account "{username}" was changed.')
 
 
-def address_changed(to: str, username: str, new: str) -> Letter:
-    text = f'The e-mail address of the account "{username}" was changed to {new}.\nNothing more is mailed to this one.'
+def address_changed(to: str, username: str, new: str, undo: str | None) -> Letter:
+    text = f'The e-mail address of the account "{username}" was changed to {new}.\n'
+    if undo is not None:
+        link = f"{settings.public_url}/auth/verify-email/{undo}"
+        text += "If it was not you, open this link within 7 days: it takes the change back and ends all sessions.\n\n"
+        text += f"{link}\n"
     return _notice(to, "Your e-mail address was changed", text)
 
 

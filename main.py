@@ -231,15 +231,16 @@ class Manners:
         started, status = time.perf_counter(), 0
         request_id = secrets.token_hex(8)
         # A copy: the server must still see HEAD to know that it sends no body.
-        path = scope["path"].rstrip("/") or "/"
+        root = scope.get("root_path", "").rstrip("/")
+        path = scope["path"].removeprefix(root).rstrip("/") or "/"
         head = scope["method"] == "HEAD" and not path.startswith(NO_HEAD)
-        inner = {**scope, "path": path, "method": "GET" if head else scope["method"]}
+        inner = {**scope, "path": root + path, "method": "GET" if head else scope["method"]}
 
         def tell() -> None:
             milliseconds = (time.perf_counter() - started) * 1000
             shown = scope["raw_path"].decode("ascii", "replace")[:500]
             if path.startswith(VERIFY_LINK):  # what follows is a secret
-                shown = VERIFY_LINK
+                shown = root + VERIFY_LINK
             access_log.info("%s %s %d %.1f ms %s", scope["method"], shown, status, milliseconds, request_id)
 
         async def answer(message: Message) -> None:
@@ -325,7 +326,7 @@ for router in (
     books.router,
     imports.router,
     library.router,
-    events.build_router(auth.identify),
+    events.build_router(auth.identify, auth.is_still),
 ):
     app.include_router(router, max_body_size=BODY_MAX)
 

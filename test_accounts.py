@@ -16,6 +16,7 @@ from settings import settings
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no e-mail": ({"email": None}, "email"),
     "an e-mail without a host": ({"email": "rita@"}, "email"),
+    "an e-mail that mail headers would decode": ({"email": "=?utf-8?q?rita?=@example.com"}, "email"),
     "a name with an @": ({"username": "rita@home"}, "username"),
     "a name with a slash": ({"username": "ri/ta"}, "username"),
     "an empty name": ({"username": "  "}, "username"),

@@ -17,7 +17,7 @@ from sqlmodel import Session, select
 import auth
 import database
 import models
-from conftest import PASSWORD, Clock, Person, Server, code_in, make, token_in, user_named
+from conftest import PASSWORD, Clock, Person, Server, code_in, make, sign_up, token_in, user_named
 from mail import Letter
 from models import LoginSession, OneTimeCode, User
 from settings import settings
@@ -216,6 +216,18 @@ def test_the_password_of_development_mode_does_not_go_public(serve: Callable[...
     server.stop()
     with pytest.raises(AssertionError, match="set ADMIN_PASSWORD"):
         serve(SECRET_KEY=KEY)
-    public = serve(SECRET_KEY=KEY, ADMIN_PASSWORD="long enough")
+    public = serve(SECRET_KEY=KEY, ADMIN_PASSWORD="long enough", ADMIN_USERNAME="root")
+    assert "ADMIN_USERNAME is not made: there is an admin already, admin." in public.log.read_text()
     assert public.client.post("/login", data={"username": "admin", "password": "admin"}).status_code == 401
     assert Person(public.client, "admin", "long enough").get("/users/me").status_code == 200
+
+
+@pytest.mark.slow
+def test_where_there_are_only_readers_the_first_admin_is_made(serve: Callable[..., Server]) -> None:
+    server = serve(SECRET_KEY=KEY)
+    sign_up(server.client, "rita")
+    server.stop()
+    with pytest.raises(AssertionError, match="somebody else has this email"):
+        serve(SECRET_KEY=KEY, ADMIN_PASSWORD="long enough", ADMIN_EMAIL="rita@example.com")
+    again = serve(SECRET_KEY=KEY, ADMIN_PASSWORD="long enough")
+    assert Person(again.client, "admin", "long enough").get("/users").json()["total"] == 2

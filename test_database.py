@@ -10,6 +10,7 @@ from pathlib import Path
 import anyio
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, SQLModel
@@ -111,6 +112,25 @@ def test_the_migrations_make_what_the_models_say(tmp_path: Path) -> None:
     SQLModel.metadata.create_all(engine)
     engine.dispose()
     assert schema_of(migrated) == schema_of(modelled)
+
+
+def test_a_database_in_use_is_brought_up_to_date_with_all_that_it_holds(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    engine = sa.create_engine(url)
+    with engine.connect() as connection, connection.begin():
+        command.upgrade(database._alembic(connection), "0001")
+        for statement in (
+            "INSERT INTO user (id, username, email, password_hash, role, is_active, created_at)"
+            " VALUES (7, 'rita', 'rita@example.com', '', 'reader', 1, '2026-01-01 00:00:00')",
+            "INSERT INTO login_session (user_id, refresh_hash, created_at, last_used_at, expires_at)"
+            " VALUES (7, 'x', '2026-01-01 00:00:00', '2026-01-01 00:00:00', '2027-01-01 00:00:00')",
+        ):
+            connection.exec_driver_sql(statement)
+    database.migrate(url)
+    with engine.connect() as connection:
+        kept = connection.exec_driver_sql("SELECT user_id, refresh_hash, previous_hash FROM login_session").all()
+    engine.dispose()
+    assert kept == [(7, "x", None)]
 
 
 def test_there_is_one_line_of_migrations() -> None:

@@ -15,7 +15,7 @@ from sqlmodel import Session
 
 import database
 import events
-from conftest import Person, Server, sign_up, wait_for
+from conftest import NEW, Person, Server, sign_up, wait_for
 
 
 class Stream:
@@ -111,6 +111,23 @@ def test_private_changes_reach_their_owner_only(server: Server, rita: Person) ->
     for who in (rita, oskar, admin):
         polled = who.get("/events", params={"after": start}).json()["items"]
         assert [event["type"] for event in polled] == (everything if who is rita else public)
+
+
+def test_a_stream_tells_nothing_private_to_who_may_not_see_it_any_more(server: Server, rita: Person) -> None:
+    admin = Person(server.client, "admin", "admin")
+    demoted = admin.post("/users", json={**NEW, "username": "ada", "email": "ada@example.com", "role": "admin"}).json()
+    ada = Person(server.client, "ada")
+    streams = [Stream(server.client, rita), Stream(server.client, ada, types="account.*")]
+    elsewhere = Person(server.client, "rita")
+    assert streams[1].wait(1)[0]["event"] == "account.login"
+    rita.post("/auth/logout")
+    admin.patch(f"/users/{demoted['id']}", json={"role": "reader"})
+    book = elsewhere.add_book()
+    elsewhere.post(f"/my-library/{book['id']}")
+    for stream in streams:
+        while stream.ended is None:
+            time.sleep(0.02)
+    assert [event["event"] for event in streams[0].events] == ["account.login"]
 
 
 TYPES: dict[str, tuple[str, list[str]]] = {

@@ -69,6 +69,20 @@ def test_login_without_its_two_fields_is_422(client: TestClient, body: dict[str,
     assert client.post("/login", **body).status_code == 422
 
 
+def test_a_password_that_was_right_a_moment_ago_opens_no_session(client: TestClient, reader: Person) -> None:
+    """It is verified before the transaction: meanwhile it may have been changed, or the account switched off."""
+    account = database.snapshot(logins._find_account, "rita")
+    assert account is not None
+
+    def start(session: Session) -> bool:
+        return logins.start_session(session, account, logins.Device("testclient", None), None) is not None
+
+    assert database.transact(start) is True
+    change = {"current_password": PASSWORD, "new_password": "another horse"}
+    assert reader.post("/auth/change-password", json=change).status_code == 204
+    assert database.transact(start) is False
+
+
 # --- refreshing and signing out ------------------------------------------------------------------------------------
 
 
@@ -237,6 +251,16 @@ def test_an_address_may_have_to_be_confirmed_first(
     assert Person(client, "rita").get("/users/me").json()["email_verified_at"] is not None
 
 
+def test_a_new_address_has_to_be_confirmed_before_the_next_refresh(
+    client: TestClient, reader: Person, mailbox: list[Letter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "require_verified_email", True)
+    assert refreshed(client, reader.tokens["refresh_token"]) is None
+    reader.post("/auth/verify-email")
+    client.get(f"/auth/verify-email/{token_in(mailbox[-1])}")
+    assert refreshed(client, reader.tokens["refresh_token"]) is not None
+
+
 # --- the audit trail ----------------------------------------------------------------------------------------------
 
 
@@ -253,9 +277,29 @@ def test_the_log_tells_the_owner_and_admins_of_logins_and_failures(
     }
     assert [event["type"] for event in seen["Rita"]] == ["account.login_failed", "account.login", "account.logout"]
     assert seen["Rita"][0]["data"] == {"address": "testclient", "user_agent": "a thief"}
-    assert seen["admin"] == seen["Rita"]
+    assert [event for event in seen["admin"] if event in seen["Rita"]] == seen["Rita"]
+    nobody = [event for event in seen["admin"] if event not in seen["Rita"]]
+    assert [event["type"] for event in nobody] == ["account.login_failed"], "what was tried on no account"
     assert seen["Oskar"] == seen["Lydia"] == []
     assert client.get("/events", params={"after": start, "types": "account.*"}).json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/login", {"username": "NAME", "password": "wrong password"}),
+        ("/auth/forgot-password", {"email": "NAME@example.com"}),
+    ],
+)
+def test_the_ids_of_public_events_do_not_tell_who_has_an_account(
+    client: TestClient, reader: Person, path: str, body: dict[str, str]
+) -> None:
+    def spent(name: str) -> int:
+        start = client.get("/books").headers["X-Event-Cursor"]
+        client.post(path, json={key: value.replace("NAME", name) for key, value in body.items()})
+        return int(client.get("/books").headers["X-Event-Cursor"]) - int(start)
+
+    assert spent("rita") == spent("nobody") == 1
 
 
 def test_the_reuse_of_a_token_is_in_the_log(client: TestClient, clock: Clock, reader: Person, admin: Person) -> None:

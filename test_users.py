@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from conftest import DUNE, NEW, PASSWORD, Person, Server, sign_up, token_in
+from conftest import DUNE, NEW, PASSWORD, Clock, Person, Server, sign_up, token_in
 from mail import Letter
+from settings import settings
 
 # --- my account ---------------------------------------------------------------------------------------------------
 
@@ -45,6 +46,26 @@ def test_a_new_address_is_confirmed_anew_and_the_old_one_is_told(client: TestCli
     assert client.get(f"/auth/verify-email/{token_in(first)}").status_code == 404, "it went to the old address"
     assert client.get(f"/auth/verify-email/{token_in(link)}").json()["email"] == "new@example.com"
     assert client.post("/login", json={"username": "rita@example.com", "password": PASSWORD}).status_code == 401
+
+
+def test_a_thief_of_a_session_does_not_get_away_with_the_account(
+    client: TestClient, clock: Clock, mailbox: list[Letter]
+) -> None:
+    """The owner of the address that was confirmed takes the change back, by the link in the news of it."""
+    rita = sign_up(client, "rita")
+    client.get(f"/auth/verify-email/{token_in(mailbox.pop())}")
+    thief = Person(client, "rita")
+    for address in ("thief@example.com", "thief2@example.com"):
+        thief.patch("/users/me", json={"email": address})
+    undo = token_in(next(letter for letter in mailbox if letter.to == "rita@example.com"))
+    client.get(f"/auth/verify-email/{token_in(mailbox[-1])}")
+    clock.advance(days=6)
+    assert client.get(f"/auth/verify-email/{undo}").json()["email"] == "rita@example.com"
+    for person in (rita, thief):
+        assert person.get("/users/me").status_code == 401
+    again = Person(client, "rita@example.com").get("/users/me").json()
+    assert (again["email"], again["email_verified_at"] is not None) == ("rita@example.com", True)
+    assert client.get(f"/auth/verify-email/{undo}").status_code == 404
 
 
 def test_the_same_address_again_changes_nothing(client: TestClient, mailbox: list[Letter]) -> None:
@@ -87,6 +108,8 @@ def test_what_is_personal_goes_with_the_account_and_the_books_stay(
     assert told == ["review.deleted"]
     seen = admin.get("/events", params={"after": start, "types": "account.deleted"}).json()["items"]
     assert [event["data"] for event in seen] == [{"user_id": 2, "username": "Rita", "by": 2}]
+    said = client.get("/events", params={"types": "review.*", "limit": 100}).json()["items"]
+    assert {event["data"]["username"] for event in said} == {"Oskar", None}, "the next Rita said nothing yet"
 
 
 def test_a_name_that_is_free_again_is_a_new_account(client: TestClient, reader: Person) -> None:
@@ -100,6 +123,7 @@ def test_a_name_that_is_free_again_is_a_new_account(client: TestClient, reader: 
 def test_all_that_is_stored_of_me_is_one_file(client: TestClient, reader: Person, other_reader: Person) -> None:
     book = reader.add_book(**DUNE)
     reader.post(f"/my-library/{book['id']}", json={"status": "reading"})
+    reader.patch(f"/my-library/{book['id']}", json={"status": "completed", "rating": 4, "review": "Sand."})
     reader.upload("title,author\nEmma,Jane Austen\nNobody's,\n", "my books.csv")
     other_reader.post(f"/my-library/{book['id']}")
     answer = reader.get("/users/me/export")
@@ -112,7 +136,7 @@ def test_all_that_is_stored_of_me_is_one_file(client: TestClient, reader: Person
     assert [upload["filename"] for upload in stored["uploads"]] == ["my books.csv"]
     assert [(error["row"], error["field"]) for error in stored["upload_errors"]] == [(3, "author")]
     told = {event["type"] for event in stored["events"]}
-    assert told == {"account.login", "shelf.created", "upload.progress"}
+    assert told == {"account.login", "shelf.created", "shelf.updated", "upload.progress", "review.created"}
     assert "argon2" not in answer.text
     assert "Oskar" not in answer.text
 
@@ -150,6 +174,7 @@ FOUND: dict[str, tuple[dict[str, Any], list[str]]] = {
     "part of an address": ({"search": "a@example"}, ["Rita", "Lydia"]),
     "part of a full name": ({"search": "von"}, ["Oskar"]),
     "what LIKE would take for anything": ({"search": "%"}, []),
+    "letters that SQLite does not know": ({"search": "ÉMILE"}, ["Lydia"]),
     "a role": ({"role": "librarian"}, ["Lydia"]),
     "switched off": ({"is_active": False}, ["Oskar"]),
     "a page": ({"limit": 2, "offset": 1}, ["Rita", "Oskar"]),
@@ -160,6 +185,7 @@ FOUND: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.fixture
 def everybody(admin: Person, reader: Person, other_reader: Person, librarian: Person) -> Person:
     admin.patch("/users/3", json={"full_name": "Oskar von Matzerath", "is_active": False})
+    admin.patch("/users/4", json={"full_name": "Lydia d'Émile"})
     return admin
 
 
@@ -238,6 +264,14 @@ def test_the_last_active_admin_stays(admin: Person, method: str, path: str, body
     assert admin.request(method, path, json=body).status_code == 409
     admin.patch(f"/users/{other}", json={"is_active": True})
     assert admin.request(method, path, json=body).status_code in (200, 204)
+
+
+def test_an_admin_who_can_not_sign_in_is_none(admin: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    admin.post("/users", json={**NEW, "role": "admin"})
+    monkeypatch.setattr(settings, "require_verified_email", True)
+    assert admin.patch("/users/1", json={"role": "reader"}).status_code == 409
+    monkeypatch.setattr(settings, "require_verified_email", False)
+    assert admin.patch("/users/1", json={"role": "reader"}).status_code == 200
 
 
 @pytest.mark.parametrize("gone", ["demoted", "switched off", "deleted"])

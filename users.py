@@ -1,13 +1,15 @@
 """The accounts themselves: my profile, all that is stored of me, and administration."""
 
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import sqlalchemy as sa
 from fastapi import APIRouter, BackgroundTasks, HTTPException, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection
-from sqlmodel import Session, SQLModel, col
+from sqlmodel import Session, col
 
 import database
 import events
@@ -15,10 +17,10 @@ import library
 import mail
 import models
 import throttle
-from accounts import cancel_codes, create_account, find_user, with_password
+from accounts import change_address, create_account, find_user, still_me, with_password
 from auth import Admin, CurrentUser, audit
-from books import PUBLIC, as_book
-from logins import ask_to_confirm, end_sessions
+from books import SELECT_BOOKS, as_book
+from logins import end_sessions
 from mail import Letter
 from models import (
     AccountCreate,
@@ -26,7 +28,6 @@ from models import (
     BlankIsNull,
     Book,
     BookPublic,
-    CodePurpose,
     EntryPublic,
     Event,
     EventPublic,
@@ -41,12 +42,14 @@ from models import (
     Storable,
     Upload,
     UploadError,
+    UploadErrorPublic,
     UploadPublic,
     User,
     UserPublic,
     UserUpdate,
 )
 from pages import Order, Page, PageQuery, named, page_answer, read_page
+from settings import settings
 
 router = APIRouter(prefix="/users", tags=["Users"])
 
@@ -84,18 +87,14 @@ def _change_account(
     user = session.get(User, user_id, with_for_update=True)
     if user is None:
         raise no_such_user()
-    email, role, was_active = user.email, user.role, user.is_active
-    for name, value in change.model_dump(exclude_unset=True).items():
+    role, was_active = user.role, user.is_active
+    changed = change.model_dump(exclude_unset=True)
+    new_email = changed.pop("email", user.email)
+    for name, value in changed.items():
         setattr(user, name, value)
     if user.role != Role.admin or not user.is_active:
         _keep_an_admin(admins, user_id)
-    session.flush()
-    letters = []
-    if user.email != email:
-        user.email_verified_at = None
-        cancel_codes(session, user_id, *CodePurpose)  # those went to the old address
-        letters = [mail.address_changed(email, user.username, user.email), ask_to_confirm(session, user)]
-        audit(session, user_id, "email_changed", old=email, new=user.email, by=by.id)
+    letters = change_address(session, user, new_email, by.id) if new_email != user.email else []
     if user.role != role:
         audit(session, user_id, "role_changed", old=role, new=user.role, by=by.id)
     if user.is_active != was_active:
@@ -107,6 +106,8 @@ def _change_account(
 def _lock_admins(session: Session) -> set[int]:
     """The active admins, locked in one order until the transaction ends: of two who go at once, one stays."""
     admins = sa.select(col(User.id)).where(col(User.role) == Role.admin, col(User.is_active))
+    if settings.require_verified_email:  # the others can't sign in
+        admins = admins.where(col(User.email_verified_at).is_not(None))
     return set(session.scalars(admins.order_by(col(User.id)).with_for_update()))
 
 
@@ -122,8 +123,13 @@ class MyPassword(Shape):
 @router.delete("/me", status_code=204)
 async def delete_me(given: MyPassword, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Delete my account, with my shelf, reviews and uploads. The books that I added stay. Needs my password."""
-    await with_password(user, given.password, request)
-    tasks.add_task(mail.send, await database.write(_delete_account, user.id, user))
+    me = await with_password(user, given.password, request)
+    tasks.add_task(mail.send, await database.write(_delete_my_account, user, me.password_hash))
+
+
+def _delete_my_account(session: Session, user: Principal, verified_hash: str) -> Letter:
+    still_me(session, user, verified_hash)
+    return _delete_account(session, user.id, user)
 
 
 def _delete_account(session: Session, user_id: int, by: Principal) -> Letter:
@@ -136,6 +142,7 @@ def _delete_account(session: Session, user_id: int, by: Principal) -> Letter:
     # What a book shows changes with who added it.
     added = sa.update(Book).where(col(Book.added_by) == user_id)
     session.execute(added.values(added_by=None, version=col(Book.version) + 1, updated_at=models.now()))
+    events.forget_reviewer(session, user.username)
     session.delete(user)
     session.flush()
     # What was logged of the account is gone with it; that it is gone, admins can still read.
@@ -147,13 +154,8 @@ def _delete_account(session: Session, user_id: int, by: Principal) -> Letter:
 # --- all that is stored of me -------------------------------------------------------------------------------------
 
 
-class UploadProblem(BaseModel):
+class UploadProblem(UploadErrorPublic):
     upload_id: int
-    row: int
-    severity: str
-    field: str | None
-    value: str | None
-    message: str
 
 
 class AccountExport(BaseModel):
@@ -164,45 +166,72 @@ class AccountExport(BaseModel):
     books_added: list[BookPublic]
     uploads: list[UploadPublic]
     upload_errors: list[UploadProblem]
-    events: list[EventPublic] = Field(description="The private ones that the change log keeps.")
+    events: list[EventPublic] = Field(description="What the change log keeps: my private ones, and of my reviews.")
+
+
+class Part(NamedTuple):
+    """A list of the export: what it selects, by which id it is read on, and how an item is made of a row."""
+
+    shape: type[BaseModel]
+    select: sa.Select[Any]
+    id: Any
+    item: Callable[[Any], dict[str, Any]]
 
 
 @router.get("/me/export", response_model=AccountExport)
-async def export_me(user: CurrentUser) -> Response:
+async def export_me(user: CurrentUser) -> StreamingResponse:
     """All that is stored about me, as one JSON file. The password is not in it: only its hash is stored."""
-    export = await database.scan(_collect, user)
     name = f"books-api-{user.username}.json"
-    return Response(
-        export.model_dump_json(indent=2),
-        media_type="application/json",
-        headers={"Content-Disposition": f'attachment; filename="{name}"'},
-    )
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return StreamingResponse(_export(user), media_type="application/json", headers=headers)
 
 
-def _collect(connection: Connection, user: Principal) -> AccountExport:
-    def mine(shape: type[BaseModel], table: type[SQLModel], *more: ColumnElement[Any]) -> list[dict[str, Any]]:
-        columns = [getattr(table, name) for name in shape.model_fields if hasattr(table, name)]
-        rows = sa.select(*columns, *more).where(table.user_id == user.id).order_by(table.id)  # type: ignore[attr-defined]
-        return [dict(row._mapping) for row in connection.execute(rows)]
+def _export(user: Principal) -> Iterator[str]:
+    """A piece at a time: somebody's uploads may have explained a million rows."""
+    account = UserPublic.model_validate(database.snapshot(find_user, user.id))
+    yield f'{{"exported_at": "{models.now().isoformat()}",\n"account": {account.model_dump_json()}'
+    for name, part in _parts(user).items():
+        yield f',\n"{name}": ['
+        last, separator = 0, "\n"
+        while rows := database.snapshot(_next_rows, part, last):
+            last = rows[-1][-1]
+            items = [part.shape.model_validate(part.item(row)).model_dump_json() for row in rows]
+            yield separator + ",\n".join(items)
+            separator = ",\n"
+        yield "]"
+    yield "}\n"
 
+
+def _next_rows(connection: Connection, part: Part, last: int) -> Sequence[Any]:
+    page = part.select.add_columns(part.id).where(part.id > last).order_by(part.id).limit(500)
+    return connection.execute(page).all()
+
+
+def _parts(user: Principal) -> dict[str, Part]:
     current = (col(LoginSession.id) == user.session_id).label("current")
-    added = sa.select(*PUBLIC.values()).where(col(Book.added_by) == user.id).order_by(col(Book.id))
-    shelf = library.SELECT_ENTRIES.where(col(ShelfEntry.user_id) == user.id).order_by(col(ShelfEntry.id))
-    uploads = mine(UploadPublic, Upload)
-    faults = [col(getattr(UploadError, name)) for name in UploadProblem.model_fields]
-    of_uploads = sa.select(*faults).where(col(UploadError.upload_id).in_([upload["id"] for upload in uploads]))
-    return AccountExport.model_validate(
-        {
-            "exported_at": models.now(),
-            "account": UserPublic.model_validate(find_user(connection, user.id)),
-            "sessions": mine(SessionPublic, LoginSession, current),
-            "shelf": [library.as_entry(row) for row in connection.execute(shelf)],
-            "books_added": [as_book(row) for row in connection.execute(added)],
-            "uploads": uploads,
-            "upload_errors": [dict(row._mapping) for row in connection.execute(of_uploads)],
-            "events": mine(EventPublic, Event),
-        }
-    )
+    said = sa.and_(col(Event.type).startswith("review."), Event.data["username"].as_string() == user.username)
+    return {
+        "sessions": _part(SessionPublic, LoginSession, col(LoginSession.user_id) == user.id, current=current),
+        "shelf": Part(
+            EntryPublic,
+            library.SELECT_ENTRIES.where(col(ShelfEntry.user_id) == user.id),
+            col(ShelfEntry.id),
+            library.as_entry,
+        ),
+        "books_added": Part(BookPublic, SELECT_BOOKS.where(col(Book.added_by) == user.id), col(Book.id), as_book),
+        "uploads": _part(UploadPublic, Upload, col(Upload.user_id) == user.id),
+        "upload_errors": _part(
+            UploadProblem,
+            UploadError,
+            col(UploadError.upload_id).in_(sa.select(col(Upload.id)).where(col(Upload.user_id) == user.id)),
+        ),
+        "events": _part(EventPublic, Event, sa.or_(col(Event.user_id) == user.id, said)),
+    }
+
+
+def _part(shape: type[BaseModel], table: Any, mine: ColumnElement[bool], **more: ColumnElement[Any]) -> Part:
+    columns = {name: getattr(table, name) for name in shape.model_fields if name not in more} | more
+    return Part(shape, sa.select(*columns.values()).where(mine), col(table.id), named(columns))
 
 
 # --- administration -----------------------------------------------------------------------------------------------
@@ -234,8 +263,12 @@ def _find_users(connection: Connection, query: UserQuery) -> dict[str, Any]:
     found = SELECT_USERS
     if query.search is not None:
         texts = (User.username, User.email, User.full_name)
-        part = query.search.lower()
-        found = found.where(sa.or_(*[sa.func.lower(col(text)).contains(part, autoescape=True) for text in texts]))
+        part = query.search
+        # SQLite's lower() knows ASCII only: other letters are looked for as they may be written.
+        spelled = {part.lower(), part.upper(), part.title(), part}
+        like = [sa.func.lower(col(text)).contains(part.lower(), autoescape=True) for text in texts]
+        like += [col(text).contains(one, autoescape=True) for text in texts for one in spelled]
+        found = found.where(sa.or_(*like))
     if query.role is not None:
         found = found.where(col(User.role) == query.role)
     if query.is_active is not None:
