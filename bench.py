@@ -10,10 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+
+import database
 
 HERE = Path(__file__).resolve().parent
 
@@ -49,53 +53,66 @@ class Server:
 
 
 def bare_seconds(file: Path, folder: str) -> float:
-    """The floor: the same file by `csv` and `sqlite3` alone, into a table with a unique and a search index."""
-    connection = sqlite3.connect(f"{folder}/bare.db", isolation_level=None)
-    connection.executescript(
-        """PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;
-        CREATE TABLE book (id INTEGER PRIMARY KEY, title TEXT, author TEXT, isbn TEXT UNIQUE, year TEXT);
-        CREATE VIRTUAL TABLE book_fts USING fts5(title, author, content='book', content_rowid='id');"""
-    )
+    """The floor: the same file by `csv` and `sqlite3` alone, into the same table with its indexes, 5,000 rows at once.
+
+    Nothing is looked at: no check digit, no key without accents, no second look for a title.
+    """
+    path = f"{folder}/bare.db"
+    database.migrate(f"sqlite:///{path}")
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL")
     started = time.perf_counter()
-    connection.execute("BEGIN")
     with file.open(encoding="utf-8-sig", errors="replace", newline="") as text:
         rows = csv.DictReader(text)
-        connection.executemany(
-            "INSERT OR IGNORE INTO book (title, author, isbn, year) VALUES (?, ?, ?, ?)",
-            (
+        while batch := list(islice(rows, 5000)):
+            connection.execute("BEGIN IMMEDIATE")
+            last = connection.execute("SELECT coalesce(max(id), 0) FROM book").fetchone()[0]
+            connection.executemany(
+                "INSERT OR IGNORE INTO book (title, author, isbn, publication_year, price, title_key, author_key,"
+                " copies, available, rating_count, rating_sum, version, created_at, updated_at)"
+                " VALUES (?, ?, ?, ?, ?, lower(?1), lower(?2), 0, 0, 0, 0, 1, ?6, ?6)",
                 (
-                    row.get("title"),
-                    row.get("authors") or row.get("author"),
-                    row.get("isbn") or None,
-                    row.get("original_publication_year") or row.get("year"),
-                )
-                for row in rows
-            ),
-        )
-    connection.execute("INSERT INTO book_fts (rowid, title, author) SELECT id, title, author FROM book")
-    connection.execute("COMMIT")
+                    (
+                        row.get("title"),
+                        row.get("authors") or row.get("author"),
+                        (row.get("isbn13") or row.get("isbn") or "").zfill(13)[:13],
+                        int(float(row.get("original_publication_year") or row.get("year") or 0)),
+                        int(float(row.get("price") or 0) * 100),
+                        "2026-01-01 00:00:00",
+                    )
+                    for row in batch
+                ),
+            )
+            connection.execute(
+                "INSERT INTO book_fts (rowid, title, author, isbn, publisher)"
+                " SELECT id, title, author, isbn, publisher FROM book WHERE id > ?",
+                (last,),
+            )
+            connection.execute("COMMIT")
     seconds = time.perf_counter() - started
     connection.close()
     return seconds
 
 
 def import_once(file: Path) -> dict[str, Any]:
-    """Upload the file, reading a book from another connection meanwhile."""
+    """Upload the file, reading a book fifty times a second meanwhile, and the upload once a second."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(folder)
         try:
             book = server.client.post("/books", json={"title": "Read me", "author": "Meanwhile"}).headers["Location"]
             answer = server.client.post("/books/upload", files={"file": (file.name, file.read_bytes())})
-            started, reads = time.perf_counter(), []
+            reads: list[float] = []
             while True:
                 before = time.perf_counter()
                 server.client.get(book)
                 reads.append((time.perf_counter() - before) * 1000)
-                upload = server.client.get(answer.headers["Location"]).json()
-                if upload["status"] in ("completed", "failed"):
-                    break
-                time.sleep(0.02)
-            seconds = time.perf_counter() - started
+                if len(reads) % 50 == 0:
+                    upload = server.client.get(answer.headers["Location"]).json()
+                    if upload["status"] in ("completed", "failed"):
+                        break
+                time.sleep(max(0, before + 0.02 - time.perf_counter()))
+            started_at, finished_at = (datetime.fromisoformat(upload[name]) for name in ("created_at", "finished_at"))
+            seconds = (finished_at - started_at).total_seconds()
             reads.sort()
             return {
                 "status": upload["status"],

@@ -29,6 +29,7 @@ from models import (
     Principal,
     ReviewPublic,
     Setting,
+    Shape,
     ShelfEntry,
     Title,
     User,
@@ -77,7 +78,7 @@ Sort = Literal[
 ]
 
 
-class BookFilter(PageQuery):
+class BookFilter(Shape):
     search: Annotated[
         Title | None,
         BlankIsNull,
@@ -119,6 +120,10 @@ class BookFilter(PageQuery):
         return " AND ".join(f"({part})" for part in parts)
 
 
+class BookQuery(BookFilter, PageQuery):
+    pass
+
+
 def words(text: str | None) -> list[str]:
     """What there is to search for: the words, or the ISBN that they spell, in the form it is kept in."""
     if text is None:
@@ -138,7 +143,7 @@ def fts(expression: str) -> ColumnElement[bool]:
 
 
 @router.get("", response_model=Page[BookPublic])
-async def list_books(query: Annotated[BookFilter, Query()], viewer: Viewer, request: Request) -> Response:
+async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, request: Request) -> Response:
     """A page of the catalogue, filtered, searched and sorted.
 
     `X-Event-Cursor` is the id of the last change that the page contains: follow `/stream?since=` from there.
@@ -153,20 +158,24 @@ async def list_books(query: Annotated[BookFilter, Query()], viewer: Viewer, requ
 
 
 def find_books(
-    connection: Connection, query: BookFilter, conditions: list[ColumnElement[bool]], match: str
+    connection: Connection, query: BookQuery, conditions: list[ColumnElement[bool]], match: str
 ) -> tuple[dict[str, Any], int]:
     """The page, and the event id it is up to date with."""
     total = count_books(connection, conditions, match)
     if words(query.search) and query.sort is None:
         page = best_matches(connection, query, conditions, match, total)
     else:
-        if match:
-            rows = sa.text("SELECT rowid FROM book_fts WHERE book_fts MATCH :match").bindparams(match=match)
-            conditions = [*conditions, col(Book.id).in_(rows)]
-        page = read_page(
-            connection, SELECT_BOOKS.where(*conditions), ORDERS[query.sort or "id"], query, as_book, total=total
-        )
+        found = SELECT_BOOKS.where(*matching(conditions, match))
+        page = read_page(connection, found, ORDERS[query.sort or "id"], query, as_book, total=total)
     return page, events.head(connection)
+
+
+def matching(conditions: list[ColumnElement[bool]], match: str) -> list[ColumnElement[bool]]:
+    """With the words as a condition like the others, for lists that are not in the order of the best match."""
+    if not match:
+        return conditions
+    rows = sa.text("SELECT rowid FROM book_fts WHERE book_fts MATCH :match").bindparams(match=match)
+    return [*conditions, col(Book.id).in_(rows)]
 
 
 def count_books(connection: Connection, conditions: list[ColumnElement[bool]], match: str) -> int:
@@ -183,7 +192,7 @@ def count_books(connection: Connection, conditions: list[ColumnElement[bool]], m
 
 
 def best_matches(
-    connection: Connection, query: BookFilter, conditions: list[ColumnElement[bool]], match: str, total: int
+    connection: Connection, query: BookQuery, conditions: list[ColumnElement[bool]], match: str, total: int
 ) -> dict[str, Any]:
     """Best match first: the exact title, then titles that begin so, then all words in the title, then the rest.
 
@@ -330,6 +339,10 @@ def _change_book(
     book = book_to_change(session, book_id, if_match)
     if not user.is_staff and book.added_by != user.id:
         raise HTTPException(403, "Only who added a book, librarians and admins change it.")
+    return revise_book(session, book, change)
+
+
+def revise_book(session: Session, book: Book, change: BookCreate | BookUpdate) -> BookPublic:
     book.describe(change if isinstance(change, BookCreate) else _merged(book, change))
     book.touch()
     session.flush()

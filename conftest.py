@@ -76,10 +76,12 @@ class Person:
         assert answer.status_code == 201, answer.text
         return dict(answer.json())
 
-    def upload(self, content: bytes | str, filename: str = "books.csv") -> dict[str, Any]:
+    def upload(
+        self, content: bytes | str, filename: str = "books.csv", path: str = "/books/upload", **options: Any
+    ) -> dict[str, Any]:
         """Upload, wait until it is done, and give what became of it, its errors included."""
         data = content.encode() if isinstance(content, str) else content
-        answer = self.post("/books/upload", files={"file": (filename, data, "text/csv")})
+        answer = self.post(path, files={"file": (filename, data, "text/csv")}, data=options)
         assert answer.status_code == 202, answer.text
         where = answer.headers["Location"]
         upload = wait_for(lambda: self._finished(where), seconds=60)
@@ -88,6 +90,13 @@ class Person:
     def _finished(self, where: str) -> dict[str, Any] | None:
         upload = dict(self.get(where).json())
         return None if upload["status"] in ("queued", "processing") else upload
+
+
+def without_ids(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What must be the same on another service."""
+    left_out = {"id", "book_id", "updated_at", "created_at", "version", "added_by", "copies", "available"}
+    entries = [{**entry, "book": {k: v for k, v in entry["book"].items() if k not in left_out}} for entry in entries]
+    return [{name: value for name, value in entry.items() if name not in left_out} for entry in entries]
 
 
 def sign_up(client: httpx.Client, username: str) -> Person:
@@ -223,8 +232,8 @@ def free_port() -> int:
 class Server:
     """A real uvicorn on a database file, started as the README says."""
 
-    def __init__(self, file: Path, *options: str, **environment: str) -> None:
-        self.file, self.options, self.environment = file, options, environment
+    def __init__(self, file: Path, *options: str, app: str = "main:app", **environment: str) -> None:
+        self.file, self.options, self.app, self.environment = file, options, app, environment
         self.log = file.with_suffix(f".{time.monotonic_ns()}.log")
         self.start()
 
@@ -232,7 +241,7 @@ class Server:
         self.port = free_port()
         limits = {"RATE_LIMITS": "false"}  # but for the tests that are about them
         environment = {**os.environ, "DATABASE_URL": f"sqlite:///{self.file}", **limits, **self.environment}
-        command = [sys.executable, "-m", "uvicorn", "main:app", "--port", str(self.port), *self.options]
+        command = [sys.executable, "-m", "uvicorn", self.app, "--port", str(self.port), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True

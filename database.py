@@ -9,15 +9,17 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import anyio.to_thread
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, create_engine, event
+from sqlalchemy import Connection, Table, create_engine, event, insert
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, SQLModel
 
@@ -169,6 +171,28 @@ def transact(change: Callable[Concatenate[Session, P], T], *args: P.args, **kwar
     """`write` for those who are in a thread already."""
     with transaction() as session:
         return change(session, *args, **kwargs)
+
+
+def insert_many(
+    session: Session, table: Table, rows: Sequence[Mapping[str, Any]], same: Mapping[str, Any] | None = None
+) -> None:
+    """Insert rows that have the same columns, and in the columns of `same` the same values.
+
+    By the driver's own executemany, with SQLAlchemy's types: its own insert takes twice as long.
+    """
+    dialect, constant = session.get_bind().dialect, same or {}
+    statement = insert(table).compile(dialect=dialect, column_keys=[*rows[0], *constant])
+    names = statement.positiontup or []
+    prepare = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) for name in names]
+    fixed = [
+        f(constant[name]) if f and name in constant else constant.get(name)
+        for name, f in zip(names, prepare, strict=True)
+    ]
+    columns: list[Iterable[Any]] = []
+    for name, value, f in zip(names, fixed, prepare, strict=True):
+        cells = repeat(value) if name in constant else map(itemgetter(name), rows)
+        columns.append(map(f, cells) if f and name not in constant else cells)
+    session.connection().exec_driver_sql(str(statement), list(zip(*columns, strict=False)))
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def _update_entry(session: Session, book_id: int, user: Principal, change: Entry
     entry, book = _mine(session, book_id, user)
     had_rating, was_review, said = entry.rating, entry.is_review, (entry.rating, entry.review)
     entry.revise(change)
-    _count_rating(book, had_rating, entry.rating)
+    count_rating(book, had_rating, entry.rating)
     changed = said != (entry.rating, entry.review)
     return _keep(session, entry, book, user, "shelf.updated", was_review=was_review, changed=changed)
 
@@ -123,10 +123,10 @@ async def remove_entry(book_id: BookId, user: CurrentUser) -> None:
 def _remove_entry(session: Session, book_id: int, user: Principal) -> None:
     entry, book = _mine(session, book_id, user)
     session.delete(entry)
-    _count_rating(book, entry.rating, None)
+    count_rating(book, entry.rating, None)
     events.record(session, "shelf.deleted", {"book_id": book_id, "title": book.title}, owner=user.id)
     if entry.is_review:
-        _record_review(session, "review.deleted", book, entry, user.username)
+        record_review(session, "review.deleted", book, entry, user.username)
 
 
 def withdraw_reviews(session: Session, user: User) -> None:
@@ -135,8 +135,8 @@ def withdraw_reviews(session: Session, user: User) -> None:
         sa.select(ShelfEntry, Book).join_from(ShelfEntry, Book).where(col(ShelfEntry.user_id) == user.id, is_review())
     )
     for entry, book in session.execute(said.with_for_update()):
-        _count_rating(book, entry.rating, None)
-        _record_review(session, "review.deleted", book, entry, user.username)
+        count_rating(book, entry.rating, None)
+        record_review(session, "review.deleted", book, entry, user.username)
 
 
 def _mine(session: Session, book_id: int, user: Principal) -> tuple[ShelfEntry, Book]:
@@ -149,7 +149,7 @@ def _mine(session: Session, book_id: int, user: Principal) -> tuple[ShelfEntry, 
     return entry, book
 
 
-def _count_rating(book: Book, old: int | None, new: int | None) -> None:
+def count_rating(book: Book, old: int | None, new: int | None) -> None:
     if old != new:
         book.rating_count += (new is not None) - (old is not None)
         book.rating_sum += (new or 0) - (old or 0)
@@ -172,13 +172,13 @@ def _keep(
     told = {"title": book.title, **shown.model_dump(mode="json", exclude={"book", "review"})}
     events.record(session, event_type, told, owner=user.id)
     if entry.is_review and (changed or not was_review):
-        _record_review(session, "review.updated" if was_review else "review.created", book, entry, user.username)
+        record_review(session, "review.updated" if was_review else "review.created", book, entry, user.username)
     elif was_review and not entry.is_review:
-        _record_review(session, "review.deleted", book, entry, user.username)
+        record_review(session, "review.deleted", book, entry, user.username)
     return shown
 
 
-def _record_review(session: Session, event_type: str, book: Book, entry: ShelfEntry, username: str) -> None:
+def record_review(session: Session, event_type: str, book: Book, entry: ShelfEntry, username: str) -> None:
     # Not the text, which can be long: it is at /books/{id}/reviews.
     told = {"book_id": book.id, "title": book.title, "username": username, "rating": entry.rating}
     figures = {"book_rating": book.rating, "book_rating_count": book.rating_count}

@@ -11,7 +11,13 @@
     logins.py     signing in, refreshing, signing out
     books.py      the catalogue and its search, reviews
     library.py    /my-library
-    imports.py    CSV files
+    csvfiles.py   CSV: encodings, delimiters, records
+    cells.py      numbers, dates and ISBNs as they come
+    formats.py    the columns of other services, and what a row says
+    placing.py    rows on their way into the catalogue and onto a shelf
+    imports.py    the stored file, and the job that brings it in
+    uploads.py    taking a file, how it goes, what was refused
+    exports.py    the catalogue and my shelf as files
     accounts.py   registration, confirming an address, forgotten passwords
     users.py      my profile, administration
 
@@ -48,16 +54,19 @@ import auth
 import books
 import database
 import events
+import exports
 import imports
 import library
 import logins
 import throttle
+import uploads
 import users
 from models import DomainError, Problem
 from settings import settings
 
 VERSION = "0.1.0"
 BODY_MAX = 1 << 20  # bytes of a request, but for uploads
+RESUME_SECONDS = 5  # between two looks for uploads that nobody is at
 PROBLEM_JSON = "application/problem+json"
 
 log = logging.getLogger("books")
@@ -75,7 +84,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         throttle.open_counters()
         # anyio's cancelling, unlike asyncio's, waits for what is in a thread: it still needs the database.
         async with events.feed.running(), anyio.create_task_group() as jobs:
-            jobs.start_soon(every, 5, resume_uploads)
+            jobs.start_soon(every, RESUME_SECONDS, resume_uploads)
             jobs.start_soon(every, 3600, sweep)
             try:
                 yield
@@ -324,7 +333,8 @@ for router in (
     accounts.router,
     users.router,
     books.router,
-    imports.router,
+    uploads.router,
+    exports.router,
     library.router,
     events.build_router(auth.identify, auth.is_still),
 ):

@@ -81,8 +81,11 @@ class Cents(sa.TypeDecorator[Decimal]):
         return None if value is None else Decimal(value) / 100
 
 
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
 def _storable(text: str) -> str:
-    if re.search("[\x00\ud800-\udfff]", text):
+    if UNSTORABLE.search(text):
         raise ValueError("must not contain NUL characters or halves of surrogate pairs")
     return text
 
@@ -91,8 +94,17 @@ def _blank_is_null(value: object) -> object:
     return None if isinstance(value, str) and not value.strip() else value
 
 
+def is_isbn13(text: str) -> bool:
+    """Whether it is one as we keep them. Imports ask for every row, and the library takes ten times as long."""
+    if len(text) != 13 or not (text.isascii() and text.isdecimal() and text.startswith(("978", "979"))):
+        return False
+    return (sum(map(int, text[::2])) + 3 * sum(map(int, text[1::2]))) % 10 == 0
+
+
 def _to_isbn13(text: str) -> str:
     """13 digits, from an ISBN-10 or ISBN-13 with or without hyphens and spaces (ISO 2108)."""
+    if is_isbn13(text):
+        return text
     try:
         return str(isbn_numbers.validate(text, convert=True))
     except isbn_numbers.ValidationError as error:
@@ -464,8 +476,7 @@ class Book(BookBase, table=True):
     @staticmethod
     def row(new: BookBase) -> dict[str, Any]:
         """The columns that follow from what `new` says."""
-        said = {name: getattr(new, name) for name in BookBase.model_fields}
-        return said | {"title_key": fold(new.title), "author_key": fold(new.author)}
+        return {**vars(new), "title_key": fold(new.title), "author_key": fold(new.author)}
 
     def describe(self, new: BookBase) -> None:
         for name, value in self.row(new).items():
@@ -518,6 +529,15 @@ class ShelfStatus(StrEnum):
     abandoned = "abandoned"
 
 
+def _no_comma(text: str) -> str:
+    if "," in text:
+        raise ValueError("must not contain a comma: in files, tags are separated by them")
+    return text
+
+
+Tag = Annotated[str, Stripped, bounded(50), Storable, AfterValidator(_no_comma)]
+
+
 class EntryCreate(Shape):
     status: ShelfStatus = ShelfStatus.wishlist
 
@@ -528,7 +548,7 @@ class EntryUpdate(Shape):
     status: ShelfStatus = ShelfStatus.wishlist
     rating: Annotated[int, Limit(ge=1, le=5)] | None = None
     review: Annotated[LongText | None, BlankIsNull] = None
-    tags: Annotated[list[Annotated[str, Stripped, bounded(50), Storable]], Limit(max_length=50)] = []
+    tags: Annotated[list[Tag], Limit(max_length=50)] = []
     started_at: Moment | None = None
     finished_at: Moment | None = None
 
@@ -612,6 +632,11 @@ class UploadStatus(StrEnum):
     cancelled = "cancelled"
 
 
+class OnDuplicate(StrEnum):
+    skip = "skip"
+    update = "update"
+
+
 class Upload(SQLModel, table=True):
     __tablename__ = "upload"
     __table_args__ = table_options(
@@ -634,9 +659,19 @@ class Upload(SQLModel, table=True):
     progress: float = 0
     ignored_columns: list[str] = Field(default_factory=list, sa_type=sa.JSON, nullable=False)
     error: str | None = None
+    shelve: bool = Field(default=False, sa_column_kwargs={"server_default": sa.false()})
+    on_duplicate: str = Field(
+        default=OnDuplicate.skip, max_length=10, sa_column_kwargs={"server_default": OnDuplicate.skip}
+    )
+    dry_run: bool = Field(default=False, sa_column_kwargs={"server_default": sa.false()})
+    format: str | None = Field(default=None, max_length=20)
+    encoding: str | None = Field(default=None, max_length=20)
+    delimiter: str | None = Field(default=None, max_length=1)
+    header: list[str] | None = Field(default=None, sa_type=sa.JSON)
     created_at: datetime = stamp_column()
     started_at: datetime | None = moment_column()
     finished_at: datetime | None = moment_column()
+    worker: str | None = Field(default=None, max_length=20)  # the job that is at it
     lease_until: datetime | None = moment_column()  # while a worker is at it; an old one means that it died
 
 
@@ -661,6 +696,7 @@ class UploadError(SQLModel, table=True):
     field: str | None = Field(default=None, max_length=100)
     value: str | None = None
     message: str
+    cells: list[str] | None = Field(default=None, sa_type=sa.JSON)  # of a refused row, to be given back
 
 
 class UploadPublic(BaseModel):
@@ -677,6 +713,12 @@ class UploadPublic(BaseModel):
     warnings: int = Limit(description="Rows that went in without one bad value.")
     progress: float = Limit(description="From 0 to 1, by the bytes of the file.")
     ignored_columns: list[str] = Limit(description="Columns that the catalogue does not know.")
+    shelve: bool = Limit(description="Whether the books go on your shelf, too.")
+    on_duplicate: OnDuplicate
+    dry_run: bool = Limit(description="Whether it only counts and explains.")
+    format: str | None = Limit(description="What was found: `books`, `books-api`, `goodreads` or `storygraph`.")
+    encoding: str | None = Limit(description="What was found.", examples=["utf-8"])
+    delimiter: str | None = Limit(description="What was found.", examples=[","])
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None

@@ -129,6 +129,10 @@ MATRIX: dict[str, Asked] = {
     "GET /books/upload": Asked(SIGNED_IN),
     "GET /books/upload/{upload_id}": Asked(OWNER_AND_STAFF),
     "GET /books/upload/{upload_id}/errors": Asked(OWNER_AND_STAFF),
+    "DELETE /books/upload/{upload_id}": Asked(instead(OWNER_AND_STAFF, 409)),
+    "GET /books/export": Asked(EVERYBODY),
+    "POST /my-library/import": Asked(instead(SIGNED_IN, 202), csv),
+    "GET /my-library/export": Asked(SIGNED_IN),
     # Changes.
     "GET /events": Asked(EVERYBODY),
     "GET /stream": Asked(EVERYBODY, lambda _: {"params": {"seconds": 0.01}}),

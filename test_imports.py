@@ -1,5 +1,6 @@
 """CSV files, dirty as they come: every row goes in or is refused with its reason."""
 
+import csv
 import io
 import os
 import random
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlmodel import Session
+from sqlmodel import Session, select
 
+import database
+import events
 import imports
-from conftest import REAL_BOOKS, Person, Server, sign_up, wait_for
-from models import User
+from conftest import DUNE, HERE, REAL_BOOKS, Person, Server, sign_up, wait_for
+from models import UploadChunk, User
+from settings import settings
 
 # --- files --------------------------------------------------------------------------------------------------------
 
@@ -116,7 +120,6 @@ PARTLY: dict[str, tuple[str | bytes, Counts, Errors]] = {
         [(row, "warning", "isbn", "not an ISBN") for row in (2, 3, 4, 5)],
     ),
     "a NUL": ("title,author\nA\0,B\nD,E\n", (2, 1, 0, 1), [(2, "error", "title", "NUL")]),
-    "bytes that are not UTF-8": (b"title,author\nCaf\xe9,B\nD,E\n", (2, 1, 0, 1), [(2, "error", "title", "not UTF-8")]),
     "a title that is a book": (
         f"title,author\n{'x' * 1_000_000},B\nD,E\n",
         (2, 1, 0, 1),
@@ -174,9 +177,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "no author": (b"title,price\nDune,9.99\n", "names no column for author"),
     "only blank lines": (b"\n\n  \n"[:2], "no header"),
     "only a byte order mark": (b"\xef\xbb\xbf", "no header"),
-    "a picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "names no column"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "not a text file"),
     "a picture of noise": (random.Random(1).randbytes(100_000), ""),
-    "UTF-16": ("title,author\nA,B\n".encode("utf-16"), "not a text file in UTF-8"),
+    "a zip bomb": (b"PK\x03\x04" + bytes(200_000), ""),
     "one line of ten megabytes": (b"x" * 10_000_000, "can't be read"),
     "one open quote": (b'"title,author\nA,B\n', "can't be read"),
     "ten thousand columns": (b",".join(b"c%d" % n for n in range(10_000)), "names no column"),
@@ -252,7 +255,11 @@ def test_uploads_are_seen_by_their_owner_and_staff(
     assert client.post("/books/upload", files={"file": ("a.csv", b"title,author\n")}).status_code == 401
 
 
-def test_the_log_tells_everybody_of_the_books_and_the_owner_of_the_progress(client: TestClient, reader: Person) -> None:
+def test_the_log_tells_everybody_of_the_books_and_the_owner_of_the_progress(
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imports, "TELL_SECONDS", 0)
+    monkeypatch.setattr(imports, "BATCH", 500)
     start = client.get("/events").json()["next"]
     rows = "".join(f"Book {number},Somebody\n" for number in range(1250))
     upload = reader.upload(f"title,author\n{rows}")
@@ -272,6 +279,129 @@ def test_errors_are_kept_up_to_a_bound_and_counted_beyond(reader: Person, monkey
     monkeypatch.setattr(imports, "ERRORS_MAX", 30)
     upload = reader.upload("title,author\n" + ",\n" * 1500)
     assert (upload["rows"], upload["failed"], len(upload["errors"])) == (1500, 1500, 30)
+
+
+# --- what is asked of it ------------------------------------------------------------------------------------------
+
+
+def test_update_changes_what_the_file_says_and_nothing_else(client: TestClient, reader: Person) -> None:
+    book = reader.add_book(**DUNE, pages=412)
+    start = client.get("/events").json()["next"]
+    content = "title,author,isbn,genre,publisher,pages\nDUNE,F. Herbert,0441172717,,Ace,\n"
+    skipped = reader.upload(content)
+    assert (skipped["updated"], skipped["skipped"], client.get("/books/1").json()) == (0, 1, book)
+    updated = reader.upload(content, on_duplicate="update")
+    assert (updated["inserted"], updated["updated"], updated["skipped"]) == (0, 1, 0)
+    now = client.get("/books/1").json()
+    said = {"title": "DUNE", "author": "F. Herbert", "publisher": "Ace", "version": 2}
+    assert now == {**book, **said, "updated_at": now["updated_at"]}
+    assert client.get("/books", params={"search": "ace"}).json()["total"] == 1
+    again = reader.upload(content, on_duplicate="update")
+    assert (again["updated"], again["skipped"]) == (0, 1)
+    told = client.get("/events", params={"after": start}).json()["items"]
+    assert [(event["type"], event["data"]["version"]) for event in told] == [("book.updated", 2)]
+
+
+def test_only_who_added_a_book_and_staff_update_it(reader: Person, other_reader: Person, librarian: Person) -> None:
+    reader.add_book(**DUNE)
+    content = "title,author,isbn,pages\nDune,Frank Herbert,0441172717,412\n"
+    refused = other_reader.upload(content, on_duplicate="update")
+    assert (refused["updated"], refused["skipped"], refused["warnings"]) == (0, 1, 1)
+    assert "added by somebody else" in refused["errors"][0]["message"]
+    assert librarian.upload(content, on_duplicate="update")["updated"] == 1
+    assert reader.get("/books/1").json()["pages"] == 412
+
+
+def test_a_dry_run_tells_what_would_be_and_writes_nothing(
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imports, "BATCH", 2)
+    reader.add_book(title="Emma", author="Jane Austen")
+    start = client.get("/events").json()["next"]
+    content = "title,author,pages\nEmma,Jane Austen,400\nDune,Frank Herbert,\nA,,\nDUNE,frank herbert,\nB,C,1\nB,C,1\n"
+    tried = reader.upload(content, dry_run=True, on_duplicate="update")
+    told = {event["type"] for event in reader.get("/events", params={"after": start}).json()["items"]}
+    assert told == {"upload.progress"}
+    assert client.get("/books").json()["total"] == 1
+    assert client.get("/books/1").json()["pages"] is None
+    done = reader.upload(content, on_duplicate="update")
+    counts = ("rows", "inserted", "updated", "skipped", "failed", "warnings")
+    assert [tried[name] for name in counts] == [done[name] for name in counts] == [6, 2, 1, 2, 1, 0]
+    assert tried["errors"] == done["errors"]
+
+
+@pytest.mark.parametrize("options", [{"on_duplicate": "replace"}, {"dry_run": "perhaps"}, {"shelve": "2"}], ids=str)
+def test_what_can_not_be_asked(reader: Person, options: dict[str, str]) -> None:
+    answer = reader.post("/books/upload", files={"file": ("a.csv", b"title,author\nA,B\n")}, data=options)
+    assert answer.status_code == 422
+
+
+def test_where_only_staff_add_books_a_shelf_takes_what_the_catalogue_has(
+    reader: Person, librarian: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "readers_can_add", False)
+    librarian.add_book(title="Good Omens", author="Terry Pratchett, Neil Gaiman", isbn="9780060853983")
+    upload = reader.upload((HERE / "test_files" / "goodreads.csv").read_bytes(), path="/my-library/import")
+    assert (upload["inserted"], upload["failed"]) == (1, 4)
+    assert "is not in the catalogue" in upload["errors"][0]["message"]
+    assert [entry["book"]["title"] for entry in reader.get("/my-library").json()["items"]] == ["Good Omens"]
+
+
+def test_an_isbn_is_matched_by_nothing_else_and_a_missing_one_by_title_and_author(reader: Person) -> None:
+    reader.add_book(title="Dune", author="Frank Herbert")
+    reader.add_book(**{**DUNE, "title": "Dune (film)"})
+    upload = reader.upload(
+        "title,author,isbn\ndune,FRANK  HERBERT,\nDune,Frank Herbert,9780340960196\nX,Y,0441172717\nDune,Herbert,\n"
+    )
+    assert (upload["inserted"], upload["skipped"]) == (2, 2)
+    books = reader.get("/books").json()["items"]
+    assert [(book["author"], book["isbn"]) for book in books[2:]] == [
+        ("Frank Herbert", "9780340960196"),
+        ("Herbert", None),
+    ]
+
+
+def test_refused_rows_come_back_to_be_mended(reader: Person) -> None:
+    header = "title;author;price;note\r\n"
+    upload = reader.upload(header + "=Dune;Frank Herbert;free;x\r\nEmma;;1,00;@y\r\nA;B;2,00;\r\nToo;many;1;2;3\r\n")
+    answer = reader.get(f"/books/upload/{upload['id']}/errors", params={"format": "csv"})
+    assert answer.headers["Content-Type"] == "text/csv; charset=utf-8"
+    rows = list(csv.reader(io.StringIO(answer.text, newline="")))
+    assert rows[0] == ["title", "author", "price", "note", "reason"]
+    assert [row[:4] for row in rows[1:]] == [
+        ["'=Dune", "Frank Herbert", "free", "x"],
+        ["Emma", "", "1,00", "'@y"],
+        ["Too", "many", "1", "2"],
+    ]
+    assert [row[-1] for row in rows[1:]] == [
+        "price Input should be a valid decimal",
+        "author is missing",
+        "has 5 cells where the header has 4",
+    ]
+    mended = answer.text.replace("free", "0").replace("Emma,", "Emma,Jane Austen").replace("2,3,", "2,")
+    again = reader.upload(mended)
+    assert (again["inserted"], again["failed"], again["ignored_columns"]) == (3, 0, ["note", "reason"])
+    books = reader.get("/books").json()["items"]
+    assert [book["title"] for book in books] == ["A", "=Dune", "Emma", "Too"]
+
+
+def test_an_upload_can_be_cancelled_and_says_what_stays(
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled: list[dict[str, Any]] = []
+
+    def cancel_between_two_batches() -> bool:
+        cancelled.append(reader.delete("/books/upload/1").json())
+        return False
+
+    monkeypatch.setattr(imports, "BATCH", 10)
+    monkeypatch.setattr(events, "server_is_stopping", cancel_between_two_batches)
+    upload = reader.upload("title,author\n" + "".join(f"Book {number},Somebody\n" for number in range(25)))
+    assert (upload["status"], upload["rows"], upload["inserted"]) == ("cancelled", 10, 10)
+    assert [(answer["status"], answer["inserted"]) for answer in cancelled] == [("cancelled", 10)]
+    assert client.get("/books").json()["total"] == 10
+    assert reader.delete(f"/books/upload/{upload['id']}").json()["detail"] == "This upload is cancelled already."
+    assert database.transact(lambda session: session.exec(select(UploadChunk)).all()) == []
 
 
 # --- large ones ---------------------------------------------------------------------------------------------------
@@ -341,6 +471,58 @@ def test_an_upload_survives_its_process(serve: Callable[..., Server], how: signa
     assert server.client.get("/books", params={"search": "29999"}).json()["total"] == 1
 
 
+# The same service, quicker to find out that a process has died.
+IMPATIENT = """
+from datetime import timedelta
+import imports, main
+imports.LEASE, imports.BATCH, main.RESUME_SECONDS = timedelta(seconds=0.6), 100, 0.2
+app = main.app
+"""
+ROWS = "title,author,isbn,pages\n" + "".join(
+    f"Book {n % 1900},Author {n % 7},{'' if n % 3 else '97800000' + str(n).zfill(5)},{'many' if n % 50 == 0 else n}\n"
+    for n in range(1, 6000)
+)
+
+
+def outcome(person: Person, upload: dict[str, Any]) -> tuple[Any, ...]:
+    counts = [upload[name] for name in ("status", "rows", "inserted", "updated", "skipped", "failed", "warnings")]
+    errors = person.get(f"/books/upload/{upload['id']}/errors", params={"format": "csv"}).text
+    told = person.get("/events", params={"types": "books.imported", "limit": 100}).json()["items"]
+    ids = [(event["data"]["count"], event["data"]["first_id"], event["data"]["last_id"]) for event in told]
+    return counts, errors, ids, person.get("/books/export").text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(int(os.environ.get("CRASHES", "3"))))
+def test_two_workers_killed_at_random_end_like_an_undisturbed_run(
+    serve: Callable[..., Server], tmp_path: Path, seed: int
+) -> None:
+    """`CRASHES=50 pytest -k killed_at_random` for a long one."""
+    chance = random.Random(seed)
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    options: dict[str, Any] = {"app": "impatient:app", "PYTHONPATH": f"{tmp_path}"}
+    workers = [serve("--app-dir", str(HERE), **options) for _ in range(2)]
+    reader = sign_up(workers[0].client, "rita")
+    path = reader.post("/books/upload", files={"file": ("a.csv", ROWS.encode())}).headers["Location"]
+    kills = 0
+    while True:
+        time.sleep(chance.uniform(0, 0.5))
+        victim = chance.choice(workers)
+        victim.stop(signal.SIGKILL)
+        kills += 1
+        victim.start()
+        reader.client = workers[0].client
+        if upload := done(reader.get(path).json()):
+            break
+        time.sleep(0.7)
+    assert "failed" not in "".join(worker.log.read_text() for worker in workers)
+    disturbed = outcome(reader, upload)
+    other = serve("--app-dir", str(HERE), file=tmp_path / "other.db", **options)
+    undisturbed = sign_up(other.client, "rita")
+    assert disturbed == outcome(undisturbed, undisturbed.upload(ROWS))
+    assert kills
+
+
 def done(upload: dict[str, Any]) -> dict[str, Any] | None:
     return upload if upload["status"] in ("completed", "failed") else None
 
@@ -370,8 +552,8 @@ def test_an_upload_goes_with_its_owner(
     store = imports._store_batch
     batches: list[None] = []
 
-    def store_and_delete_the_owner(session: Session, upload_id: int, *batch: Any) -> None:
-        batches.append(store(session, upload_id, *batch))
+    def store_and_delete_the_owner(session: Session, *batch: Any) -> None:
+        batches.append(store(session, *batch))
         session.delete(session.get_one(User, 2))
 
     monkeypatch.setattr(imports, "BATCH", 10)

@@ -382,7 +382,20 @@ def make_python(folder: Path) -> Path:
 # --- the house ----------------------------------------------------------------------------------------------------
 
 LAYERS = ["settings", "database", "models", "pages", "events", "mail", "throttle", "auth", "logins"]
-LAYERS += ["books", "library", "imports", "accounts", "users", "main"]
+LAYERS += [
+    "books",
+    "library",
+    "csvfiles",
+    "cells",
+    "formats",
+    "placing",
+    "imports",
+    "uploads",
+    "exports",
+    "accounts",
+    "users",
+    "main",
+]
 
 
 def test_imports_run_downward_only() -> None:
