@@ -22,6 +22,12 @@ UTF8_SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[
 csv.field_size_limit(RECORD_MAX)
 
 
+# Bytes without a meaning in the encoding become half a surrogate pair, which no text has, and no database takes: so the
+# row that has them is refused, and not the file.
+MEANINGLESS = "meaningless"
+codecs.register_error(MEANINGLESS, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
+
+
 class UnreadableFile(Exception):
     """No row of this file can be read. The message is for who sent it."""
 

@@ -24,7 +24,7 @@ import database
 import events
 import models
 from cells import printable, storable, which_comes_first
-from csvfiles import Broken, Dialect, UnreadableFile, detect_dialect, detect_encoding, records
+from csvfiles import MEANINGLESS, Broken, Dialect, UnreadableFile, detect_dialect, detect_encoding, records
 from formats import Columns, Reader, Row, known_columns, read_header, seen
 from models import (
     Principal,
@@ -89,7 +89,7 @@ class Table:
     def _text(self) -> tuple[StoredFile, TextIO]:
         file = StoredFile(self.upload_id)
         buffered = io.BufferedReader(file, CHUNK)
-        return file, io.TextIOWrapper(buffered, encoding=self.encoding, errors="surrogateescape", newline="")
+        return file, io.TextIOWrapper(buffered, encoding=self.encoding, errors=MEANINGLESS, newline="")
 
     def _read_header(self) -> Columns:
         for _, record in self._records(self._text()[1]):

@@ -179,6 +179,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "only a byte order mark": (b"\xef\xbb\xbf", "no header"),
     "a picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "not a text file"),
     "a picture of noise": (random.Random(1).randbytes(100_000), ""),
+    "half a character of UTF-16": (b"\x00\x01\x01\x80\x1a", "names no column"),
     "a zip bomb": (b"PK\x03\x04" + bytes(200_000), ""),
     "one line of ten megabytes": (b"x" * 10_000_000, "can't be read"),
     "one open quote": (b'"title,author\nA,B\n', "can't be read"),

@@ -59,6 +59,9 @@ TRAITS: dict[str, Told] = {
     "mixed_encodings": Told(
         [*FRENCH_AND_GERMAN, ("Nana", "Zola")], refused=[(4, "title", "bytes that the encoding of the file has not")]
     ),
+    "utf16_cut_off": Told(
+        ab("AB"), refused=[(3, "author", "bytes that the encoding of the file has not")], encoding="utf-16"
+    ),
     "surrogates": Told(ab("CD"), refused=[(2, "title", "bytes that the encoding of the file has not")]),
     "right_to_left": Told([("\u200f\u05d7\u05e1\u05d3\u200e", "\u202eevil\u202c"), ("A", "B")]),
     "entities": Told([("Cats & Dogs", "Gabriel García Márquez"), ("AT&T", "R&D; and others")]),
