@@ -8,7 +8,6 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, TypeAdapter, ValidationError
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
-from stdnum import isbn as isbn_numbers
 
 import database
 import events
@@ -33,9 +32,9 @@ from models import (
     ShelfEntry,
     Title,
     User,
-    fold,
 )
-from pages import Order, Page, PageQuery, encode, named, page_answer, read_page
+from pages import Order, Page, PageQuery, bad_query, encode, named, page_answer, read_page
+from search import Words, best_first, count_matches, index_books
 
 router = APIRouter(prefix="/books", tags=["Catalogue"])
 
@@ -61,9 +60,7 @@ SORTED_BY: dict[str, tuple[Any, ...]] = {
 ORDERS = {
     name: Order(name, (*columns, col(Book.id))) for key, columns in SORTED_BY.items() for name in (key, f"-{key}")
 }
-BEST = "best"
-FTS = sa.table("book_fts")
-BOOKS_BY_WORDS = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
+BEST = Order("best", (sa.literal(0), col(Book.id)))  # the tier, and the id
 
 
 def no_such_book() -> HTTPException:
@@ -95,7 +92,7 @@ class BookFilter(Shape):
     sort: Sort | None = Field(default=None, description="Best match first where `search` is given, else by `id`.")
 
     def conditions(self, viewer: Principal | None) -> list[ColumnElement[bool]]:
-        """What a book must meet, but for the words, which `match` looks up in the search index."""
+        """What a book must meet, but for the `words`, which are looked up in the search index."""
         found = [
             sa.func.lower(col(column)) == sa.func.lower(value)
             for column, value in ((Book.genre, self.genre), (Book.language, self.language))
@@ -111,35 +108,13 @@ class BookFilter(Shape):
         return found
 
     @property
-    def match(self) -> str:
-        """The FTS5 expression for all words asked for; empty where there are none."""
-        parts = [all_words(words(self.search))] if words(self.search) else []
-        for column, text in (("author", self.author), ("publisher", self.publisher)):
-            if text is not None:
-                parts.append(f"{{{column}}} : ({all_words(words(text), prefixes=False)})")
-        return " AND ".join(f"({part})" for part in parts)
+    def words(self) -> Words:
+        """What is looked up in the search index."""
+        return Words(self.search, self.author, self.publisher)
 
 
 class BookQuery(BookFilter, PageQuery):
     pass
-
-
-def words(text: str | None) -> list[str]:
-    """What there is to search for: the words, or the ISBN that they spell, in the form it is kept in."""
-    if text is None:
-        return []
-    if isbn_numbers.is_valid(text):
-        return [isbn_numbers.to_isbn13(isbn_numbers.compact(text))]
-    return [word for word in text.replace('"', " ").split() if any(map(str.isalnum, word))]
-
-
-def all_words(found: list[str], *, prefixes: bool = True) -> str:
-    """An FTS5 expression. Within quotes nothing is syntax; the star makes a word a prefix; `""` matches nothing."""
-    return " AND ".join(f'"{word}"{"*" * prefixes}' for word in found) or '""'
-
-
-def fts(expression: str) -> ColumnElement[bool]:
-    return sa.text("book_fts MATCH :match").bindparams(match=expression)  # type: ignore[return-value]
 
 
 @router.get("", response_model=Page[BookPublic])
@@ -150,97 +125,46 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
     """
     if query.added_by and viewer is None:
         raise not_signed_in()
-    conditions, match = query.conditions(viewer), query.match
+    conditions = query.conditions(viewer)
     # The plain walk through the catalogue is short; what must count or match may take long.
-    how = database.scan if conditions or match or query.start else database.read
-    page, cursor = await how(find_books, query, conditions, match)
+    how = database.scan if conditions or query.words or query.start else database.read
+    page, cursor = await how(find_books, query, conditions)
     return page_answer(page, BOOK_PAGE, request, cursor)
 
 
 def find_books(
-    connection: Connection, query: BookQuery, conditions: list[ColumnElement[bool]], match: str
+    connection: Connection, query: BookQuery, conditions: list[ColumnElement[bool]]
 ) -> tuple[dict[str, Any], int]:
     """The page, and the event id it is up to date with."""
-    total = count_books(connection, conditions, match)
-    if words(query.search) and query.sort is None:
-        page = best_matches(connection, query, conditions, match, total)
+    asked, total = query.words, count_books(connection, query.words, conditions)
+    if asked.ranked and query.sort is None:
+        page = best_matches(connection, query, conditions, total)
     else:
-        found = SELECT_BOOKS.where(*matching(conditions, match))
+        found = SELECT_BOOKS.where(*conditions, *asked.condition())
         page = read_page(connection, found, ORDERS[query.sort or "id"], query, as_book, total=total)
     return page, events.head(connection)
 
 
-def matching(conditions: list[ColumnElement[bool]], match: str) -> list[ColumnElement[bool]]:
-    """With the words as a condition like the others, for lists that are not in the order of the best match."""
-    if not match:
-        return conditions
-    rows = sa.text("SELECT rowid FROM book_fts WHERE book_fts MATCH :match").bindparams(match=match)
-    return [*conditions, col(Book.id).in_(rows)]
-
-
-def count_books(connection: Connection, conditions: list[ColumnElement[bool]], match: str) -> int:
-    if not conditions and not match:
+def count_books(connection: Connection, asked: Words, conditions: list[ColumnElement[bool]]) -> int:
+    if asked:
+        return count_matches(connection, asked, conditions)
+    if not conditions:
         return int(connection.execute(sa.select(Setting.value).where(col(Setting.key) == "book_count")).scalar_one())  # type: ignore[call-overload]
-    counted = sa.select(sa.func.count())
-    if not match:
-        counted = counted.select_from(Book)
-    elif conditions:
-        counted = counted.select_from(BOOKS_BY_WORDS).where(fts(match))
-    else:
-        counted = counted.select_from(FTS).where(fts(match))
-    return int(connection.execute(counted.where(*conditions)).scalar_one())
+    counted = sa.select(sa.func.count()).select_from(Book).where(*conditions)
+    return int(connection.execute(counted).scalar_one())
 
 
 def best_matches(
-    connection: Connection, query: BookQuery, conditions: list[ColumnElement[bool]], match: str, total: int
+    connection: Connection, query: BookQuery, conditions: list[ColumnElement[bool]], total: int
 ) -> dict[str, Any]:
-    """Best match first: the exact title, then titles that begin so, then all words in the title, then the rest.
-
-    Each of these tiers is in the order of ids, so that a walk by cursor stays true while books come and go, which a
-    score from word statistics would not; and each is read from the index only as far as the page needs it.
-    """
-    found = words(query.search)
-    in_title = f"{{title}} : ({all_words(found)})"
-    begins = f'{{title}} : ^"{" ".join(found)}"*'
-    exact = col(Book.title_key) == fold(query.search or "")
-    tiers = (
-        # By the index of titles, which few rows share, and not by the words, which half of all rows may.
-        SELECT_BOOKS.where(exact, sa.exists().where(sa.text("book_fts.rowid = book.id"), fts(match)).select_from(FTS)),
-        *(
-            SELECT_BOOKS.select_from(BOOKS_BY_WORDS).where(fts(expression), ~exact)
-            for expression in (
-                f"({match}) AND ({begins})",
-                f"({match}) AND (({in_title}) NOT ({begins}))",
-                f"({match}) NOT ({in_title})",
-            )
-        ),
-    )
-    order = Order(BEST, (sa.literal(0), col(Book.id)))
-    tier, last_id = map(int, order.decode(query.cursor)) if query.cursor else (0, 0)
+    if query.cursor and query.start:
+        raise bad_query("cursor", "and offset exclude each other")
+    tier, last_id = map(int, BEST.decode(query.cursor)) if query.cursor else (0, 0)
     wanted = query.start + query.limit + 1
-    rows: list[tuple[int, Any]] = []
-    for number in range(max(tier, 0), len(tiers)):
-        row_id = sa.text("book.id > :last" if number == 0 else "book_fts.rowid > :last")
-        select = tiers[number].where(row_id, *conditions).limit(wanted - len(rows))
-        select = select.order_by(sa.text("book.id" if number == 0 else "book_fts.rowid"))
-        last = last_id if number == tier else 0
-        rows += [(number, row) for row in connection.execute(select, {"last": last})]
-        if len(rows) == wanted:
-            break
+    rows = best_first(connection, SELECT_BOOKS, query.words, conditions, (tier, last_id), wanted)
     shown = rows[query.start : query.start + query.limit]
-    following = encode(BEST, [shown[-1][0], shown[-1][1].id]) if len(rows) == wanted else None
+    following = encode(BEST.name, [shown[-1][0], shown[-1][1].id]) if len(rows) == wanted else None
     return {"items": [as_book(row) for _, row in shown], "total": total, "next": following}
-
-
-def index_books(session: Session, first: int, last: int) -> None:
-    """Make new books, those with ids from `first` to `last`, searchable. Changes and deletions are the triggers'."""
-    session.execute(
-        sa.text(
-            "INSERT INTO book_fts (rowid, title, author, isbn, publisher)"
-            " SELECT id, title, author, isbn, publisher FROM book WHERE id BETWEEN :first AND :last"
-        ),
-        {"first": first, "last": last},
-    )
 
 
 @router.get("/genres")

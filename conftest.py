@@ -8,14 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2 as httpx
+import psycopg
 import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import Session, col, select
@@ -31,8 +33,8 @@ from main import app
 from settings import settings
 
 # CI has them.
-needs = {"hypothesis": "test_properties.py", "aiosmtpd": "test_mail.py"}
-collect_ignore = [file for package, file in needs.items() if importlib.util.find_spec(package) is None]
+needs = {"test_properties.py": "hypothesis", "test_roundtrips.py": "hypothesis", "test_mail.py": "aiosmtpd"}
+collect_ignore = [file for file, package in needs.items() if importlib.util.find_spec(package) is None]
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
@@ -115,6 +117,90 @@ def wait_for(ask: Callable[[], T | None], seconds: float = 10) -> T:
     return answer
 
 
+# --- the database ---------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--database", choices=["sqlite", "postgresql"], default="sqlite", help="what the tests run on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("database") == "postgresql" and (
+        config.getoption("numprocesses", None) in (None, 0) or hasattr(config, "workerinput")
+    ):
+        Postgres.current = Postgres()
+        config.add_cleanup(Postgres.current.stop)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests about one database are no tests of the other: they are left out, not skipped."""
+    other = {"sqlite": "postgresql", "postgresql": "sqlite"}[str(config.getoption("database"))]
+    left_out = [item for item in items if item.get_closest_marker(other)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker(other)]
+
+
+class Postgres:
+    """A server of the tests' own, from Debian's package, thrown away in the end. Each file becomes a database."""
+
+    current: "Postgres | None" = None
+
+    def __init__(self) -> None:
+        versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+        assert versions, "install postgresql"
+        self.programs, self.folder, self.port = versions[-1], Path(tempfile.mkdtemp(prefix="books-pg-")), free_port()
+        # PostgreSQL refuses to run as root.
+        self.user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.geteuid() == 0 else []
+        if self.user:
+            shutil.chown(self.folder, "postgres", "postgres")
+        self.made: dict[Path, str] = {}
+        self.run("initdb", "-U", "books", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N", f"{self.folder}/data")
+        self.start()
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=200"
+        log = f"{self.folder}/log"
+        self.run("pg_ctl", "-D", f"{self.folder}/data", "-o", options, "-l", log, "-w", "start")
+
+    def run(self, program: str, *arguments: str) -> None:
+        command = [*self.user, str(self.programs / program), *arguments]
+        done = subprocess.run(command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        assert done.returncode == 0, done.stdout.decode()
+
+    def stop(self) -> None:
+        self.run("pg_ctl", "-D", f"{self.folder}/data", "-m", "immediate", "-w", "stop")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def execute(self, statement: str) -> None:
+        with psycopg.connect(self.url_of("postgres"), autocommit=True) as connection:
+            connection.execute(statement)
+
+    def url_of(self, name: str) -> str:
+        return f"postgresql://books@127.0.0.1:{self.port}/{name}"
+
+    def database(self, file: Path, like: Path | None = None) -> str:
+        """The URL of what stands for this file; at first it is empty, or a copy of what stands for another."""
+        if file not in self.made:
+            self.made[file] = f"books_{len(self.made)}"
+            template = f" TEMPLATE {self.made[like]}" if like else ""
+            self.execute(f"CREATE DATABASE {self.made[file]}{template}")
+        return self.url_of(self.made[file])
+
+
+def url_of(file: Path) -> str:
+    """Of the database that this file is, or stands for."""
+    return f"sqlite:///{file}" if Postgres.current is None else Postgres.current.database(file)
+
+
+def copy_of(first: Path, file: Path) -> str:
+    if Postgres.current is None:
+        shutil.copy(first, file)
+    else:
+        Postgres.current.database(file, like=first)
+    return url_of(file)
+
+
 # --- in this process ----------------------------------------------------------------------------------------------
 
 
@@ -123,17 +209,25 @@ def first_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database file as the first start leaves it: migrating it anew for each test would take most of the time."""
     file = tmp_path_factory.mktemp("first") / "books.db"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "database_url", f"sqlite:///{file}")
+        patch.setattr(settings, "database_url", url_of(file))
         with TestClient(app):
             pass
     return file
 
 
+@contextmanager
+def service(file: Path) -> Iterator[Person]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "database_url", url_of(file))
+        patch.setattr(settings, "rate_limits", False)
+        with TestClient(app) as client:
+            yield Person(client, "admin", "admin")
+
+
 @pytest.fixture
 def client(first_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     """A visitor, who has no account, of a service with an empty catalogue."""
-    file = shutil.copy(first_start, tmp_path / "books.db")
-    monkeypatch.setattr(settings, "database_url", f"sqlite:///{file}")
+    monkeypatch.setattr(settings, "database_url", copy_of(first_start, tmp_path / "books.db"))
     monkeypatch.setattr(settings, "rate_limits", False)  # but for the tests that are about them
     with TestClient(app) as visitor:
         yield visitor
@@ -240,7 +334,7 @@ class Server:
     def start(self) -> None:
         self.port = free_port()
         limits = {"RATE_LIMITS": "false"}  # but for the tests that are about them
-        environment = {**os.environ, "DATABASE_URL": f"sqlite:///{self.file}", **limits, **self.environment}
+        environment = {**os.environ, "DATABASE_URL": url_of(self.file), **limits, **self.environment}
         command = [sys.executable, "-m", "uvicorn", self.app, "--port", str(self.port), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

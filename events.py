@@ -32,7 +32,7 @@ from models import BlankIsNull, Event, EventPublic, Principal, Role, Setting, Sh
 
 log = logging.getLogger("books.events")
 
-POLL_SECONDS = 0.1  # how often other processes' commits are looked for: 3 µs each time
+LOOK_SECONDS = 5  # without being told that there is something new
 HEARTBEAT_SECONDS = 15  # well under the 55 s after which Heroku's router cuts a silent connection
 BUFFER = 1000  # events kept in memory; a stream further back than that reads the log
 BATCH = 500
@@ -76,6 +76,12 @@ def forget_reviewer(session: Session, username: str) -> None:
         event.data = {**event.data, "username": None}
 
 
+@orm_event.listens_for(Session, "before_commit")
+def _tell_other_processes(session: Session) -> None:
+    if session.info.get("recorded", False):
+        database.backend().announce(session)
+
+
 @orm_event.listens_for(Session, "after_commit")
 def _tell_the_feed(session: Session) -> None:
     if session.info.pop("recorded", False):
@@ -103,7 +109,7 @@ def _floor_query() -> sa.ScalarSelect[int]:
 
 def after(connection: Connection, cursor: int, limit: int = BATCH) -> list[Logged]:
     """The events that follow `cursor`, whoever they are for."""
-    text = sa.type_coerce(Event.data, sa.Text)
+    text = sa.cast(Event.data, sa.Text)
     columns = (col(Event.id), col(Event.type), col(Event.private), col(Event.user_id), text)
     rows = connection.execute(sa.select(*columns).where(col(Event.id) > cursor).order_by(col(Event.id)).limit(limit))
     return [Logged(*row) for row in rows]
@@ -171,34 +177,30 @@ class Feed:
         self.start = self.head = await database.read(head)
         self.closing, self._changed, self._nudged = anyio.Event(), asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        tasks = [asyncio.create_task(self._tail()), asyncio.create_task(self._close())]
-        try:
-            yield
-        finally:
-            self._loop = None
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        # anyio's cancelling, unlike asyncio's, waits for what is in a thread: it still needs the database.
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._tail)
+            tasks.start_soon(self._close)
+            tasks.start_soon(database.backend().watch, self._nudged.set)
+            try:
+                yield
+            finally:
+                self._loop = None
+                tasks.cancel_scope.cancel()
 
     async def _tail(self) -> None:
-        with database.watch_connection() as connection:
-            seen = None
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._nudged.wait(), POLL_SECONDS)
-                try:
-                    # Changes whenever another connection, of this process or another, has committed.
-                    version = connection.exec_driver_sql("PRAGMA data_version").scalar_one()
-                    if version == seen and not self._nudged.is_set():
-                        continue
-                    self._nudged.clear()
-                    while events := await database.read(after, self.head):
-                        self._append(events)
-                        await asyncio.sleep(0)
-                    seen = version
-                except OperationalError as error:  # it may be better in a while; what was missed is still in the log
-                    log.error("can't read the change log: %s", error)
-                    await asyncio.sleep(1)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nudged.wait(), LOOK_SECONDS)
+            self._nudged.clear()
+            try:
+                while events := await database.read(after, self.head):
+                    self._append(events)
+                    await asyncio.sleep(0)
+            except OperationalError as error:  # it may be better in a while; what was missed is still in the log
+                log.error("can't read the change log: %s", error)
+                await asyncio.sleep(1)
+                self._nudged.set()
 
     def _append(self, events: Sequence[Logged]) -> None:
         for event in events:

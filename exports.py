@@ -12,7 +12,7 @@ from sqlmodel import col
 
 import database
 from auth import CurrentUser, Viewer, not_signed_in
-from books import ONE_BOOK, ORDERS, PUBLIC, BookFilter, as_book, matching
+from books import ONE_BOOK, ORDERS, PUBLIC, BookFilter, as_book
 from cells import to_html
 from csvfiles import to_csv
 from formats import BOOK_COLUMNS, OUR_COLUMNS, SHELVES
@@ -45,7 +45,7 @@ async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -
     if query.added_by and viewer is None:
         raise not_signed_in()
     columns = [getattr(Book, name) for name in BOOK_COLUMNS] if query.format == "csv" else [*PUBLIC.values()]
-    conditions = matching(query.conditions(viewer), query.match)
+    conditions = [*query.conditions(viewer), *query.words.condition()]
     batches = _batches(sa.select(*columns).where(*conditions), ORDERS[query.sort or "id"])
     name = {"Content-Disposition": f'attachment; filename="books.{query.format}"'}
     if query.format == "csv":

@@ -12,7 +12,18 @@ import database
 import events
 from auth import CurrentUser
 from books import PUBLIC, BookId, as_book, is_review, no_such_book
-from models import Book, BookPublic, EntryCreate, EntryPublic, EntryUpdate, Principal, ShelfEntry, ShelfStatus, User
+from models import (
+    AsText,
+    Book,
+    BookPublic,
+    EntryCreate,
+    EntryPublic,
+    EntryUpdate,
+    Principal,
+    ShelfEntry,
+    ShelfStatus,
+    User,
+)
 from pages import Order, Page, PageQuery, named, page_answer, read_page
 
 router = APIRouter(prefix="/my-library", tags=["My library"])
@@ -24,7 +35,7 @@ SELECT_ENTRIES = sa.select(*ENTRY.values(), *PUBLIC.values()).join_from(
 ENTRY_PAGE = TypeAdapter(Page[EntryPublic])
 SORTED_BY: dict[str, tuple[Any, ...]] = {
     "added": (),  # ids are given out in the order of time
-    "updated": (sa.type_coerce(ShelfEntry.updated_at, sa.String),),
+    "updated": (AsText(ShelfEntry.updated_at),),
     "title": (col(Book.title_key),),
     "author": (col(Book.author_key),),
     "rating": (sa.func.coalesce(col(ShelfEntry.rating), 0),),

@@ -88,7 +88,6 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     try:
         auth.prepare()
         throttle.open_counters()
-        # anyio's cancelling, unlike asyncio's, waits for what is in a thread: it still needs the database.
         async with events.feed.running(), anyio.create_task_group() as jobs:
             jobs.start_soon(every, RESUME_SECONDS, resume_uploads)
             jobs.start_soon(every, 3600, sweep)
@@ -371,7 +370,7 @@ class Health(BaseModel):
 async def health() -> Health:
     """Whether the service can answer: 200, or 503."""
     await database.read(events.head)
-    return Health(status="ok", version=VERSION, database="sqlite")
+    return Health(status="ok", version=VERSION, database=database.backend().kind)
 
 
 @app.get("/", include_in_schema=False)

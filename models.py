@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic import Field as Limit
 from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.visitors import InternalTraversal
 from sqlmodel import Field, SQLModel
 from starlette.convertors import IntegerConvertor, register_url_convertor
 from stdnum import isbn as isbn_numbers
@@ -66,6 +68,31 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return None if value is None else value.replace(tzinfo=UTC)
+
+
+class AsText(sa.ColumnElement[str]):
+    """A moment as text that sorts as it does: what a cursor can hold."""
+
+    inherit_cache = True
+    _traverse_internals = [("moment", InternalTraversal.dp_clauseelement)]  # noqa: RUF012
+    type = sa.String()
+
+    def __init__(self, moment: Any) -> None:
+        self.moment = sa.type_coerce(moment, sa.String)
+
+
+@compiles(AsText)
+def _as_it_is_stored(element: AsText, compiler: Any, **options: Any) -> str:
+    return str(compiler.process(element.moment, **options))
+
+
+@compiles(AsText, "postgresql")
+def _in_utc(element: AsText, compiler: Any, **options: Any) -> str:
+    moment = compiler.process(element.moment, **options)
+    return f"to_char({moment} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')"
+
+
+SortKey = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 
 
 class Cents(sa.TypeDecorator[Decimal]):
@@ -458,8 +485,9 @@ class Book(BookBase, table=True):
 
     id: int = key_column()
     isbn: str | None = Field(default=None, unique=True)
-    title_key: str
-    author_key: str
+    # In the order of code points everywhere: PostgreSQL's own depends on the language of the machine.
+    title_key: str = Field(sa_type=SortKey, nullable=False)
+    author_key: str = Field(sa_type=SortKey, nullable=False)
     copies: int = 0
     available: int = 0
     rating_count: int = 0

@@ -12,9 +12,10 @@ import database
 import events
 import library
 import models
-from books import index_books, revise_book
+from books import revise_book
 from formats import Entry, Problem, Row
 from models import Book, BookBase, BookUpdate, DomainError, EntryUpdate, OnDuplicate, Principal, ShelfEntry, Upload
+from search import index_books
 from settings import settings
 
 BOOKS = SQLModel.metadata.tables["book"]

@@ -22,7 +22,8 @@ class Settings(BaseSettings):
 
     database_url: str = Field(
         default=f"sqlite:///{HERE / 'books.db'}",
-        description="Where the data lives: the SQLite file beside `main.py` unless set.",
+        description="Where the data lives: the SQLite file beside `main.py` unless set; `postgresql://…` for more "
+        "than one machine.",
     )
     secret_key: SecretStr | None = Field(
         default=None,
@@ -75,9 +76,14 @@ class Settings(BaseSettings):
 
     @field_validator("database_url")
     @classmethod
-    def _sqlite(cls, url: str) -> str:
+    def _database(cls, url: str) -> str:
+        if match := re.fullmatch(r"(?:postgres|postgresql|postgresql\+psycopg)://(.+)", url):
+            return f"postgresql+psycopg://{match[1]}"
         if not url.startswith("sqlite:///") or url == "sqlite:///" or ":memory:" in url:
-            raise ValueError("DATABASE_URL must name an SQLite file: sqlite:////absolute/path/books.db")
+            raise ValueError(
+                "DATABASE_URL must name an SQLite file (sqlite:////absolute/path/books.db) or a PostgreSQL database "
+                "(postgresql://user:password@host/name)"
+            )
         return url
 
     @field_validator("public_url")

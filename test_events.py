@@ -275,7 +275,7 @@ def test_polling_reads_the_log_to_its_end_and_on(client: TestClient, reader: Per
 def test_ids_start_at_the_time_the_database_was_made(client: TestClient, reader: Person) -> None:
     reader.add_book()
     first = client.get("/events").json()["items"][0]["id"]
-    assert abs(first / 1000 - time.time()) < 120
+    assert abs(first / 1000 - time.time()) < 3600
 
 
 def test_sigterm_ends_open_streams_cleanly_and_soon(server: Server, rita: Person) -> None:

@@ -9,6 +9,9 @@ revision = "0001"
 down_revision = None
 
 
+sort_key = sa.String().with_variant(sa.String(collation="C"), "postgresql")
+
+
 def upgrade() -> None:
     op.create_table(
         "setting",
@@ -47,8 +50,8 @@ def upgrade() -> None:
         sa.Column("publication_year", sa.Integer(), nullable=True),
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("isbn", sa.String(), nullable=True),
-        sa.Column("title_key", sa.String(), nullable=False),
-        sa.Column("author_key", sa.String(), nullable=False),
+        sa.Column("title_key", sort_key, nullable=False),
+        sa.Column("author_key", sort_key, nullable=False),
         sa.Column("copies", sa.Integer(), nullable=False),
         sa.Column("available", sa.Integer(), nullable=False),
         sa.Column("rating_count", sa.Integer(), nullable=False),
@@ -222,19 +225,23 @@ def upgrade() -> None:
         ),
         ("ix_book_genre", "book", "lower(genre)"),
     ):
-        op.create_index(name, table, [sa.text(expression)], unique=name.startswith("uq_"))
+        text = f"({expression})" if op.get_bind().dialect.name == "postgresql" else expression
+        op.create_index(name, table, [sa.text(text)], unique=name.startswith("uq_"))
 
     # Event ids start at this moment in milliseconds: ids from a database that was wiped lie before the new log.
     start = int(time.time() * 1000)
     op.execute(f"INSERT INTO setting (key, value) VALUES ('event_floor', '{start}'), ('book_count', '0')")
-    op.execute(f"INSERT INTO sqlite_sequence (name, seq) VALUES ('event', {start})")
-    for statement in SQLITE_SEARCH:
-        op.execute(statement)
+    if op.get_bind().dialect.name == "sqlite":
+        op.execute(f"INSERT INTO sqlite_sequence (name, seq) VALUES ('event', {start})")
+    else:
+        op.execute(f"ALTER SEQUENCE event_id_seq RESTART WITH {start + 1}")
+    for statement in SQLITE if op.get_bind().dialect.name == "sqlite" else POSTGRESQL:
+        op.get_bind().exec_driver_sql(statement)
 
 
 # The index reads its text from `book`, and stores only the words. Rows are added to it by books.index_books, many at
 # once, which is three times as fast as a trigger for each.
-SQLITE_SEARCH = (
+SQLITE = (
     """CREATE VIRTUAL TABLE book_fts USING fts5(title, author, isbn, publisher, content='book', content_rowid='id',
        tokenize='unicode61 remove_diacritics 2')""",
     """CREATE TRIGGER book_fts_update AFTER UPDATE OF title, author, isbn, publisher ON book BEGIN
@@ -254,4 +261,42 @@ SQLITE_SEARCH = (
     """CREATE TRIGGER book_count_delete AFTER DELETE ON book BEGIN
        UPDATE setting SET value = value - 1 WHERE key = 'book_count';
        END""",
+)
+
+# A word is a run of letters and digits without case and accents, as the index of SQLite has it; those of title, author
+# and publisher stand there once more with a mark. PostgreSQL's own parser would take `a.b` for a host and `-1` for a
+# number.
+POSTGRESQL = (
+    r"""CREATE FUNCTION book_text(told text) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+       SELECT trim(regexp_replace(lower(regexp_replace(
+         normalize(coalesce(told, ''), NFKD), U&'[\0300-\036F]', '', 'g') COLLATE "und-x-icu"),
+         '[^[:alnum:]]+', ' ', 'g'))
+       $$""",
+    """CREATE FUNCTION book_tokens(told text) RETURNS text[] LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+       SELECT array_remove(string_to_array(book_text(told), ' '), '')
+       $$""",
+    """CREATE FUNCTION marked_tokens(mark text, told text) RETURNS text[] LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+       SELECT coalesce(array_agg(word), '{}') || coalesce(array_agg(mark || word), '{}')
+         FROM unnest(book_tokens(told)) AS word
+       $$""",
+    """CREATE FUNCTION book_words(title text, author text, isbn text, publisher text) RETURNS tsvector
+       LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+       SELECT array_to_tsvector(marked_tokens('t:', title) || marked_tokens('a:', author) || book_tokens(isbn)
+         || marked_tokens('p:', publisher))
+       $$""",
+    """ALTER TABLE book ADD COLUMN words tsvector
+       GENERATED ALWAYS AS (book_words(title, author, isbn, publisher)) STORED""",
+    """ALTER TABLE book ADD COLUMN title_words text COLLATE "C"
+       GENERATED ALWAYS AS (book_text(title)) STORED""",
+    "CREATE INDEX ix_book_words ON book USING gin (words)",
+    "CREATE INDEX ix_book_title_words ON book (title_words)",
+    """CREATE FUNCTION count_books() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+       UPDATE setting SET value = value::bigint + CASE TG_OP WHEN 'INSERT' THEN 1 ELSE -1 END
+         * (SELECT count(*) FROM changed) WHERE key = 'book_count';
+       RETURN NULL;
+       END $$""",
+    """CREATE TRIGGER book_count_insert AFTER INSERT ON book REFERENCING NEW TABLE AS changed
+       FOR EACH STATEMENT EXECUTE FUNCTION count_books()""",
+    """CREATE TRIGGER book_count_delete AFTER DELETE ON book REFERENCING OLD TABLE AS changed
+       FOR EACH STATEMENT EXECUTE FUNCTION count_books()""",
 )
