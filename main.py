@@ -4,10 +4,11 @@
     database.py   the file, its transactions, and what runs inline or in a thread
     models.py     tables, shapes and the rules of each noun
     pages.py      lists: cursors, offsets, links
-    events.py     the change log, /events and /stream
+    events.py     the change log
     mail.py       letters, and how they are sent
     throttle.py   rate limits
     auth.py       passwords, tokens, the signed-in user, roles
+    feed.py       /events and /stream
     logins.py     signing in, refreshing, signing out
     books.py      the catalogue and its search, reviews
     library.py    /my-library
@@ -20,6 +21,7 @@
     exports.py    the catalogue and my shelf as files
     accounts.py   registration, confirming an address, forgotten passwords
     users.py      my profile, administration
+    operations.py logging, work that recurs, /health, the backup
 
 A request: `Manners` below, the route, `auth.identify` if it asks for a user, one read or one transaction by way of
 `database`, the answer. Whatever goes wrong on the way becomes a problem document in one of the handlers below.
@@ -32,17 +34,14 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from http import HTTPStatus
 from typing import Any
 
-import anyio
-import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
@@ -54,20 +53,18 @@ import accounts
 import auth
 import books
 import database
-import events
 import exports
-import imports
+import feed
 import library
 import logins
+import operations
 import throttle
 import uploads
 import users
 from models import DomainError, Problem
-from settings import settings
+from settings import VERSION, settings
 
-VERSION = "0.1.0"
 BODY_MAX = 1 << 20  # bytes of a request, but for uploads
-RESUME_SECONDS = 5  # between two looks for uploads that nobody is at
 PROBLEM_JSON = "application/problem+json"
 
 log = logging.getLogger("books")
@@ -78,7 +75,7 @@ access_log = logging.getLogger("books.access")
 
 @contextlib.asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-    configure_logging()
+    operations.configure_logging()
     # Each call of SQLite gives Python's lock away, and a busy thread (an import) keeps it for this long: with the 5 ms
     # that Python has by itself, a read of a book beside an import took 90 ms.
     sys.setswitchinterval(0.0005)
@@ -88,46 +85,10 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     try:
         auth.prepare()
         throttle.open_counters()
-        async with events.feed.running(), anyio.create_task_group() as jobs:
-            jobs.start_soon(every, RESUME_SECONDS, resume_uploads)
-            jobs.start_soon(every, 3600, sweep)
-            try:
-                yield
-            finally:
-                jobs.cancel_scope.cancel()
+        async with feed.feed.running(), operations.running_jobs():
+            yield
     finally:
         database.close_database()
-
-
-def configure_logging() -> None:
-    if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-        log.addHandler(handler)
-    log.setLevel(settings.log_level)
-    # Our own line per request says more. Without handlers uvicorn doesn't even format its own.
-    uvicorn_access = logging.getLogger("uvicorn.access")
-    uvicorn_access.handlers.clear()
-    uvicorn_access.propagate = False
-
-
-async def every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        try:
-            await work()
-        except OperationalError as error:  # a full disk, a locked file: it may be better in a while
-            log.error("%s: %s", work.__name__, error)
-        await anyio.sleep(seconds)
-
-
-async def resume_uploads() -> None:
-    """Take up the uploads of processes that died, this one's earlier life included."""
-    for upload_id in await database.scan(imports.abandoned_uploads):
-        await anyio.to_thread.run_sync(imports.run_upload, upload_id)
-
-
-async def sweep() -> None:
-    await database.write(logins.sweep)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -341,7 +302,8 @@ for router in (
     uploads.router,
     exports.router,
     library.router,
-    events.build_router(auth.identify, auth.is_still),
+    feed.router,
+    operations.router,
 ):
     app.include_router(router, max_body_size=BODY_MAX)
 
@@ -358,19 +320,6 @@ def openapi() -> dict[str, Any]:
 
 
 app.openapi = openapi  # type: ignore[method-assign]
-
-
-class Health(BaseModel):
-    status: str
-    version: str
-    database: str
-
-
-@app.get("/health", tags=["Service"])
-async def health() -> Health:
-    """Whether the service can answer: 200, or 503."""
-    await database.read(events.head)
-    return Health(status="ok", version=VERSION, database=database.backend().kind)
 
 
 @app.get("/", include_in_schema=False)

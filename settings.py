@@ -9,6 +9,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 HERE = Path(__file__).resolve().parent
+VERSION = "0.1.0"
 
 
 class Settings(BaseSettings):
@@ -61,6 +62,9 @@ class Settings(BaseSettings):
     max_upload_mb: Annotated[int, Field(ge=1, le=1024)] = Field(
         default=100, description="The largest file taken by an upload, in MiB; a larger one gets 413."
     )
+    event_retention: Annotated[int, Field(ge=1, le=100_000_000)] = Field(
+        default=100_000, description="How many changes the log keeps; who was away for longer reads its lists anew."
+    )
     rate_limits: bool = Field(
         default=True, description="Whether logins, registrations and the like are limited, see the README."
     )
@@ -69,6 +73,9 @@ class Settings(BaseSettings):
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Web sites whose pages may call the service, separated by commas; `*` for any."
+    )
+    log_file: Path | None = Field(
+        default=None, description="A file to log to besides the console; kept under 10 MB, with five older ones."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="The least level that is logged. `WARNING` silences the line per request."

@@ -78,6 +78,7 @@ def victims(stage: Stage) -> dict[str, Any]:
 MATRIX: dict[str, Asked] = {
     "GET /": Asked((200,) * 7),
     "GET /health": Asked(unseen(EVERYBODY)),
+    "GET /admin/backup": Asked(ADMIN),
     # Accounts. What needs no token does not look at one.
     "POST /auth/register": Asked((201, 409, 409, 409, 409, 409, 409), lambda _: {"json": NEW}),
     "POST /login": Asked(unseen(EVERYBODY), lambda _: {"json": {"username": "victim", "password": PASSWORD}}),

@@ -15,6 +15,7 @@ from sqlmodel import Session
 
 import database
 import events
+import feed
 from conftest import NEW, Person, Server, sign_up, wait_for
 
 
@@ -199,12 +200,12 @@ def test_a_client_far_behind_reads_the_log_then_goes_on_live(client: TestClient,
     start = client.get("/events").json()["next"]
 
     def fill(session: Session) -> None:
-        for number in range(events.BUFFER + 700):
+        for number in range(feed.BUFFER + 700):
             events.record(session, "book.updated", {"number": number})
 
     database.transact(fill)
-    wait_for(lambda: True if events.feed.head > start + events.BUFFER else None)
-    total = events.BUFFER + 700
+    wait_for(lambda: True if feed.feed.head > start + feed.BUFFER else None)
+    total = feed.BUFFER + 700
     text = client.get("/stream", params={"since": start, "limit": total}).text
     assert [json.loads(line[6:])["number"] for line in text.splitlines() if "number" in line] == list(range(total))
 

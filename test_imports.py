@@ -475,8 +475,8 @@ def test_an_upload_survives_its_process(serve: Callable[..., Server], how: signa
 # The same service, quicker to find out that a process has died.
 IMPATIENT = """
 from datetime import timedelta
-import imports, main
-imports.LEASE, imports.BATCH, main.RESUME_SECONDS = timedelta(seconds=0.6), 100, 0.2
+import imports, main, operations
+imports.LEASE, imports.BATCH, operations.RESUME_SECONDS = timedelta(seconds=0.6), 100, 0.2
 app = main.app
 """
 ROWS = "title,author,isbn,pages\n" + "".join(

@@ -383,8 +383,8 @@ def make_python(folder: Path) -> Path:
 # --- the house ----------------------------------------------------------------------------------------------------
 
 LAYERS = ["settings", "sqlite", "postgresql", "database", "models", "search", "pages", "events", "mail", "throttle"]
-LAYERS += ["auth", "logins", "books", "library", "csvfiles", "cells", "formats", "placing", "imports", "uploads"]
-LAYERS += ["exports", "accounts", "users", "main"]
+LAYERS += ["auth", "feed", "logins", "books", "library", "csvfiles", "cells", "formats", "placing", "imports"]
+LAYERS += ["uploads", "exports", "accounts", "users", "operations", "main"]
 
 
 def test_imports_run_downward_only() -> None:

@@ -1,0 +1,320 @@
+"""The live feed: /stream, and /events for clients that poll.
+
+One tail per process reads what was committed, by this process or another, into a buffer; every stream reads from there
+at its own pace, and from the log itself when it lies further back.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import random
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, NamedTuple
+
+import anyio
+import sqlalchemy as sa
+from fastapi import APIRouter, Header, HTTPException, Query, Request
+from pydantic import BaseModel, Field
+from sqlalchemy import Connection
+from sqlalchemy import event as orm_event
+from sqlalchemy.exc import OperationalError
+from sqlmodel import Session, col
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+import database
+import throttle
+from auth import Viewer, is_still
+from events import EVENT_ID_MAX, Filter, Logged, after, floor, head
+from models import BlankIsNull, Event, EventPublic, Shape
+
+log = logging.getLogger("books.feed")
+router = APIRouter(tags=["Changes"])
+
+LOOK_SECONDS = 5  # without being told that there is something new
+HEARTBEAT_SECONDS = 15  # well under the 55 s after which Heroku's router cuts a silent connection
+SEND_SECONDS = 30  # a client that takes nothing for so long is closed; it comes back and gets what it missed
+BUFFER = 1000  # events kept in memory; a stream further back than that reads the log
+# Some 50 KB each: a dyno of 512 MB has room for so many; and no single place can take them all.
+STREAMS, STREAMS_OF_ADDRESS = 4000, 1500
+
+
+@orm_event.listens_for(Session, "before_commit")
+def _tell_other_processes(session: Session) -> None:
+    if session.info.get("recorded", False):
+        database.backend().announce(session)
+
+
+@orm_event.listens_for(Session, "after_commit")
+def _tell_the_feed(session: Session) -> None:
+    if session.info.pop("recorded", False):
+        feed.wake()
+
+
+# --- the feed -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Feed:
+    """This process's tail of the log. Lives on the event loop; only `wake` may be called from elsewhere."""
+
+    buffer: deque[Logged] = field(default_factory=lambda: deque(maxlen=BUFFER))
+    start: int = 0  # the buffer holds everything after this id, and up to `head`
+    head: int = 0
+    closing: anyio.Event | None = None  # sse-starlette sets it at SIGTERM
+    streams: Counter[str] = field(default_factory=Counter)  # how many are open, by address
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _nudged: asyncio.Event = field(default_factory=asyncio.Event)
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    def wake(self) -> None:
+        """This process has committed an event. Safe from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: a job's last commit at shutdown
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._nudged.set)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self.buffer.clear()
+        self.start = self.head = await database.read(head)
+        self.closing, self._changed, self._nudged = anyio.Event(), asyncio.Event(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        # anyio's cancelling, unlike asyncio's, waits for what is in a thread: it still needs the database.
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._tail)
+            tasks.start_soon(self._close)
+            tasks.start_soon(database.backend().watch, self._nudged.set)
+            try:
+                yield
+            finally:
+                self._loop = None
+                tasks.cancel_scope.cancel()
+
+    async def _tail(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nudged.wait(), LOOK_SECONDS)
+            self._nudged.clear()
+            try:
+                while events := await database.read(after, self.head):
+                    self._append(events)
+                    await asyncio.sleep(0)
+            except OperationalError as error:  # it may be better in a while; what was missed is still in the log
+                log.error("can't read the change log: %s", error)
+                await asyncio.sleep(1)
+                self._nudged.set()
+
+    def _append(self, events: Sequence[Logged]) -> None:
+        for event in events:
+            if len(self.buffer) == BUFFER:
+                self.start = self.buffer[0].id
+            self.buffer.append(event)
+        self.head = events[-1].id
+        self._tell_streams()
+
+    def _tell_streams(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _close(self) -> None:
+        assert self.closing is not None
+        await self.closing.wait()
+        self._tell_streams()
+
+    async def since(self, cursor: int) -> Sequence[Logged]:
+        """What follows `cursor`: from the buffer, or from the log where the buffer no longer reaches back."""
+        if cursor >= self.head:
+            return ()
+        if cursor < self.start:
+            return [event for event in await database.read(after, cursor) if event.id <= self.head]
+        # From the newest end: a stream that keeps up looks at no more than what is new to it.
+        new: deque[Logged] = deque()
+        for event in reversed(self.buffer):
+            if event.id <= cursor:
+                break
+            new.appendleft(event)
+        return new
+
+    def refuse_too_many(self, address: str) -> None:
+        headers = {"Retry-After": "30"}
+        if self.streams.total() >= STREAMS:
+            raise HTTPException(503, "This server has all the streams that it can hold. Try again.", headers)
+        if self.streams[address] >= STREAMS_OF_ADDRESS:
+            raise HTTPException(429, "Your address has all the streams that it can have.", headers)
+
+    async def counted(self, address: str, frames: AsyncIterator[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:
+        self.streams[address] += 1
+        try:
+            async for frame in frames:
+                yield frame
+        finally:
+            self.streams[address] -= 1
+            if not self.streams[address]:
+                del self.streams[address]
+
+    async def follow(
+        self, wanted: Filter, cursor: int | None, limit: int | None, seconds: float | None
+    ) -> AsyncIterator[ServerSentEvent]:
+        """The frames of one stream. It ends by itself at its limits, when the server is about to stop, and when its
+        viewer's token is no good any more."""
+        assert self.closing is not None
+        position, lost = await database.read(_resume, cursor)
+        retry = random.randint(1500, 2500)  # noqa: S311  # spreads the clients that all lost one server
+        yield ServerSentEvent(event="ready", data=json.dumps({"head": position.head}), retry=retry)
+        if lost:
+            reset = {"reason": lost, "oldest": position.floor + 1, "head": position.head}
+            yield ServerSentEvent(event="reset", data=json.dumps(reset))
+        at = position.cursor
+        clock = asyncio.get_running_loop().time
+        deadline = math.inf if seconds is None else clock() + seconds
+        left = limit if limit is not None else EVENT_ID_MAX
+        looked_at = clock()
+        while not self.closing.is_set():
+            changed = self._changed  # taken before reading: what comes in between is not slept through
+            events = await self.since(at)
+            for event in events:
+                at = event.id
+                if wanted.admits(event):
+                    if event.private and wanted.viewer and not await is_still(wanted.viewer):
+                        return
+                    yield ServerSentEvent(id=str(event.id), event=event.type, data=event.data)
+                    left -= 1
+                    if not left:
+                        return
+            if clock() >= deadline:
+                return
+            if clock() - looked_at >= HEARTBEAT_SECONDS:
+                looked_at = clock()
+                if wanted.viewer and not await is_still(wanted.viewer):
+                    return
+            if not events:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(min(deadline, looked_at + HEARTBEAT_SECONDS)):
+                        await changed.wait()
+
+
+feed = Feed()
+
+
+class Position(NamedTuple):
+    cursor: int
+    floor: int
+    head: int
+
+
+def _resume(connection: Connection, cursor: int | None) -> tuple[Position, str | None]:
+    """Where a client that has seen up to `cursor` goes on, and why it has lost its place, if it has."""
+    oldest, newest = floor(connection), head(connection)
+    if cursor is None:
+        return Position(newest, oldest, newest), None
+    if oldest <= cursor <= newest:
+        return Position(cursor, oldest, newest), None
+    return Position(newest, oldest, newest), "expired" if cursor < oldest else "future"
+
+
+# --- routes -------------------------------------------------------------------------------------------------------
+
+Types = Annotated[
+    str,
+    Field(
+        max_length=500,
+        pattern=r"^(\*|[a-z]+\.(\*|[a-z_]+))(,(\*|[a-z]+\.(\*|[a-z_]+)))*$",
+        examples=["book.*,review.created"],
+    ),
+]
+TypesParameter = Annotated[
+    Types | None,
+    BlankIsNull,
+    Field(description="Only these types, separated by commas; `book.*` means all of the book."),
+]
+EventId = Annotated[int, Field(ge=0, le=EVENT_ID_MAX)]
+
+
+class EventsQuery(Shape):
+    after: EventId = Field(default=0, description="The `next` of the answer before; 0 for the oldest that are kept.")
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    types: TypesParameter = None
+
+
+class StreamQuery(Shape):
+    types: TypesParameter = None
+    since: EventId | None = Field(default=None, description="Resume after this id. `Last-Event-ID` wins over it.")
+    limit: Annotated[int | None, Field(ge=1, le=10_000, description="End after so many events.")] = None
+    seconds: Annotated[float | None, Field(gt=0, le=86_400, description="End after so many seconds.")] = None
+
+
+class EventPage(BaseModel):
+    items: list[EventPublic]
+    next: int = Field(description="Give it as `after` to read on. At the end of the log, ask again with it later.")
+
+
+STREAM = {
+    "description": "Frames, until the client closes.",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+
+
+def split_types(types: str | None) -> tuple[str, ...]:
+    return tuple(types.split(",")) if types else ()
+
+
+@router.get("/events")
+async def list_events(query: Annotated[EventsQuery, Query()], viewer: Viewer) -> EventPage:
+    """The change log, oldest first, for clients that poll.
+
+    Public changes for anyone; with a bearer token also your own private ones.
+    """
+    wanted = Filter(viewer, split_types(query.types))
+    return await database.scan(_events_page, wanted, query)
+
+
+@router.get("/stream", response_class=EventSourceResponse, responses={200: STREAM})
+async def stream(
+    query: Annotated[StreamQuery, Query()],
+    viewer: Viewer,
+    request: Request,
+    last_event_id: Annotated[EventId | None, Header()] = None,
+) -> EventSourceResponse:
+    """Every change as it is committed, as Server-Sent Events.
+
+    The first frame is `ready`. To see it end here in the docs, give `limit` or `seconds`. A client that comes back
+    sends the last `id` it saw as `Last-Event-ID` and gets what it missed; where that is no longer known it gets
+    `reset` and goes on live.
+    """
+    address = throttle.address_of(request)
+    feed.refuse_too_many(address)
+    cursor = last_event_id if last_event_id is not None else query.since
+    frames = feed.follow(Filter(viewer, split_types(query.types)), cursor, query.limit, query.seconds)
+    return Stream(
+        feed.counted(address, frames),
+        ping=HEARTBEAT_SECONDS,
+        ping_message_factory=lambda: ServerSentEvent(comment="still here"),
+        sep="\n",
+        send_timeout=SEND_SECONDS,
+        shutdown_event=feed.closing,
+        shutdown_grace_period=2,
+    )
+
+
+class Stream(EventSourceResponse):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except* SendTimeoutError:
+            log.info("closed a stream whose client took nothing for %s s", SEND_SECONDS)
+
+
+def _events_page(connection: Connection, wanted: Filter, query: EventsQuery) -> EventPage:
+    rows = connection.execute(
+        sa.select(col(Event.id), col(Event.at), col(Event.type), col(Event.data))
+        .where(col(Event.id) > query.after, wanted.condition())
+        .order_by(col(Event.id))
+        .limit(query.limit)
+    ).all()
+    items = [EventPublic.model_validate(row, from_attributes=True) for row in rows]
+    return EventPage(items=items, next=items[-1].id if len(items) == query.limit else head(connection))

@@ -1,0 +1,176 @@
+"""Running it: backup and restore, work that recurs, the log, the state of health."""
+
+import json
+import re
+import signal
+import sqlite3
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlmodel import Session
+
+import database
+import events
+import operations
+from conftest import HERE, Clock, Person, Server, sign_up, wait_for
+from settings import settings
+
+# --- backup and restore -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.sqlite
+def test_a_backup_is_whole_while_writes_go_on(server: Server, tmp_path: Path) -> None:
+    admin = Person(server.client, "admin", "admin")
+    rita = sign_up(server.client, "rita")
+    for number in range(50):
+        rita.add_book(title=f"Before {number}")
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            rita.add_book(title="Meanwhile")
+
+    with ThreadPoolExecutor(3) as pool:
+        writers = [pool.submit(write) for _ in range(2)]
+        try:
+            backups = [admin.get("/admin/backup") for _ in range(5)]
+        finally:
+            stop.set()
+        assert [writer.exception() for writer in writers] == [None, None]
+    for number, backup in enumerate(backups):
+        assert backup.status_code == 200
+        assert re.search(r'filename="books-\d{8}-\d{6}\.db"', backup.headers["Content-Disposition"])
+        copy = tmp_path / f"copy{number}.db"
+        copy.write_bytes(backup.content)
+        with closing(sqlite3.connect(copy)) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            books = connection.execute("SELECT count(*) FROM book").fetchone()[0]
+            assert books >= 50
+            assert connection.execute("SELECT value FROM setting WHERE key = 'book_count'").fetchone() == (str(books),)
+            created = connection.execute("SELECT count(*) FROM event WHERE type = 'book.created'").fetchone()[0]
+            assert created == books
+    assert list(tmp_path.glob("books-backup-*")) == []
+
+
+@pytest.mark.sqlite
+def test_the_readme_restores_a_backup(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve()
+    admin = Person(server.client, "admin", "admin")
+    admin.add_book(title="Kept")
+    section = (HERE / "README.md").read_text().split("\n## Backup and restore\n")[1].split("\n## ")[0]
+    back_up, restore = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    shell = f"TOKEN={admin.tokens['access_token']}\n" + back_up.replace(
+        "http://localhost:8000", str(server.client.base_url).rstrip("/")
+    )
+    subprocess.run(["bash", "-euo", "pipefail", "-c", shell], cwd=tmp_path, check=True)
+    admin.add_book(title="Lost again")
+    server.stop(signal.SIGKILL)  # as after a crash: the write-ahead log lies beside the file
+    subprocess.run(["bash", "-euo", "pipefail", "-c", restore], cwd=tmp_path, check=True)
+    server.start()
+    assert [book["title"] for book in server.client.get("/books").json()["items"]] == ["Kept"]
+    assert Person(server.client, "admin", "admin").add_book(title="On we go")["title"] == "On we go"
+
+
+@pytest.mark.postgresql
+def test_postgresql_has_its_own_way_to_back_up(admin: Person) -> None:
+    answer = admin.get("/admin/backup")
+    assert answer.status_code == 409
+    assert "pg_dump" in answer.json()["detail"]
+
+
+# --- health -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.sqlite
+@pytest.mark.slow
+def test_health_fails_where_the_database_can_not_be_written(serve: Callable[..., Server]) -> None:
+    server = serve()
+    time.sleep(operations.PROBE_SECONDS)
+    with closing(sqlite3.connect(server.file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")  # somebody who does not let go of the file
+        answer = server.client.get("/health")
+        assert (answer.status_code, answer.json()["detail"]) == (503, "The database can't be written.")
+        assert answer.headers["Retry-After"] == "5"
+        assert server.client.get("/books").status_code == 200, "reading goes on"
+        other.execute("ROLLBACK")
+    assert server.client.get("/health").status_code == 200
+
+
+# --- work that recurs ---------------------------------------------------------------------------------------------
+
+
+def test_of_all_that_ask_one_is_told_to_do_the_work(client: TestClient, clock: Clock) -> None:
+    def ask(_number: int) -> bool:
+        return database.transact(operations.take_turn, "sweep", timedelta(hours=1))
+
+    clock.advance(hours=2)  # the service itself has asked, when it began
+    for _ in range(2):
+        with ThreadPoolExecutor(10) as pool:
+            assert sorted(pool.map(ask, range(10))) == [False] * 9 + [True]
+        clock.advance(minutes=59)
+        assert ask(0) is False
+        clock.advance(minutes=1)
+
+
+def test_the_log_of_changes_is_kept_bounded(
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(session: Session) -> None:
+        for number in range(50):
+            events.record(session, "book.updated", {"number": number})
+
+    def oldest() -> int:
+        return int(client.get("/events", params={"limit": 1}).json()["items"][0]["id"])
+
+    database.transact(fill)
+    before, cursor = oldest(), int(client.get("/books").headers["X-Event-Cursor"])
+    assert database.transact(events.prune) is False, "there is room"
+    monkeypatch.setattr(settings, "event_retention", 20)
+    monkeypatch.setattr(events, "PRUNED_AT_ONCE", 12)
+    steps = 0
+    while database.transact(events.prune):
+        steps += 1
+    assert steps >= 2
+    left = client.get("/events", params={"limit": 100}).json()["items"]
+    assert [event["data"]["number"] for event in left] == list(range(30, 50))
+    assert client.get("/books").headers["X-Event-Cursor"] == str(cursor)
+    with client.stream("GET", "/stream", params={"since": before, "limit": 1, "seconds": 0.2}) as stream:
+        frames = "".join(stream.iter_text())
+    reset = json.loads(re.findall(r"event: reset\s+data: (.*)", frames)[0])
+    assert reset == {"reason": "expired", "oldest": oldest(), "head": cursor}
+
+
+# --- the log ------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_can_go_to_a_file_that_workers_share(serve: Callable[..., Server], tmp_path: Path) -> None:
+    file = tmp_path / "log" / "books.log"
+    file.parent.mkdir()
+    server = serve("--workers", "2", LOG_FILE=str(file))
+    wait_for(lambda: server.log.read_text().count("Application startup complete") == 2 or None)
+    for _ in range(20):
+        server.client.get("/books")
+    wait_for(lambda: file.read_text().count("GET /books 200") == 20 or None)
+
+
+def test_what_heroku_reads_is_what_there_is() -> None:
+    app = json.loads((HERE / "app.json").read_text())
+    known = {name.upper() for name in type(settings).model_fields}
+    assert set(app["env"]) <= known
+    for name in ("SECRET_KEY", "ADMIN_PASSWORD"):
+        assert app["env"][name]["generator"] == "secret"
+    assert app["addons"][0]["plan"].startswith("heroku-postgresql:")
+    assert app["formation"]["web"]["quantity"] == 1
+    procfile = (HERE / "Procfile").read_text()
+    keep_alive = int(re.findall(r"--timeout-keep-alive (\d+)", procfile)[0])
+    graceful = int(re.findall(r"--timeout-graceful-shutdown (\d+)", procfile)[0])
+    assert keep_alive > 90, "the router uses idle connections again for 90 s"
+    assert graceful < 30, "30 s after SIGTERM comes SIGKILL"
