@@ -8,9 +8,11 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from fastapi.testclient import TestClient
+from sqlmodel import Session
 
+import database
 from conftest import DUNE, Clock, Person, Server, sign_up
-from models import BookPublic
+from models import Book, BookPublic
 
 # --- values -------------------------------------------------------------------------------------------------------
 
@@ -402,6 +404,21 @@ def test_one_five_does_not_beat_many_high_ratings(client: TestClient, reader: Pe
             person.post(f"/my-library/{book}", json={"status": "completed"})
             person.patch(f"/my-library/{book}", json={"rating": rating})
     assert found(client, sort="-rating") == ["many", "one five", "one two", "unrated"]
+
+
+def test_one_five_does_not_beat_a_thousand_ratings_of_four_point_eight(client: TestClient, reader: Person) -> None:
+    for title in ("one five", "a thousand", "ten fives", "a thousand threes"):
+        reader.add_book(title=title)
+    figures = {1: (1, 5), 2: (1000, 4800), 3: (10, 50), 4: (1000, 3000)}
+
+    def rate(session: Session) -> None:
+        for book, (count, total) in figures.items():
+            rated = session.get_one(Book, book)
+            rated.rating_count, rated.rating_sum = count, total
+
+    database.transact(rate)
+    assert found(client, sort="-rating") == ["a thousand", "ten fives", "one five", "a thousand threes"]
+    assert found(client, sort="rating") == ["a thousand threes", "one five", "ten fives", "a thousand"]
 
 
 def walk(client: httpx.Client, **query: Any) -> Iterator[dict[str, Any]]:
