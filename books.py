@@ -1,4 +1,4 @@
-"""The catalogue: finding, adding, changing and removing books, and what readers say of them."""
+"""The catalogue: finding, adding, changing and removing books."""
 
 from typing import Annotated, Any, Literal
 
@@ -26,12 +26,10 @@ from models import (
     Id,
     Name,
     Principal,
-    ReviewPublic,
     Setting,
     Shape,
     ShelfEntry,
     Title,
-    User,
 )
 from pages import Order, Page, PageQuery, bad_query, encode, named, page_answer, read_page
 from search import Words, best_first, count_matches, index_books
@@ -315,33 +313,3 @@ def _delete_book(session: Session, book_id: int, user: Principal, if_match: str 
             raise HTTPException(409, "Somebody else has this book on a shelf: only librarians and admins delete it.")
     session.delete(book)
     events.record(session, "book.deleted", {"id": book.id, "title": book.title, "author": book.author})
-
-
-# --- reviews ------------------------------------------------------------------------------------------------------
-
-REVIEWS = Order("-id", (col(ShelfEntry.id),))
-REVIEW = {"username": col(User.username)} | {
-    name: getattr(ShelfEntry, name) for name in ReviewPublic.model_fields if name != "username"
-}
-
-
-def is_review() -> ColumnElement[bool]:
-    """Whether a shelf entry says something of its book."""
-    return sa.or_(col(ShelfEntry.rating).is_not(None), col(ShelfEntry.review).is_not(None))
-
-
-SELECT_REVIEWS = sa.select(*REVIEW.values()).join_from(ShelfEntry, User).where(is_review())
-REVIEW_PAGE = TypeAdapter(Page[ReviewPublic])
-
-
-@router.get("/{book_id:id}/reviews", response_model=Page[ReviewPublic])
-async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], request: Request) -> Response:
-    """What readers say of a book, the newest entry first. They are written at `/my-library/{book_id}`."""
-    return page_answer(await database.scan(_find_reviews, book_id, query), REVIEW_PAGE, request)
-
-
-def _find_reviews(connection: Connection, book_id: int, query: PageQuery) -> dict[str, Any]:
-    if _find_book(connection, book_id) is None:
-        raise no_such_book()
-    of_book = SELECT_REVIEWS.where(col(ShelfEntry.book_id) == book_id)
-    return read_page(connection, of_book, REVIEWS, query, named(REVIEW))

@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 import sqlalchemy as sa
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 from pydantic import Field, TypeAdapter
-from sqlalchemy import Connection
+from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
 import database
 import events
 from auth import CurrentUser
-from books import PUBLIC, BookId, as_book, is_review, no_such_book
+from books import PUBLIC, BookId, as_book, no_such_book
 from models import (
     AsText,
     Book,
@@ -118,6 +118,12 @@ async def update_entry(book_id: BookId, change: EntryUpdate, user: CurrentUser) 
 
 def _update_entry(session: Session, book_id: int, user: Principal, change: EntryUpdate) -> EntryPublic:
     entry, book = _mine(session, book_id, user)
+    return revise_entry(session, entry, book, user, change)
+
+
+def revise_entry(
+    session: Session, entry: ShelfEntry, book: Book, user: Principal | User, change: EntryUpdate
+) -> EntryPublic:
     had_rating, was_review, said = entry.rating, entry.is_review, (entry.rating, entry.review)
     entry.revise(change)
     count_rating(book, had_rating, entry.rating)
@@ -138,6 +144,11 @@ def _remove_entry(session: Session, book_id: int, user: Principal) -> None:
     events.record(session, "shelf.deleted", {"book_id": book_id, "title": book.title}, owner=user.id)
     if entry.is_review:
         record_review(session, "review.deleted", book, entry, user.username)
+
+
+def is_review() -> ColumnElement[bool]:
+    """Whether a shelf entry says something of its book."""
+    return sa.or_(col(ShelfEntry.rating).is_not(None), col(ShelfEntry.review).is_not(None))
 
 
 def withdraw_reviews(session: Session, user: User) -> None:
@@ -171,7 +182,7 @@ def _keep(
     session: Session,
     entry: ShelfEntry,
     book: Book,
-    user: Principal,
+    user: Principal | User,
     event_type: str,
     *,
     was_review: bool,

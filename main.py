@@ -10,8 +10,9 @@
     auth.py       passwords, tokens, the signed-in user, roles
     feed.py       /events and /stream
     logins.py     signing in, refreshing, signing out
-    books.py      the catalogue and its search, reviews
+    books.py      the catalogue and its search
     library.py    /my-library
+    reviews.py    what readers say of a book
     csvfiles.py   CSV: encodings, delimiters, records
     cells.py      numbers, dates and ISBNs as they come
     formats.py    the columns of other services, and what a row says
@@ -58,6 +59,7 @@ import feed
 import library
 import logins
 import operations
+import reviews
 import throttle
 import uploads
 import users
@@ -299,6 +301,7 @@ for router in (
     accounts.router,
     users.router,
     books.router,
+    reviews.router,
     uploads.router,
     exports.router,
     library.router,

@@ -18,6 +18,7 @@ CAST = ("nobody", "reader", "other", "librarian", "admin", "closed", "gone")
 EVERYBODY = (200, 200, 200, 200, 200, 401, 401)  # but a bad token is never taken for none
 SIGNED_IN = (401, 200, 200, 200, 200, 401, 401)
 OWNER_AND_STAFF = (401, 200, 404, 200, 200, 401, 401)
+STAFF = (401, 403, 403, 200, 200, 401, 401)
 ADMIN = (401, 403, 403, 403, 200, 401, 401)
 
 
@@ -57,6 +58,12 @@ class Stage:
 
     def another_book(self) -> int:
         return int(self.people["reader"].add_book()["id"])
+
+    def reviewed_book(self) -> int:
+        book = self.another_book()
+        self.people["reader"].post(f"/my-library/{book}", json={"status": "completed"})
+        self.people["reader"].patch(f"/my-library/{book}", json={"rating": 3})
+        return book
 
     def ask(self, who: str, method: str, path: str, **options: Any) -> int:
         sender: Any = self.client if who == "nobody" else self.people[who]
@@ -119,6 +126,9 @@ MATRIX: dict[str, Asked] = {
         (401, 204, 403, 204, 204, 401, 401), path=lambda stage: {"book_id": stage.another_book()}
     ),
     "GET /books/{book_id}/reviews": Asked(unseen(EVERYBODY)),
+    "DELETE /books/{book_id}/reviews/{username}": Asked(
+        instead(STAFF, 204), path=lambda stage: {"book_id": stage.reviewed_book(), "username": "reader"}
+    ),
     # My library: everybody's own, so that what others have is simply not there.
     "GET /my-library": Asked(SIGNED_IN),
     "POST /my-library/{book_id}": Asked((401, 409, 201, 201, 201, 401, 401)),

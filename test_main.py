@@ -382,9 +382,10 @@ def make_python(folder: Path) -> Path:
 
 # --- the house ----------------------------------------------------------------------------------------------------
 
-LAYERS = ["settings", "sqlite", "postgresql", "database", "models", "search", "pages", "events", "mail", "throttle"]
-LAYERS += ["auth", "feed", "logins", "books", "library", "csvfiles", "cells", "formats", "placing", "imports"]
-LAYERS += ["uploads", "exports", "accounts", "users", "operations", "main"]
+LAYERS = """
+    settings sqlite postgresql database models search pages events mail throttle auth feed logins books library reviews
+    csvfiles cells formats placing imports uploads exports accounts users operations main
+""".split()
 
 
 def test_imports_run_downward_only() -> None:
