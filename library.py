@@ -1,4 +1,4 @@
-"""My library: what I want to read, am reading, have read, and what I say of it."""
+"""My library: what I want to read, am reading, have read, what I say of it, and the figures of all that."""
 
 from typing import Annotated, Any, Literal
 
@@ -14,15 +14,19 @@ from auth import CurrentUser
 from books import PUBLIC, BookId, as_book, no_such_book
 from models import (
     AsText,
+    AuthorCount,
     Book,
     BookPublic,
     EntryCreate,
     EntryPublic,
     EntryUpdate,
+    GenreCount,
     Principal,
     ShelfEntry,
+    ShelfStats,
     ShelfStatus,
     User,
+    YearCount,
 )
 from pages import Order, Page, PageQuery, named, page_answer, read_page
 
@@ -205,3 +209,66 @@ def record_review(session: Session, event_type: str, book: Book, entry: ShelfEnt
     told = {"book_id": book.id, "title": book.title, "username": username, "rating": entry.rating}
     figures = {"book_rating": book.rating, "book_rating_count": book.rating_count}
     events.record(session, event_type, told | figures)
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+TOP = 10  # genres and authors
+
+
+@router.get("/stats")
+async def read_stats(user: CurrentUser) -> ShelfStats:
+    """My library in figures: by status, what I read each year, how I rate, what I read most."""
+    return await database.scan(_count_entries, user.id)
+
+
+def _count_entries(connection: Connection, user_id: int) -> ShelfStats:
+    mine = col(ShelfEntry.user_id) == user_id
+    read = sa.and_(mine, col(ShelfEntry.status) == ShelfStatus.completed)
+    by_status = sa.select(col(ShelfEntry.status), sa.func.count()).where(mine).group_by(col(ShelfEntry.status))
+    counts = dict.fromkeys(ShelfStatus, 0) | {
+        ShelfStatus(status): count for status, count in connection.execute(by_status)
+    }
+    rating = col(ShelfEntry.rating)
+    rated, stars = connection.execute(sa.select(sa.func.count(rating), sa.func.sum(rating)).where(mine)).one()
+    genre = sa.func.lower(col(Book.genre))
+    return ShelfStats(
+        total=sum(counts.values()),
+        by_status=counts,
+        by_year=_by_year(connection, read),
+        average_rating=None if stars is None else stars / rated,
+        rating_count=rated,
+        top_genres=[GenreCount(genre=name, count=n) for name, n in _top(connection, read, genre, col(Book.genre))],
+        top_authors=[
+            AuthorCount(author=name, count=n)
+            for name, n in _top(connection, read, col(Book.author_key), col(Book.author))
+        ],
+    )
+
+
+def _by_year(connection: Connection, read: ColumnElement[bool]) -> list[YearCount]:
+    year = sa.extract("year", col(ShelfEntry.finished_at))
+    pages = sa.func.coalesce(sa.func.sum(col(Book.pages)), 0)
+    rows = connection.execute(
+        sa.select(year, sa.func.count(), pages)
+        .join_from(ShelfEntry, Book, col(ShelfEntry.book_id) == col(Book.id))
+        .where(read, col(ShelfEntry.finished_at).is_not(None))
+        .group_by(year)
+        .order_by(year.desc())
+    )
+    return [YearCount(year=int(number), books=books, pages=pages) for number, books, pages in rows]
+
+
+def _top(connection: Connection, read: ColumnElement[bool], key: Any, shown: Any) -> list[Any]:
+    """The most frequent, whatever the case they are written in, with one of its spellings."""
+    count = sa.func.count()
+    return list(
+        connection.execute(
+            sa.select(sa.func.min(shown), count)
+            .join_from(ShelfEntry, Book, col(ShelfEntry.book_id) == col(Book.id))
+            .where(read, key.is_not(None))
+            .group_by(key)
+            .order_by(count.desc(), key)
+            .limit(TOP)
+        )
+    )

@@ -649,6 +649,27 @@ class ReviewPublic(BaseModel):
     updated_at: datetime
 
 
+class YearCount(BaseModel):
+    year: int
+    books: int
+    pages: int = Limit(description="Of the books whose number of pages is known.")
+
+
+class AuthorCount(BaseModel):
+    author: str
+    count: int
+
+
+class ShelfStats(BaseModel):
+    total: int
+    by_status: dict[ShelfStatus, int]
+    by_year: list[YearCount] = Limit(description="What I completed, by the year (UTC) of `finished_at`, newest first.")
+    average_rating: float | None
+    rating_count: int
+    top_genres: list[GenreCount] = Limit(description="Of what I completed, the ten most frequent.")
+    top_authors: list[AuthorCount] = Limit(description="Of what I completed, the ten most frequent.")
+
+
 # --- uploads ------------------------------------------------------------------------------------------------------
 
 

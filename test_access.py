@@ -135,6 +135,7 @@ MATRIX: dict[str, Asked] = {
     "GET /my-library/{book_id}": Asked((401, 200, 404, 404, 404, 401, 401)),
     "PATCH /my-library/{book_id}": Asked((401, 200, 404, 404, 404, 401, 401), lambda _: {"json": {"tags": []}}),
     "DELETE /my-library/{book_id}": Asked((401, 204, 404, 404, 404, 401, 401)),
+    "GET /my-library/stats": Asked(SIGNED_IN),
     # In and out.
     "POST /books/upload": Asked(instead(SIGNED_IN, 202), csv),
     "GET /books/upload": Asked(SIGNED_IN),

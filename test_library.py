@@ -8,6 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from conftest import Clock, Person, Server, sign_up
+from models import fold
 
 
 def iso(clock: Clock) -> str:
@@ -235,3 +236,59 @@ def test_what_a_review_tells_the_world(client: TestClient, reader: Person) -> No
     assert [kind for kind in private if kind.startswith("shelf")] == ["shelf.created"] + ["shelf.updated"] * 5 + [
         "shelf.deleted"
     ]
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def shelve(reader: Person, book: dict[str, Any], **entry: Any) -> None:
+    shelf = f"/my-library/{reader.add_book(**book)['id']}"
+    assert reader.post(shelf).status_code == 201
+    assert reader.patch(shelf, json=entry).status_code == 200
+
+
+def test_an_empty_shelf_has_figures_too(reader: Person) -> None:
+    assert reader.get("/my-library/stats").json() == {
+        "total": 0,
+        "by_status": {"wishlist": 0, "reading": 0, "completed": 0, "abandoned": 0},
+        "by_year": [],
+        "average_rating": None,
+        "rating_count": 0,
+        "top_genres": [],
+        "top_authors": [],
+    }
+
+
+def test_my_reading_in_figures(reader: Person, other_reader: Person) -> None:
+    austen, done = {"author": "Jane Austen", "genre": "Romance"}, {"status": "completed"}
+    shelve(reader, {**austen, "title": "Emma", "pages": 474}, **done, finished_at="2024-12-31T23:59:59Z", rating=5)
+    shelve(reader, {**austen, "title": "Persuasion", "pages": 249}, **done, finished_at="2025-01-01", rating=4)
+    # Half an hour into the new year in Berlin; a book without its number of pages; a name written otherwise.
+    moment = "2025-01-01T00:30:00+01:00"
+    shelve(reader, {"author": "JANE  AUSTEN", "genre": "romance"}, **done, finished_at=moment)
+    shelve(reader, {"author": "Émile Zola", "genre": "Novel", "pages": 500}, **done, finished_at=None)
+    shelve(reader, {"author": "Frank Herbert", "pages": 900}, status="abandoned", rating=1, finished_at="2025-05-05")
+    shelve(reader, {"author": "Frank Herbert", "genre": "Science fiction"}, status="reading")
+    shelve(other_reader, {"pages": 10**4}, **done, finished_at="2025-01-01", rating=1)
+    stats = reader.get("/my-library/stats").json()
+    for row in (*stats["top_genres"], *stats["top_authors"]):  # of several spellings, any
+        row.update({name: fold(text) for name, text in row.items() if name != "count"})
+    assert stats == {
+        "total": 6,
+        "by_status": {"wishlist": 0, "reading": 1, "completed": 4, "abandoned": 1},
+        "by_year": [{"year": 2025, "books": 1, "pages": 249}, {"year": 2024, "books": 2, "pages": 474}],
+        "average_rating": pytest.approx(10 / 3),
+        "rating_count": 3,
+        "top_genres": [{"genre": "romance", "count": 3}, {"genre": "novel", "count": 1}],
+        "top_authors": [{"author": "jane austen", "count": 3}, {"author": "emile zola", "count": 1}],
+    }
+
+
+def test_the_top_is_ten(reader: Person) -> None:
+    for number in range(12):
+        shelve(reader, {"author": f"Author {number:02}", "genre": f"Genre {number:02}"}, status="completed")
+    shelve(reader, {"author": "Author 11", "genre": "Genre 11"}, status="completed")
+    stats = reader.get("/my-library/stats").json()
+    ranking = [11, *range(9)]
+    assert [row["author"] for row in stats["top_authors"]] == [f"Author {number:02}" for number in ranking]
+    assert [row["genre"] for row in stats["top_genres"]] == [f"Genre {number:02}" for number in ranking]

@@ -337,7 +337,14 @@ def test_the_readme_tour_works_as_written(serve: Callable[..., Server], tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for told in ('"inserted":50', '"title":"Emma"', '"status":"completed"', '"rating":5', "event: books.imported"):
+    for told in (
+        '"inserted":50',
+        '"title":"Emma"',
+        '"status":"completed"',
+        '"rating":5',
+        '"top_authors":[{"author":"Jane Austen"',
+        "event: books.imported",
+    ):
         assert told in done.stdout
     assert '"status":4' not in done.stdout
 
