@@ -298,7 +298,7 @@ def book_to_change(session: Session, book_id: int, if_match: str | None = None) 
 async def delete_book(book_id: BookId, user: CurrentUser, if_match: IfMatch = None) -> None:
     """Delete a book with its reviews and shelf entries.
 
-    Staff may always; who added it, while nobody else has it on a shelf.
+    Staff may always; who added it, while nobody else has it on a shelf. While copies are on loan, nobody may: 409.
     """
     await database.write(_delete_book, book_id, user, if_match)
 
@@ -311,5 +311,7 @@ def _delete_book(session: Session, book_id: int, user: Principal, if_match: str 
         others = sa.select(ShelfEntry.id).where(col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id)  # type: ignore[call-overload]
         if session.execute(others.limit(1)).first() is not None:
             raise HTTPException(409, "Somebody else has this book on a shelf: only librarians and admins delete it.")
+    if book.available < book.copies:
+        raise HTTPException(409, f"{book.copies - book.available} of its copies are on loan: have them returned first.")
     session.delete(book)
     events.record(session, "book.deleted", {"id": book.id, "title": book.title, "author": book.author})

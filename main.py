@@ -13,6 +13,7 @@
     books.py      the catalogue and its search
     library.py    /my-library
     reviews.py    what readers say of a book
+    loans.py      the lending desk: stock, loans
     csvfiles.py   CSV: encodings, delimiters, records
     cells.py      numbers, dates and ISBNs as they come
     formats.py    the columns of other services, and what a row says
@@ -57,6 +58,7 @@ import database
 import exports
 import feed
 import library
+import loans
 import logins
 import operations
 import reviews
@@ -269,7 +271,7 @@ def is_plain(message: Message) -> bool:
 app = FastAPIOffline(
     title="Books API",
     version=VERSION,
-    summary="A catalogue, personal shelves with reviews, CSV import, and a live feed of every change.",
+    summary="A catalogue, personal shelves with reviews, a lending desk, CSV import, and a live feed of every change.",
     description="Sign in with **Authorize**; in development mode as `admin` / `admin`. Errors are "
     "[problem documents](https://www.rfc-editor.org/rfc/rfc9457).",
     lifespan=lifespan,
@@ -305,6 +307,7 @@ for router in (
     uploads.router,
     exports.router,
     library.router,
+    loans.router,
     feed.router,
     operations.router,
 ):

@@ -7,7 +7,7 @@ of the table. What a noun can do is a verb on its class, which changes the row a
 import math
 import re
 import unicodedata
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     PlainSerializer,
     StringConstraints,
+    computed_field,
     model_validator,
 )
 from pydantic import Field as Limit
@@ -42,6 +43,8 @@ SQLModel.metadata.naming_convention = {
     "ix": "ix_%(table_name)s_%(column_0_name)s",
 }
 ID_MAX = 2**31 - 1  # what an INTEGER holds everywhere
+COPIES_MAX = 1_000_000  # of one book
+RENEWALS_MAX = 2
 FIRST_YEAR = -5000
 UNKNOWN_YEAR = -32768  # sorts before every year
 # How books sort by rating: the mean after ten imagined votes of 3, so that one 5 does not beat a thousand 4s and 5s
@@ -547,6 +550,24 @@ class GenreCount(BaseModel):
     count: int
 
 
+def _not_zero(number: int) -> int:
+    if number == 0:
+        raise ValueError("must not be 0")
+    return number
+
+
+class StockChange(Shape):
+    quantity: Annotated[int, Limit(ge=-COPIES_MAX, le=COPIES_MAX), AfterValidator(_not_zero)] = Limit(
+        description="How many copies come; negative: how many go.", examples=[3]
+    )
+
+
+class StockPublic(BaseModel):
+    copies: int
+    available: int
+    on_loan: int
+
+
 # --- shelves ------------------------------------------------------------------------------------------------------
 
 
@@ -668,6 +689,79 @@ class ShelfStats(BaseModel):
     rating_count: int
     top_genres: list[GenreCount] = Limit(description="Of what I completed, the ten most frequent.")
     top_authors: list[AuthorCount] = Limit(description="Of what I completed, the ten most frequent.")
+
+
+# --- loans --------------------------------------------------------------------------------------------------------
+
+
+class LoanStatus(StrEnum):
+    """A loan is exactly one of these."""
+
+    active = "active"
+    overdue = "overdue"
+    returned = "returned"
+
+
+class LoanCreate(Shape):
+    book_id: Id
+    quantity: Annotated[int, Limit(ge=1, le=COPIES_MAX)] = 1
+    due_at: Moment | None = Limit(
+        default=None, description="`LOAN_DAYS` from now where it is left out; at most twice that."
+    )
+    user_id: Id | None = Limit(default=None, description="Who borrows, where that is not me; for staff.")
+
+
+class Loan(SQLModel, table=True):
+    """Copies of a book that somebody has taken home. Open until they are all back, at once."""
+
+    __tablename__ = "loan"
+    __table_args__ = table_options(
+        sa.CheckConstraint("quantity > 0", name="quantity"),
+        sa.CheckConstraint("due_at > borrowed_at", name="due_at"),
+        sa.CheckConstraint(f"renewals BETWEEN 0 AND {RENEWALS_MAX}", name="renewals"),
+    )
+
+    id: int = key_column()
+    user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
+    book_id: int = Field(foreign_key="book.id", ondelete="CASCADE", index=True)
+    quantity: int = 1
+    borrowed_at: datetime = stamp_column()
+    due_at: datetime = stamp_column()
+    returned_at: datetime | None = moment_column()
+    renewals: int = 0
+
+    @property
+    def status(self) -> LoanStatus:
+        return status_of(self.due_at, self.returned_at)
+
+    def renew(self, days: int) -> None:
+        """From the day it was due, not from today: who renews early loses nothing."""
+        self.due_at += timedelta(days=days)
+        self.renewals += 1
+
+
+def status_of(due_at: datetime, returned_at: datetime | None) -> LoanStatus:
+    if returned_at is not None:
+        return LoanStatus.returned
+    return LoanStatus.overdue if due_at < now() else LoanStatus.active
+
+
+class LoanPublic(BaseModel):
+    id: int
+    user_id: int
+    username: str
+    book_id: int
+    title: str
+    quantity: int
+    borrowed_at: datetime
+    due_at: datetime
+    returned_at: datetime | None
+    renewals: int
+
+    @computed_field(description="Exactly one of these; `overdue` is open and past `due_at`.")  # type: ignore[prop-decorator]
+    @property
+    def status(self) -> LoanStatus:
+        return status_of(self.due_at, self.returned_at)
 
 
 # --- uploads ------------------------------------------------------------------------------------------------------

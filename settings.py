@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     event_retention: Annotated[int, Field(ge=1, le=100_000_000)] = Field(
         default=100_000, description="How many changes the log keeps; who was away for longer reads its lists anew."
     )
+    loan_days: Annotated[int, Field(ge=1, le=365)] = Field(
+        default=21, description="How long a loan lasts, and each renewal adds, in days."
+    )
     rate_limits: bool = Field(
         default=True, description="Whether logins, registrations and the like are limited, see the README."
     )

@@ -52,6 +52,7 @@ class Stage:
         self.people["gone"].post("/auth/logout")
         self.book = self.another_book()
         self.people["reader"].post(f"/my-library/{self.book}")
+        self.people["librarian"].post(f"/books/{self.book}/stock", json={"quantity": 9})
         self.upload = self.people["reader"].upload("title,author\nA,B\n")["id"]
         self.victim = make(client, "victim")
         self.victim_id = self.victim.get("/users/me").json()["id"]
@@ -65,6 +66,9 @@ class Stage:
         self.people["reader"].patch(f"/my-library/{book}", json={"rating": 3})
         return book
 
+    def another_loan(self) -> int:
+        return int(self.people["reader"].post("/loans", json={"book_id": self.book}).json()["id"])
+
     def ask(self, who: str, method: str, path: str, **options: Any) -> int:
         sender: Any = self.client if who == "nobody" else self.people[who]
         return int(sender.request(method, path, **options).status_code)
@@ -76,6 +80,10 @@ def new_book(_stage: Stage) -> dict[str, Any]:
 
 def csv(_stage: Stage) -> dict[str, Any]:
     return {"files": {"file": ("a.csv", b"title,author\nC,D\n")}}
+
+
+def readers_loan(stage: Stage) -> dict[str, Any]:
+    return {"loan_id": stage.another_loan()}
 
 
 def victims(stage: Stage) -> dict[str, Any]:
@@ -129,6 +137,8 @@ MATRIX: dict[str, Asked] = {
     "DELETE /books/{book_id}/reviews/{username}": Asked(
         instead(STAFF, 204), path=lambda stage: {"book_id": stage.reviewed_book(), "username": "reader"}
     ),
+    "GET /books/{book_id}/stock": Asked(unseen(EVERYBODY)),
+    "POST /books/{book_id}/stock": Asked(STAFF, lambda _: {"json": {"quantity": 1}}),
     # My library: everybody's own, so that what others have is simply not there.
     "GET /my-library": Asked(SIGNED_IN),
     "POST /my-library/{book_id}": Asked((401, 409, 201, 201, 201, 401, 401)),
@@ -136,6 +146,12 @@ MATRIX: dict[str, Asked] = {
     "PATCH /my-library/{book_id}": Asked((401, 200, 404, 404, 404, 401, 401), lambda _: {"json": {"tags": []}}),
     "DELETE /my-library/{book_id}": Asked((401, 204, 404, 404, 404, 401, 401)),
     "GET /my-library/stats": Asked(SIGNED_IN),
+    # Lending.
+    "POST /loans": Asked(instead(SIGNED_IN, 201), lambda stage: {"json": {"book_id": stage.book}}),
+    "GET /loans": Asked(SIGNED_IN),
+    "GET /loans/{loan_id}": Asked(OWNER_AND_STAFF, path=readers_loan),
+    "POST /loans/{loan_id}/return": Asked(OWNER_AND_STAFF, path=readers_loan),
+    "POST /loans/{loan_id}/renew": Asked(OWNER_AND_STAFF, path=readers_loan),
     # In and out.
     "POST /books/upload": Asked(instead(SIGNED_IN, 202), csv),
     "GET /books/upload": Asked(SIGNED_IN),

@@ -69,6 +69,18 @@ def test_a_reader_shelves_reads_and_reviews_it(client: TestClient, reader: Perso
     assert reader.get("/my-library").json()["total"] == 0
 
 
+def test_a_reader_borrows_it_and_brings_it_back(client: TestClient, reader: Person, librarian: Person) -> None:
+    book = reader.add_book(**DUNE)
+    stock = f"/books/{book['id']}/stock"
+    assert librarian.post(stock, json={"quantity": 1}).json() == {"copies": 1, "available": 1, "on_loan": 0}
+    answer = reader.post("/loans", json={"book_id": book["id"]})
+    assert (answer.status_code, answer.json()["status"]) == (201, "active")
+    assert librarian.post("/loans", json={"book_id": book["id"]}).status_code == 409
+    assert client.get(stock).json() == {"copies": 1, "available": 0, "on_loan": 1}
+    assert reader.post(f"{answer.headers['Location']}/return").json()["status"] == "returned"
+    assert client.get("/books", params={"available": True}).json()["total"] == 1
+
+
 def test_a_librarian_brings_in_a_file_of_classics(client: TestClient, librarian: Person) -> None:
     upload = librarian.upload((HERE / "sample_books.csv").read_bytes())
     assert upload.items() >= {"status": "completed", "rows": 50, "inserted": 50, "failed": 0, "progress": 1.0}.items()
@@ -212,6 +224,7 @@ def test_nothing_personal_is_kept_on_the_way(client: TestClient, reader: Person)
         "/users/me/export",
         "/auth/sessions",
         "/my-library",
+        "/loans",
         "/books/upload",
         "/events",
         "/books",
@@ -342,8 +355,11 @@ def test_the_readme_tour_works_as_written(serve: Callable[..., Server], tmp_path
         '"title":"Emma"',
         '"status":"completed"',
         '"rating":5',
+        '"on_loan":1',
+        '"status":"returned"',
         '"top_authors":[{"author":"Jane Austen"',
         "event: books.imported",
+        "event: book.stock",
     ):
         assert told in done.stdout
     assert '"status":4' not in done.stdout
@@ -391,7 +407,7 @@ def make_python(folder: Path) -> Path:
 
 LAYERS = """
     settings sqlite postgresql database models search pages events mail throttle auth feed logins books library reviews
-    csvfiles cells formats placing imports uploads exports accounts users operations main
+    loans csvfiles cells formats placing imports uploads exports accounts users operations main
 """.split()
 
 

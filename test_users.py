@@ -131,6 +131,7 @@ def test_all_that_is_stored_of_me_is_one_file(client: TestClient, reader: Person
     stored = answer.json()
     assert stored["account"] == reader.get("/users/me").json()
     assert stored["shelf"] == reader.get("/my-library").json()["items"]
+    assert stored["loans"] == []
     assert stored["sessions"] == reader.get("/auth/sessions").json()["items"]
     assert [added["title"] for added in stored["books_added"]] == ["Dune", "Emma"]
     assert [upload["filename"] for upload in stored["uploads"]] == ["my books.csv"]

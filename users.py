@@ -14,6 +14,7 @@ from sqlmodel import Session, col
 import database
 import events
 import library
+import loans
 import mail
 import models
 import throttle
@@ -32,6 +33,8 @@ from models import (
     Event,
     EventPublic,
     Id,
+    Loan,
+    LoanPublic,
     LoginSession,
     Name,
     Principal,
@@ -122,7 +125,10 @@ class MyPassword(Shape):
 
 @router.delete("/me", status_code=204)
 async def delete_me(given: MyPassword, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
-    """Delete my account, with my shelf, reviews and uploads. The books that I added stay. Needs my password."""
+    """Delete my account, with my shelf, reviews, uploads and past loans. The books that I added stay.
+
+    Needs my password. 409 while I have books on loan: it names them.
+    """
     me = await with_password(user, given.password, request)
     tasks.add_task(mail.send, await database.write(_delete_my_account, user, me.password_hash))
 
@@ -138,6 +144,7 @@ def _delete_account(session: Session, user_id: int, by: Principal) -> Letter:
     if user is None:
         raise no_such_user()
     _keep_an_admin(admins, user_id)
+    loans.refuse_while_borrowing(session, user_id)
     library.withdraw_reviews(session, user)
     # What a book shows changes with who added it.
     added = sa.update(Book).where(col(Book.added_by) == user_id)
@@ -163,6 +170,7 @@ class AccountExport(BaseModel):
     account: UserPublic
     sessions: list[SessionPublic]
     shelf: list[EntryPublic]
+    loans: list[LoanPublic]
     books_added: list[BookPublic]
     uploads: list[UploadPublic]
     upload_errors: list[UploadProblem]
@@ -218,6 +226,7 @@ def _parts(user: Principal) -> dict[str, Part]:
             col(ShelfEntry.id),
             library.as_entry,
         ),
+        "loans": Part(LoanPublic, loans.SELECT_LOANS.where(col(Loan.user_id) == user.id), col(Loan.id), loans.as_loan),
         "books_added": Part(BookPublic, SELECT_BOOKS.where(col(Book.added_by) == user.id), col(Book.id), as_book),
         "uploads": _part(UploadPublic, Upload, col(Upload.user_id) == user.id),
         "upload_errors": _part(
@@ -304,5 +313,8 @@ async def update_user(user_id: UserId, change: AccountUpdate, admin: Admin, task
 
 @router.delete("/{user_id:id}", status_code=204)
 async def delete_user(user_id: UserId, admin: Admin, tasks: BackgroundTasks) -> None:
-    """Delete an account, with its shelf, reviews and uploads. The books that it added stay."""
+    """Delete an account, with its shelf, reviews, uploads and past loans. The books that it added stay.
+
+    409 while it has books on loan: return them for it first.
+    """
     tasks.add_task(mail.send, await database.write(_delete_account, user_id, admin))
