@@ -33,7 +33,12 @@ from main import app
 from settings import settings
 
 # CI has them.
-needs = {"test_properties.py": "hypothesis", "test_roundtrips.py": "hypothesis", "test_mail.py": "aiosmtpd"}
+needs = {
+    "test_properties.py": "hypothesis",
+    "test_roundtrips.py": "hypothesis",
+    "test_desk.py": "hypothesis",
+    "test_mail.py": "aiosmtpd",
+}
 collect_ignore = [file for file, package in needs.items() if importlib.util.find_spec(package) is None]
 
 T = TypeVar("T")

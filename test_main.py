@@ -204,7 +204,7 @@ def test_every_answer_tells_browsers_to_be_careful(
     assert security(secure.get(path)) == {**plain, "Strict-Transport-Security": "max-age=31536000"}
 
 
-def test_behind_a_prefix_the_rules_of_a_path_hold(first_start: Path) -> None:
+def test_behind_a_prefix_the_rules_of_a_path_hold(client: TestClient) -> None:
     with TestClient(app, root_path="/books-api") as client:
         assert client.get("/books-api/docs").headers["Content-Security-Policy"].startswith("default-src 'self'")
         assert client.post("/books-api/login", data={}).headers["Cache-Control"] == "no-store"
