@@ -7,6 +7,7 @@ import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
+import database
 from conftest import NEW, PASSWORD, make
 from main import DOCS, app
 from models import Role
@@ -193,4 +194,7 @@ def test_everybody_is_answered_as_they_should(client: TestClient, route: str, mo
         known = {"book_id": stage.book, "upload_id": stage.upload}
         path = pattern.format(**(asked.path(stage) if asked.path else known))
         answers[who] = stage.ask(who, method, path, **(asked.body(stage) if asked.body else {}))
-    assert answers == dict(zip(CAST, asked.answers, strict=True))
+    expected = asked.answers
+    if route == "GET /admin/backup" and database.is_postgresql():
+        expected = instead(expected, 409)  # it has its own way to back up
+    assert answers == dict(zip(CAST, expected, strict=True))

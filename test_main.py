@@ -205,10 +205,10 @@ def test_every_answer_tells_browsers_to_be_careful(
 
 
 def test_behind_a_prefix_the_rules_of_a_path_hold(client: TestClient) -> None:
-    with TestClient(app, root_path="/books-api") as client:
-        assert client.get("/books-api/docs").headers["Content-Security-Policy"].startswith("default-src 'self'")
-        assert client.post("/books-api/login", data={}).headers["Cache-Control"] == "no-store"
-        assert client.head("/books-api/auth/verify-email/x").status_code == 405
+    client = TestClient(client.app, root_path="/books-api")
+    assert client.get("/books-api/docs").headers["Content-Security-Policy"].startswith("default-src 'self'")
+    assert client.post("/books-api/login", data={}).headers["Cache-Control"] == "no-store"
+    assert client.head("/books-api/auth/verify-email/x").status_code == 405
 
 
 def test_https_is_known_behind_a_proxy(server: Server) -> None:
