@@ -1,6 +1,7 @@
 """The cast and the stage: a fresh database file per test, in this process or behind a real server."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -9,12 +10,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 import httpx2 as httpx
 import psycopg
@@ -24,6 +28,7 @@ from sqlmodel import Session, col, select
 
 import accounts
 import auth
+import catalogues
 import database
 import logins
 import mail
@@ -42,6 +47,7 @@ needs = {
 collect_ignore = [file for file, package in needs.items() if importlib.util.find_spec(package) is None]
 
 T = TypeVar("T")
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there: no test asks the real catalogues
 HERE = Path(__file__).resolve().parent
 REAL_BOOKS = HERE.parent / "shared" / "data" / "goodbooks-10k.csv"
 PASSWORD = "correct horse battery"
@@ -319,6 +325,106 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return frozen
 
 
+# --- other catalogues ---------------------------------------------------------------------------------------------
+
+
+Fault = Callable[[BaseHTTPRequestHandler], None]
+
+
+class Catalogues:
+    """Google Books and Open Library on one port: some of their answers, with the faults that a test wants."""
+
+    def __init__(self) -> None:
+        files = HERE / "test_files"
+        self.volumes: list[Any] = json.loads((files / "google_volumes.json").read_text())
+        self.works: list[Any] = json.loads((files / "open_library_works.json").read_text())
+        self.editions: list[Any] = json.loads((files / "open_library_editions.json").read_text())
+        self.asked: list[str] = []
+        self.agents: set[str] = set()
+        self.faults: list[Fault] = []  # of the next answers, in turn
+        self.always: Fault | None = None
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked.append(self.path)
+                outer.agents.add(self.headers["User-Agent"])
+                fault = outer.faults.pop(0) if outer.faults else outer.always
+                with suppress(ConnectionError):  # who asked has gone away
+                    if fault is not None:
+                        fault(self)
+                    else:
+                        send(self, outer.answer(self.path))
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, path: str) -> Any:
+        """As the real ones do; None for 404."""
+        place, query = urlsplit(path).path, {k: v[0] for k, v in parse_qs(urlsplit(path).query).items()}
+        if place == "/volumes":
+            wanted = query["q"].removeprefix("isbn:").lower()
+            found = [volume for volume in self.volumes if wanted in json.dumps(volume).lower()]
+            start, most = int(query["startIndex"]), int(query["maxResults"])
+            page = {"items": found[start : start + most]} if found[start:] else {}
+            return {"kind": "books#volumes", "totalItems": len(found), **page}
+        if place.startswith("/volumes/"):
+            return next((volume for volume in self.volumes if volume["id"] == place.split("/")[-1]), None)
+        if place == "/search.json":
+            wanted = query["q"].removeprefix("key:").lower()
+            works = [work for work in self.works if wanted in json.dumps(work).lower()]
+            start = int(query.get("offset", 0))
+            docs = works[start : start + int(query["limit"])]
+            return {"numFound": len(works), "start": start, "numFoundExact": True, "docs": docs}
+        if place == "/api/books":
+            assert (query["format"], query["jscmd"]) == ("json", "data")
+            keys = query["bibkeys"].split(",")
+            return {key: edition for key in keys for edition in self.editions if is_named(edition, key)}
+        return None
+
+
+def is_named(edition: dict[str, Any], bibkey: str) -> bool:
+    kind, _, value = bibkey.partition(":")
+    return value in (edition["identifiers"]["isbn_13"] if kind == "ISBN" else [edition["key"].split("/")[-1]])
+
+
+def send(handler: BaseHTTPRequestHandler, answer: Any, status: int = 200, **headers: str) -> None:
+    body = answer if isinstance(answer, bytes) else json.dumps({"error": {}} if answer is None else answer).encode()
+    handler.send_response(404 if answer is None else status)
+    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+@pytest.fixture(autouse=True)
+def nobody_asks_the_real_catalogues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "google_books_url", NOWHERE)
+    monkeypatch.setattr(settings, "open_library_url", NOWHERE)
+    catalogues.cache.clear()
+    for name in ("A_CLIENT_WAITS", "A_JOB_WAITS"):
+        monkeypatch.setattr(catalogues, name, getattr(catalogues, name)._replace(pause=0.01))
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch, nobody_asks_the_real_catalogues: None) -> Iterator[Catalogues]:
+    """Other catalogues, to which the settings point."""
+    started = Catalogues()
+    monkeypatch.setattr(settings, "google_books_url", started.url)
+    monkeypatch.setattr(settings, "open_library_url", started.url)
+    yield started
+    started.close()
+
+
 # --- behind a socket ----------------------------------------------------------------------------------------------
 
 
@@ -339,7 +445,9 @@ class Server:
     def start(self) -> None:
         self.port = free_port()
         limits = {"RATE_LIMITS": "false"}  # but for the tests that are about them
-        environment = {**os.environ, "DATABASE_URL": url_of(self.file), **limits, **self.environment}
+        nowhere = {"GOOGLE_BOOKS_URL": NOWHERE, "OPEN_LIBRARY_URL": NOWHERE}
+        database_url = {"DATABASE_URL": url_of(self.file)}
+        environment = {**os.environ, **database_url, **limits, **nowhere, **self.environment}
         command = [sys.executable, "-m", "uvicorn", self.app, "--port", str(self.port), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -16,11 +16,14 @@
     loans.py      the lending desk: stock, loans
     csvfiles.py   CSV: encodings, delimiters, records
     cells.py      numbers, dates and ISBNs as they come
+    sources.py    what Google Books and Open Library say of books
+    catalogues.py asking them, within bounds
     formats.py    the columns of other services, and what a row says
     placing.py    rows on their way into the catalogue and onto a shelf
     imports.py    the stored file, and the job that brings it in
     uploads.py    taking a file, how it goes, what was refused
     exports.py    the catalogue and my shelf as files
+    external.py   finding and adding books of other catalogues
     accounts.py   registration, confirming an address, forgotten passwords
     users.py      my profile, administration
     operations.py logging, work that recurs, /health, the backup
@@ -56,6 +59,7 @@ import auth
 import books
 import database
 import exports
+import external
 import feed
 import library
 import loans
@@ -306,6 +310,7 @@ for router in (
     reviews.router,
     uploads.router,
     exports.router,
+    external.router,
     library.router,
     loans.router,
     feed.router,

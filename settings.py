@@ -5,7 +5,7 @@ from email.utils import parseaddr
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 HERE = Path(__file__).resolve().parent
@@ -68,6 +68,15 @@ class Settings(BaseSettings):
     loan_days: Annotated[int, Field(ge=1, le=365)] = Field(
         default=21, description="How long a loan lasts, and each renewal adds, in days."
     )
+    google_books_url: str = Field(
+        default="https://www.googleapis.com/books/v1", description="Where the interface of Google Books begins."
+    )
+    google_books_key: SecretStr | None = Field(
+        default=None, description="A key of its own is asked more often; without one Google Books soon answers 429."
+    )
+    open_library_url: str = Field(
+        default="https://openlibrary.org", description="Where the interface of Open Library begins."
+    )
     rate_limits: bool = Field(
         default=True, description="Whether logins, registrations and the like are limited, see the README."
     )
@@ -96,11 +105,11 @@ class Settings(BaseSettings):
             )
         return url
 
-    @field_validator("public_url")
+    @field_validator("public_url", "google_books_url", "open_library_url")
     @classmethod
-    def _web_address(cls, url: str) -> str:
+    def _web_address(cls, url: str, info: ValidationInfo) -> str:
         if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
-            raise ValueError("PUBLIC_URL must be like https://books.example.com")
+            raise ValueError(f"{(info.field_name or '').upper()} must be like https://books.example.com")
         return url.rstrip("/")
 
     @field_validator("mail_from")

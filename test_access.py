@@ -160,6 +160,11 @@ MATRIX: dict[str, Asked] = {
     "GET /books/upload/{upload_id}/errors": Asked(OWNER_AND_STAFF),
     "DELETE /books/upload/{upload_id}": Asked(instead(OWNER_AND_STAFF, 409)),
     "GET /books/export": Asked(EVERYBODY),
+    "GET /books/external": Asked(SIGNED_IN, lambda _: {"params": {"q": "emma"}}),
+    # Its ISBN is here from the second time on.
+    "POST /books/external": Asked(
+        (401, 201, 409, 409, 409, 401, 401), lambda _: {"json": {"source": "google", "ref": "Qe7kAwAAQBAJ"}}
+    ),
     "POST /my-library/import": Asked(instead(SIGNED_IN, 202), csv),
     "GET /my-library/export": Asked(SIGNED_IN),
     # Changes.
@@ -185,6 +190,7 @@ def test_every_route_stands_in_the_matrix() -> None:
 
 
 @pytest.mark.parametrize("route", MATRIX)
+@pytest.mark.usefixtures("others")
 def test_everybody_is_answered_as_they_should(client: TestClient, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
     asked, stage = MATRIX[route], Stage(client)

@@ -407,7 +407,7 @@ def make_python(folder: Path) -> Path:
 
 LAYERS = """
     settings sqlite postgresql database models search pages events mail throttle auth feed logins books library reviews
-    loans csvfiles cells formats placing imports uploads exports accounts users operations main
+    loans csvfiles cells sources catalogues formats placing imports uploads exports external accounts users operations main
 """.split()
 
 

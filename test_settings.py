@@ -19,6 +19,8 @@ REFUSED = {
     "tokens that never expire": ({"ACCESS_TOKEN_EXPIRE_MINUTES": "0"}, "access_token_expire_minutes"),
     "an upload limit that is no number": ({"MAX_UPLOAD_MB": "many"}, "max_upload_mb"),
     "a place that is no web address": ({"PUBLIC_URL": "books.example.com"}, "PUBLIC_URL"),
+    "a catalogue that is no web address": ({"GOOGLE_BOOKS_URL": "www.googleapis.com"}, "GOOGLE_BOOKS_URL"),
+    "a catalogue with a query": ({"OPEN_LIBRARY_URL": "https://openlibrary.org?x=y"}, "OPEN_LIBRARY_URL"),
     "a sender without an address": ({"MAIL_FROM": "Books"}, "MAIL_FROM"),
     "counters that nobody knows": ({"RATE_LIMIT_STORAGE": "memcached://localhost"}, "RATE_LIMIT_STORAGE"),
     "a site without its scheme": ({"CORS_ORIGINS": "books.example.com"}, "CORS_ORIGINS"),

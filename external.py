@@ -1,0 +1,78 @@
+"""Books of Google Books and Open Library: finding them there, and adding one of them here."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, HTTPException, Query, Response
+from pydantic import BaseModel, Field, StringConstraints
+
+import catalogues
+import database
+from auth import Contributor, CurrentUser, bad_body
+from books import add_book, etag_of
+from models import BlankIsNull, BookPublic, Isbn, Shape, Title
+from pages import bad_query
+from sources import REFS, Candidate, Source
+
+AT_ONCE = 20  # requests of this process that wait for another catalogue
+
+
+class _Waiting:
+    count = 0
+
+
+async def take_turn() -> AsyncIterator[None]:
+    if _Waiting.count >= AT_ONCE:
+        raise HTTPException(503, "Too many are asking other catalogues just now. Try again.", {"Retry-After": "5"})
+    _Waiting.count += 1
+    try:
+        yield
+    finally:
+        _Waiting.count -= 1
+
+
+router = APIRouter(prefix="/books/external", tags=["In and out"], dependencies=[Depends(take_turn)])
+
+
+class ExternalQuery(Shape):
+    q: Annotated[Title | None, BlankIsNull] = Field(default=None, description="Words, or what the source takes there.")
+    isbn: Annotated[Isbn | None, BlankIsNull] = Field(default=None, description="In place of `q`.")
+    source: Source = Source.google
+    start_index: Annotated[int, Field(ge=0, le=10_000, description="How many to jump over.")] = 0
+    max_results: Annotated[int, Field(ge=1, le=40)] = 10
+
+
+class Candidates(BaseModel):
+    items: list[Candidate]
+    total: int = Field(description="How many the source says it has; Google Books only guesses.")
+
+
+@router.get("")
+async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: CurrentUser) -> Candidates:
+    """Look for books in Google Books or Open Library, by words or by ISBN.
+
+    Answers are kept for an hour. Where the source is down it is 502, where it is slow 504.
+    """
+    if (query.q is None) == (query.isbn is None):
+        raise bad_query("q", "or isbn is needed, and only one of them")
+    wanted = catalogues.Search(query.q, query.isbn, query.start_index, query.max_results)
+    found = await catalogues.search(query.source, wanted)
+    return Candidates(items=found.items, total=found.total)
+
+
+class ExternalBook(Shape):
+    source: Source
+    ref: Annotated[str, StringConstraints(max_length=40)] = Field(examples=["zyTCAlFPjgYC"])
+
+
+@router.post("", status_code=201)
+async def add_external_book(wanted: ExternalBook, user: Contributor, response: Response) -> BookPublic:
+    """Add a book as Google Books or Open Library has it now. An ISBN that is here already is refused with 409."""
+    if not REFS[wanted.source].fullmatch(wanted.ref):
+        raise bad_body("ref", f"is not one of {wanted.source.label}")
+    found = await catalogues.fetch(wanted.source, wanted.ref)
+    if found is None:
+        raise HTTPException(404, f"{wanted.source.label} has no such book.")
+    book = await database.write(add_book, found.book(), user.id)
+    response.headers.update({"Location": f"/books/{book.id}", "ETag": etag_of(book.version)})
+    return book
