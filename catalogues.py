@@ -32,6 +32,7 @@ log = logging.getLogger("books.catalogues")
 
 ANSWER_MAX = 4 << 20  # bytes; forty books with long descriptions have some 400,000
 REDIRECTS_MAX = 3
+ISBNS_MAX = 50  # of one question: what Open Library asks for
 CACHE_HOUR = timedelta(hours=1)
 CACHE_MAX = 16 << 20  # bytes
 EDITION_FIELDS = "key,title,isbn,publisher,publish_date,language,cover_i".split(",")
@@ -50,6 +51,7 @@ class Patience(NamedTuple):
 
 A_CLIENT_WAITS = Patience(tries=3, seconds=10, each=6)
 A_JOB_WAITS = Patience(tries=5, seconds=60, each=15, pause=1)
+ONCE = Patience(tries=1, seconds=15, each=15)
 
 
 class Unanswered(HTTPException):
@@ -285,6 +287,17 @@ async def fetch(source: Source, ref: str) -> Candidate | None:
         return next((work.candidate() for work in works.docs if last_part(work.key) == ref), None)
     except NotThere:
         return None
+
+
+async def by_isbn(isbns: Sequence[str], patience: Patience) -> dict[str, Candidate]:
+    """What Open Library knows of up to fifty ISBNs."""
+    assert len(isbns) <= ISBNS_MAX
+    keys = {f"ISBN:{isbn}": isbn for isbn in isbns}
+    try:
+        editions = await _editions(list(keys), patience)
+    except NotThere:
+        return {}
+    return {keys[key]: book for key, book in editions.items() if key in keys and book is not None}
 
 
 async def _editions(

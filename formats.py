@@ -102,7 +102,8 @@ def known_columns(cells: Sequence[str]) -> int:
     return sum(key in known for key in _keys(cells))
 
 
-def read_header(cells: Sequence[str]) -> Columns:
+def read_header(cells: Sequence[str], *, enrich: bool = False) -> Columns:
+    """Which column is which. To enrich them, rows need no more than an ISBN."""
     given_back = cells[-1:] == [REASON]
     keys = _keys(cells)
     if list(cells[:-1] if given_back else cells) == BOOK_COLUMNS:
@@ -119,7 +120,7 @@ def read_header(cells: Sequence[str]) -> Columns:
         if (found := [i for alias in others for i, key in enumerate(keys) if key == alias])
     }
     missing = [name for name in ("title", "author") if name not in fields]
-    if missing:
+    if missing and not (enrich and "isbn" in fields):
         raise UnreadableFile(f"The first row names no column for {' and '.join(missing)}. {seen(cells)}")
     known = {i for found in fields.values() for i in found}
     ignored = [printable(c, 100) for i, c in enumerate(cells) if i not in known]
@@ -130,6 +131,9 @@ def read_header(cells: Sequence[str]) -> Columns:
 def seen(cells: Sequence[str]) -> str:
     return f"It has: {', '.join(repr(printable(cell, 40)) for cell in cells[:20])}."
 
+
+# What may be looked up by ISBN where a row does not say it.
+LOOKED_UP = {"title", "author", "genre", "publisher", "pages", "cover_url", "publication_year"}
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -158,11 +162,14 @@ class Row:
     cells: Sequence[str]
     book: Any = None  # a FileBook, which has the fields of a BookBase
     told: set[str] = field(default_factory=set)  # the fields of the book that the row has
+    values: dict[str, Any] = field(default_factory=dict)  # what it says of them
+    wanted: str | None = None  # the ISBN to look up before it is decided whether the row is good
+    filled: set[str] = field(default_factory=set)  # the fields that were looked up
     entry: Entry | None = None
     problems: list[Problem] = field(default_factory=list)
 
     def refuse(self, field_name: str | None, value: str, message: str) -> "Row":
-        self.book, self.problems = None, [Problem(field_name, value, message)]
+        self.book, self.wanted, self.problems = None, None, [Problem(field_name, value, message)]
         return self
 
 
@@ -175,8 +182,8 @@ FileBook: Any = create_model(
 class Reader:
     """Makes rows of cells. `day_first` tells, for a date like 03/04/2008, what the other rows of the file say."""
 
-    def __init__(self, columns: Columns, day_first: Callable[[], bool | None]) -> None:
-        self.columns, self.day_first = columns, day_first
+    def __init__(self, columns: Columns, day_first: Callable[[], bool | None], *, enrich: bool = False) -> None:
+        self.columns, self.day_first, self.enrich = columns, day_first, enrich
         self.width = len(columns.header)
         book_fields = [(name, columns.fields[name]) for name in ALIASES if name in columns.fields]
         self.fields = [(name, found[0]) for name, found in book_fields]
@@ -196,11 +203,19 @@ class Reader:
         values: dict[str, Any] = dict(given)
         if "isbn" in values:
             self._mend_isbn(row, cells, values)
+            if self.enrich and "isbn" not in values and not {"title", "author"} <= values.keys():
+                return row.refuse("isbn", given["isbn"], "is not an ISBN, nor can it be mended, and the row needs one")
         if "additional" in self.columns.fields and (more := _first(cells, self.columns.fields["additional"])):
             values["author"] = f"{values.get('author', '')}, {more}"
         try:
             self._read_numbers_and_dates(values)
-            row.book = FileBook.model_validate({"title": "", "author": "", **values})
+            row.values, row.told = values, set(values)
+            if self.enrich and "isbn" in values and not values.keys() >= LOOKED_UP:
+                # Its faults are told at once; what is only missing may be found.
+                FileBook.model_validate({"title": "?", "author": "?", **values})
+                row.wanted = values["isbn"]
+            else:
+                row.book = FileBook.model_validate({"title": "", "author": "", **values})
         except ValidationError as error:
             row.problems = [
                 Problem(name, given.get(name, ""), reason(e["msg"], given.get(name, "")))
@@ -210,7 +225,6 @@ class Reader:
             return row
         except BadValue as error:
             return row.refuse(error.field, error.value, error.message)
-        row.told = set(values)
         if self.columns.format.has_shelf:
             self._read_entry(row, cells)
         return row

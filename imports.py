@@ -20,11 +20,13 @@ from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.exc import OperationalError
 from sqlmodel import Session, SQLModel, col
 
+import catalogues
 import database
 import events
 import models
 from cells import printable, storable, which_comes_first
 from csvfiles import MEANINGLESS, Broken, Dialect, UnreadableFile, detect_dialect, detect_encoding, records
+from enrichment import Enricher
 from formats import Columns, Reader, Row, known_columns, read_header, seen
 from models import (
     Principal,
@@ -45,6 +47,8 @@ ERRORS_MAX = 10_000  # reasons that are kept of one upload; the counts stay exac
 CELL_MAX = 10_000  # characters of a refused row's cell that are kept
 LEASE = timedelta(seconds=15)  # a job that has not committed a batch for so long has died
 TELL_SECONDS = 0.34  # between two events of one upload's progress: with the last, at most four in a second
+
+ENRICH_BATCH = catalogues.ISBNS_MAX  # rows to a transaction, so that each question is committed with its answer
 
 CHUNKS = SQLModel.metadata.tables["upload_chunk"]
 
@@ -80,8 +84,8 @@ def _find_chunk(connection: Connection, upload_id: int, number: int) -> bytes | 
 class Table:
     """A stored file as rows, after a look at what kind of file it is."""
 
-    def __init__(self, upload_id: int) -> None:
-        self.upload_id = upload_id
+    def __init__(self, upload_id: int, *, enrich: bool = False) -> None:
+        self.upload_id, self.enrich = upload_id, enrich
         self.encoding = detect_encoding(io.BufferedReader(StoredFile(upload_id), CHUNK))
         self.dialect = detect_dialect(self._text()[1], known_columns)
         self.columns = self._read_header()
@@ -97,7 +101,7 @@ class Table:
                 raise UnreadableFile(f"The first row can't be read: {record.why}.")
             if any("\x00" in cell for cell in record):
                 raise UnreadableFile("This is not a text file.")
-            columns = read_header(record)
+            columns = read_header(record, enrich=self.enrich)
             if columns.ours:  # and not a dialect that some text in it looks like
                 self.dialect = Dialect()
             return columns
@@ -112,7 +116,7 @@ class Table:
     def rows(self, skip: int) -> Iterator[tuple[Row, int]]:
         """The rows after the first `skip`, each with how many bytes have been read."""
         file, text = self._text()
-        reader = Reader(self.columns, lambda: self.day_first)
+        reader = Reader(self.columns, lambda: self.day_first, enrich=self.enrich)
         for number, record in islice(self._records(text), 1 + skip, None):
             if isinstance(record, Broken):
                 yield Row(number, [record.line]).refuse(None, record.line, record.why), file.position
@@ -145,6 +149,7 @@ class Job:
     upload_id: int
     worker: str  # what stands in the upload for as long as it is this job's
     done: int  # rows
+    enrich: bool = False
     told_at: float = 0
 
 
@@ -167,13 +172,17 @@ def run_upload(upload_id: int) -> None:
 
 def _run(job: Job) -> None:
     try:
-        table = Table(job.upload_id)
+        table = Table(job.upload_id, enrich=job.enrich)
         database.transact(_describe, job, table)
         memory, rows = Memory(table.columns.ours), table.rows(job.done)
         if memory.ours:
             for row, _ in islice(table.rows(0), job.done):  # what this job did before it was stopped
                 memory.see(row)
-        while batch := list(islice(rows, BATCH)):
+        enricher = Enricher(lambda: database.transact(_keep, job)) if job.enrich else None
+        while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
+            if enricher and not enricher.fill_in([row for row, _ in batch]):
+                database.transact(_release, job)
+                return
             database.transact(_store_batch, job, memory, [row for row, _ in batch], batch[-1][1])
             if events.server_is_stopping():
                 database.transact(_release, job)
@@ -201,7 +210,7 @@ def _claim(session: Session, upload_id: int) -> Job | None:
             worker=worker,
             lease_until=now + LEASE,
         )
-        .returning(col(Upload.rows), col(Upload.dry_run))
+        .returning(col(Upload.rows), col(Upload.dry_run), col(Upload.enrich))
     ).first()
     if claimed is None:
         return None
@@ -209,8 +218,8 @@ def _claim(session: Session, upload_id: int) -> Job | None:
         nothing = dict.fromkeys(("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"), 0)
         session.execute(sa.update(Upload).where(col(Upload.id) == upload_id).values(nothing))
         session.execute(sa.delete(UploadError).where(col(UploadError.upload_id) == upload_id))
-        return Job(upload_id, worker, 0)
-    return Job(upload_id, worker, int(claimed.rows))
+        return Job(upload_id, worker, 0, claimed.enrich)
+    return Job(upload_id, worker, int(claimed.rows), claimed.enrich)
 
 
 def claimable() -> ColumnElement[bool]:
@@ -232,6 +241,11 @@ def _mine(session: Session, job: Job) -> Upload:
         raise Stopped(f"it is {upload.status}, not by this job")
     upload.lease_until = models.now() + LEASE
     return upload
+
+
+def _keep(session: Session, job: Job) -> None:
+    """Tell the other workers that it is alive while it waits."""
+    _mine(session, job)
 
 
 def _describe(session: Session, job: Job, table: Table) -> None:

@@ -20,6 +20,7 @@
     catalogues.py asking them, within bounds
     formats.py    the columns of other services, and what a row says
     placing.py    rows on their way into the catalogue and onto a shelf
+    enrichment.py filling in what rows lack, from Open Library
     imports.py    the stored file, and the job that brings it in
     uploads.py    taking a file, how it goes, what was refused
     exports.py    the catalogue and my shelf as files

@@ -807,6 +807,7 @@ class Upload(SQLModel, table=True):
         default=OnDuplicate.skip, max_length=10, sa_column_kwargs={"server_default": OnDuplicate.skip}
     )
     dry_run: bool = Field(default=False, sa_column_kwargs={"server_default": sa.false()})
+    enrich: bool = Field(default=False, sa_column_kwargs={"server_default": sa.false()})
     format: str | None = Field(default=None, max_length=20)
     encoding: str | None = Field(default=None, max_length=20)
     delimiter: str | None = Field(default=None, max_length=1)
@@ -859,6 +860,7 @@ class UploadPublic(BaseModel):
     shelve: bool = Limit(description="Whether the books go on your shelf, too.")
     on_duplicate: OnDuplicate
     dry_run: bool = Limit(description="Whether it only counts and explains.")
+    enrich: bool = Limit(description="Whether Open Library fills in what the file does not say.")
     format: str | None = Limit(description="What was found: `books`, `books-api`, `goodreads` or `storygraph`.")
     encoding: str | None = Limit(description="What was found.", examples=["utf-8"])
     delimiter: str | None = Limit(description="What was found.", examples=[","])

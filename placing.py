@@ -148,6 +148,8 @@ class Batch:
         # Where the title is the key, it says nothing new.
         names = row.told - ({"isbn"} if isinstance(key, str) else {"title", "author"})
         said = {name: getattr(row.book, name) for name in names}
+        # What was looked up only fills gaps, here too.
+        said |= {name: getattr(row.book, name) for name in row.filled if getattr(book, name) is None}
         if all(getattr(book, name) == value for name, value in said.items()):
             return False
         if not (self.owner.is_staff or book.added_by == self.owner.id):

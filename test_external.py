@@ -1,10 +1,13 @@
 """Books of other catalogues: found there, added here, filled in, harvested; and what happens when they are at fault."""
 
+import csv
+import io
 import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -12,8 +15,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 import catalogues
+import database
+import enrichment
 import external
+import imports
 from conftest import Catalogues, Clock, Fault, Person, Server, send, sign_up, wait_for
+from models import UploadStatus
 from settings import settings
 from sources import Candidate, Source, candidate, date_and_year
 
@@ -448,3 +455,212 @@ def test_it_says_who_asks_and_keeps_its_key(
     assert ["key=s3cret-key" in path for path in others.asked] == [True, True, False]
     assert "500" in caplog.text
     assert "s3cret" not in caplog.text
+
+
+# --- filling in uploads -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(enrichment, "PAUSE_SECONDS", 0)
+
+
+def counts(upload: dict[str, Any]) -> tuple[int, ...]:
+    assert upload["status"] == "completed", upload
+    assert upload["rows"] == sum(upload[name] for name in ("inserted", "updated", "skipped", "failed"))
+    return tuple(upload[name] for name in ("rows", "inserted", "updated", "skipped", "failed", "warnings"))
+
+
+def reasons(upload: dict[str, Any]) -> list[tuple[int, str | None, str]]:
+    return [(error["row"], error["field"], error["message"]) for error in upload["errors"]]
+
+
+def test_a_column_of_isbns_becomes_books(client: TestClient, reader: Person, others: Catalogues) -> None:
+    content = f"isbn\n0-14-143958-0\n441172717\n{UNKNOWN}\n9780340960196\n123\n{EMMA}\n"
+    upload = reader.upload(content, enrich="true")
+    assert upload["enrich"] is True
+    assert counts(upload) == (6, 2, 0, 1, 3, 0)
+    assert reasons(upload) == [
+        (4, "isbn", "is not known to Open Library"),
+        (5, "isbn", "is not known to Open Library"),
+        (6, "isbn", "is not an ISBN, nor can it be mended, and the row needs one"),
+    ]
+    books = client.get("/books").json()["items"]
+    assert [
+        (book["title"], book["author"], book["isbn"], book["pages"], book["publication_year"]) for book in books
+    ] == [
+        ("Emma", "Jane Austen", EMMA, 474, 2008),
+        ("Dune", "Unknown", "9780441172719", None, 1965),
+    ]
+    assert others.asked == [
+        "/api/books?bibkeys=ISBN%3A9780141439587%2CISBN%3A9780441172719%2CISBN%3A9780306406157%2CISBN%3A9780340960196"
+        "&format=json&jscmd=data"
+    ]
+    refused = reader.get(f"/books/upload/{upload['id']}/errors", params={"format": "csv"}).text
+    assert [row[0] for row in csv.reader(io.StringIO(refused))] == ["isbn", UNKNOWN, "9780340960196", "123"]
+
+
+def test_without_being_asked_nothing_is_looked_up(reader: Person, others: Catalogues) -> None:
+    assert reader.upload(f"isbn\n{EMMA}\n")["status"] == "failed"
+    assert counts(reader.upload(f"title,author,isbn\nEmma,Jane,{EMMA}\n"))[1] == 1
+    assert others.asked == []
+
+
+def test_what_the_file_says_wins(client: TestClient, reader: Person, others: Catalogues) -> None:
+    content = (
+        f"title,author,isbn,pages,year\nEMMA,,{EMMA},12,1999\nNo ISBN,Nobody,,,\nOther,Author,{UNKNOWN},,\n,X,,,\n"
+    )
+    upload = reader.upload(content, enrich="true")
+    assert counts(upload) == (4, 3, 0, 0, 1, 0)
+    assert reasons(upload) == [(5, "title", "is missing")]
+    emma, _, other = client.get("/books").json()["items"]
+    assert (emma["title"], emma["author"], emma["pages"], emma["publication_year"]) == ("EMMA", "Jane Austen", 12, 1999)
+    assert (emma["published_date"], emma["publisher"], emma["genre"]) == (None, "Penguin Books", "Young women")
+    assert (other["title"], other["publisher"]) == ("Other", None)
+
+
+def test_a_bad_value_is_told_before_anything_is_asked(reader: Person, others: Catalogues) -> None:
+    upload = reader.upload(f"isbn,pages\n{EMMA},-1\n", enrich="true")
+    assert (counts(upload)[4], upload["errors"][0]["field"], others.asked) == (1, "pages", [])
+
+
+def test_what_is_looked_up_fills_gaps_of_what_is_here(client: TestClient, reader: Person, others: Catalogues) -> None:
+    reader.add_book(title="My Emma", author="J. A.", isbn=EMMA, pages=1)
+    assert counts(reader.upload(f"isbn\n{EMMA}\n", enrich="true"))[3] == 1
+    assert client.get("/books/1").json()["version"] == 1
+    upload = reader.upload(f"isbn\n{EMMA}\n", enrich="true", on_duplicate="update")
+    assert counts(upload)[2] == 1
+    book = client.get("/books/1").json()
+    assert (book["title"], book["pages"], book["publisher"]) == ("My Emma", 1, "Penguin Books")
+    assert counts(reader.upload(f"isbn\n{EMMA}\n", enrich="true", on_duplicate="update"))[2:4] == (0, 1)
+
+
+def test_a_dry_run_asks_and_writes_nothing(client: TestClient, reader: Person, others: Catalogues) -> None:
+    assert counts(reader.upload(f"isbn\n{EMMA}\n", enrich="true", dry_run="true"))[1] == 1
+    assert client.get("/books").json()["total"] == 0
+
+
+def test_a_shelf_keeps_its_place_and_is_filled_in(reader: Person, others: Catalogues) -> None:
+    header = "Title,Author,ISBN13,My Rating,Exclusive Shelf,Date Read\n"
+    rows = f"Emma,,{EMMA},4,read,2020/01/02\nDune,Frank Herbert,9780441172719,9,read,\n"
+    upload = reader.upload(header + rows, enrich="true", shelve="true")
+    assert counts(upload) == (2, 1, 0, 0, 1, 0)
+    assert reasons(upload) == [(3, "rating", "must be a number from 0, for none, to 5")]
+    assert others.asked[0].count("ISBN") == 1, "a row that is refused anyway is not asked for"
+    (entry,) = reader.get("/my-library").json()["items"]
+    assert (entry["rating"], entry["finished_at"]) == (4, "2020-01-02T00:00:00Z")
+    assert (entry["book"]["author"], entry["book"]["pages"]) == ("Jane Austen", 474)
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_fifty_are_asked_for_at_a_time(reader: Person, others: Catalogues) -> None:
+    content = "isbn\n" + "".join(f"{isbn13(number)}\n" for number in range(120))
+    upload = reader.upload(content, enrich="true")
+    assert counts(upload) == (120, 0, 0, 0, 120, 0)
+    assert [path.count("ISBN") for path in others.asked] == [50, 50, 20]
+
+
+def isbn13(number: int) -> str:
+    body = f"978{number:09d}"
+    return body + str(-sum(int(digit) * (1, 3)[place % 2] for place, digit in enumerate(body)) % 10)
+
+
+def test_a_pause_lies_between_two_questions(
+    reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imports, "ENRICH_BATCH", 1)
+    monkeypatch.setattr(enrichment, "PAUSE_SECONDS", 0.4)
+    started = time.monotonic()
+    reader.upload(f"isbn\n{EMMA}\n9780441172719\n{UNKNOWN}\n", enrich="true")
+    assert len(others.asked) == 3
+    assert 0.8 <= time.monotonic() - started < 5
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_a_source_that_stays_down_refuses_only_what_needs_it(
+    client: TestClient, reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imports, "ENRICH_BATCH", 2)
+    others.faults = [saying({}, 503)] * (catalogues.A_JOB_WAITS.tries + 1)
+    rows = f"{EMMA},,\n9780441172719,Dune,Frank Herbert\n{UNKNOWN},,\n,No ISBN,Nobody\n0-14-143958-0,,\n"
+    upload = reader.upload(f"isbn,title,author\n{rows}", enrich="true")
+    assert counts(upload) == (5, 3, 0, 0, 2, 1)
+    why = "Open Library answers with 503"
+    assert reasons(upload) == [
+        (2, None, f"could not be looked up: {why}"),
+        (3, "isbn", f"could not be looked up, the book is in as it is: {why}"),
+        (4, None, f"could not be looked up: {why}"),
+    ]
+    assert len(others.asked) == catalogues.A_JOB_WAITS.tries + 2, "five tries, one for the next batch, one that is good"
+    assert [book["title"] for book in client.get("/books").json()["items"]] == ["Dune", "No ISBN", "Emma"]
+
+
+def test_a_source_that_comes_back_costs_nothing(reader: Person, others: Catalogues) -> None:
+    others.faults = [saying({}, 500), half, saying({}, 429, Retry_After="0"), saying(b"[")]
+    assert counts(reader.upload(f"isbn\n{EMMA}\n", enrich="true")) == (1, 1, 0, 0, 0, 0)
+
+
+def test_a_job_that_waits_is_alive_and_holds_nobody_up(
+    reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imports, "LEASE", timedelta(seconds=1))
+    monkeypatch.setattr(enrichment, "TICK_SECONDS", 0.05)
+    monkeypatch.setattr(enrichment, "KEEP_SECONDS", 0.1)
+    asked = threading.Event()
+
+    def slow(handler: BaseHTTPRequestHandler) -> None:
+        asked.set()
+        time.sleep(1.8)
+        send(handler, others.answer(handler.path))
+
+    others.faults = [slow]
+    with ThreadPoolExecutor() as threads:
+        upload = threads.submit(reader.upload, f"isbn\n{EMMA}\n", enrich="true")
+        assert asked.wait(5)
+        waits: list[float] = []
+        while not upload.done():
+            assert database.snapshot(imports.abandoned_uploads) == []
+            started = time.monotonic()
+            reader.add_book(title=f"Meanwhile {len(waits)}")
+            waits.append(time.monotonic() - started)
+            time.sleep(0.02)
+        assert max(waits) < 0.9, "no transaction is open while it waits"
+        assert counts(upload.result()) == (1, 1, 0, 0, 0, 0)
+    assert len(others.asked) == 1
+
+
+def test_a_job_that_waits_can_be_cancelled(
+    client: TestClient, reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(enrichment, "TICK_SECONDS", 0.05)
+    monkeypatch.setattr(enrichment, "KEEP_SECONDS", 0.1)
+    others.always = hang
+    with ThreadPoolExecutor() as threads:
+        upload = threads.submit(reader.upload, f"isbn\n{EMMA}\n", enrich="true")
+        wait_for(lambda: others.asked or None)
+        assert reader.delete("/books/upload/1").json()["status"] == "cancelled"
+        assert (upload.result()["status"], upload.result()["rows"]) == ("cancelled", 0)
+    assert client.get("/books").json()["total"] == 0
+
+
+@pytest.mark.slow
+def test_a_server_that_stops_while_a_job_waits_goes_on_where_it_was(
+    serve: Callable[..., Server], others: Catalogues
+) -> None:
+    server = serve(OPEN_LIBRARY_URL=others.url)
+    rita = sign_up(server.client, "Rita")
+    others.always = lambda handler: time.sleep(20)
+    rita.post(
+        "/books/upload", files={"file": ("a.csv", f"isbn\n{EMMA}\n{UNKNOWN}\n".encode())}, data={"enrich": "true"}
+    )
+    wait_for(lambda: others.asked or None)
+    assert server.stop() < 5
+    others.always = None
+    server.start()
+    rita = Person(server.client, "Rita")
+
+    def done() -> dict[str, Any] | None:
+        upload = dict(rita.get("/books/upload/1").json())
+        return upload if upload["status"] not in (UploadStatus.queued, UploadStatus.processing) else None
+
+    assert counts(wait_for(done, seconds=20)) == (2, 1, 0, 0, 1, 0)

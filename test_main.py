@@ -407,7 +407,8 @@ def make_python(folder: Path) -> Path:
 
 LAYERS = """
     settings sqlite postgresql database models search pages events mail throttle auth feed logins books library reviews
-    loans csvfiles cells sources catalogues formats placing imports uploads exports external accounts users operations main
+    loans csvfiles cells sources catalogues formats enrichment placing imports uploads exports
+    external accounts users operations main
 """.split()
 
 

@@ -53,6 +53,10 @@ class ShelfForm(Shape):
 
 class UploadForm(ShelfForm):
     shelve: bool = Field(default=False, description="Put the books of a Goodreads or StoryGraph export on my shelf.")
+    enrich: bool = Field(
+        default=False,
+        description="Look rows with an ISBN up in Open Library, and fill in what they lack; `isbn` alone will do then.",
+    )
 
 
 @router.post("/books/upload", status_code=202, max_body_size=UPLOAD_MAX)
@@ -68,7 +72,7 @@ async def upload_books(
     Delimiter, quotes and encoding are found by looking. A book is here already if its ISBN is, or without one, its
     title and author.
     """
-    return await _take(form, user, tasks, response, shelve=form.shelve)
+    return await _take(form, user, tasks, response, shelve=form.shelve, enrich=form.enrich)
 
 
 @router.post("/my-library/import", status_code=202, max_body_size=UPLOAD_MAX, tags=["My library"])
@@ -82,23 +86,23 @@ async def import_library(
 
     The answer is 202, as that of `/books/upload`. Books that the catalogue has not are added to it.
     """
-    return await _take(form, user, tasks, response, shelve=True)
+    return await _take(form, user, tasks, response, shelve=True, enrich=False)
 
 
 async def _take(
-    form: ShelfForm, user: Principal, tasks: BackgroundTasks, response: Response, *, shelve: bool
+    form: ShelfForm, user: Principal, tasks: BackgroundTasks, response: Response, *, shelve: bool, enrich: bool
 ) -> UploadPublic:
     if not form.file.size:
         raise HTTPException(422, "The file is empty.")
     if form.file.size > settings.max_upload_mb << 20:
         raise HTTPException(413, f"The largest file that is taken has {settings.max_upload_mb} MiB.")
-    upload = await database.write(_store_file, form, user.id, shelve)
+    upload = await database.write(_store_file, form, user.id, shelve=shelve, enrich=enrich)
     tasks.add_task(run_upload, upload.id)
     response.headers["Location"] = f"/books/upload/{upload.id}"
     return upload
 
 
-def _store_file(session: Session, form: ShelfForm, user_id: int, shelve: bool) -> UploadPublic:
+def _store_file(session: Session, form: ShelfForm, user_id: int, *, shelve: bool, enrich: bool) -> UploadPublic:
     file = form.file.file
     assert form.file.size is not None
     upload = Upload(
@@ -108,6 +112,7 @@ def _store_file(session: Session, form: ShelfForm, user_id: int, shelve: bool) -
         shelve=shelve,
         on_duplicate=form.on_duplicate,
         dry_run=form.dry_run,
+        enrich=enrich,
     )
     session.add(upload)
     session.flush()
