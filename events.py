@@ -22,6 +22,7 @@ HEARTBEAT_SECONDS = 15  # well under the 55 s after which Heroku's router cuts a
 BUFFER = 1000  # events kept in memory; a stream further back than that reads the log
 BATCH = 500
 EVENT_ID_MAX = 2**63 - 1
+FOR_ADMINS = ("account.", "harvest.")
 
 
 class Logged(NamedTuple):
@@ -47,7 +48,8 @@ def record(
 ) -> None:
     """Log a change, in the transaction that makes it. With `owner` it is private: only that user will see it.
 
-    Admins also see what happens to accounts (`account.*`), which may be private without an owner who is still there.
+    Admins also see what happens to accounts (`account.*`), which may be private without an owner who is still there,
+    and what the daily job did (`harvest.*`), which has none.
     """
     session.add(Event(type=type, data=data, user_id=owner, private=private or owner is not None))
     session.info["recorded"] = True
@@ -103,7 +105,8 @@ class Filter:
             return True
         if self.viewer is None:
             return False
-        return event.user_id == self.viewer.id or (self.viewer.role == Role.admin and event.type.startswith("account."))
+        is_theirs = self.viewer.role == Role.admin and event.type.startswith(FOR_ADMINS)
+        return event.user_id == self.viewer.id or is_theirs
 
     def condition(self) -> sa.ColumnElement[bool]:
         """The same in SQL."""
@@ -111,7 +114,7 @@ class Filter:
         if self.viewer is not None:
             visible |= col(Event.user_id) == self.viewer.id
             if self.viewer.role == Role.admin:
-                visible |= col(Event.type).startswith("account.")
+                visible |= sa.or_(*(col(Event.type).startswith(kind) for kind in FOR_ADMINS))
         wanted = [
             col(Event.type).startswith(t[:-1], autoescape=True) if t.endswith("*") else col(Event.type) == t
             for t in self.types

@@ -25,6 +25,7 @@
     uploads.py    taking a file, how it goes, what was refused
     exports.py    the catalogue and my shelf as files
     external.py   finding and adding books of other catalogues
+    harvest.py    new books, once a day
     accounts.py   registration, confirming an address, forgotten passwords
     users.py      my profile, administration
     operations.py logging, work that recurs, /health, the backup

@@ -406,7 +406,7 @@ class OneTimeCode(SQLModel, table=True):
 
 class Setting(SQLModel, table=True):
     """What a database knows of itself: `book_count`, `event_floor` (ids up to it are not in the
-    log, or no longer), and in development mode `secret_key`."""
+    log, or no longer), `harvest_due` (when the daily job is), and in development mode `secret_key`."""
 
     __tablename__ = "setting"
 

@@ -22,6 +22,7 @@ from sqlmodel import Session
 
 import database
 import events
+import harvest
 import imports
 import logins
 import models
@@ -63,6 +64,8 @@ async def running_jobs() -> AsyncIterator[None]:
         jobs.start_soon(every, RESUME_SECONDS, resume_uploads)
         jobs.start_soon(every, 60, prune_events)
         jobs.start_soon(every, 600, sweep_logins)
+        if settings.harvest_query is not None:
+            jobs.start_soon(every, harvest.LOOK_SECONDS, harvest.harvest)
         try:
             yield
         finally:

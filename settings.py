@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     open_library_url: str = Field(
         default="https://openlibrary.org", description="Where the interface of Open Library begins."
     )
+    harvest_query: Annotated[str, Field(max_length=300)] | None = Field(
+        default=None, description="What to ask Google Books for once a day, to add what is new. Unset: nothing."
+    )
     rate_limits: bool = Field(
         default=True, description="Whether logins, registrations and the like are limited, see the README."
     )

@@ -11,6 +11,7 @@ from datetime import timedelta
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+import anyio
 import pytest
 from fastapi.testclient import TestClient
 
@@ -18,8 +19,9 @@ import catalogues
 import database
 import enrichment
 import external
+import harvest
 import imports
-from conftest import Catalogues, Clock, Fault, Person, Server, send, sign_up, wait_for
+from conftest import DUNE, Catalogues, Clock, Fault, Person, Server, send, sign_up, wait_for
 from models import UploadStatus
 from settings import settings
 from sources import Candidate, Source, candidate, date_and_year
@@ -664,3 +666,114 @@ def test_a_server_that_stops_while_a_job_waits_goes_on_where_it_was(
         return upload if upload["status"] not in (UploadStatus.queued, UploadStatus.processing) else None
 
     assert counts(wait_for(done, seconds=20)) == (2, 1, 0, 0, 1, 0)
+
+
+# --- the harvest --------------------------------------------------------------------------------------------------
+
+
+def run_harvest(client: TestClient) -> None:
+    assert client.portal is not None
+    client.portal.call(harvest.harvest)
+
+
+def told(person: Person) -> list[tuple[str, dict[str, Any]]]:
+    items = person.get("/events", params={"types": "harvest.*"}).json()["items"]
+    return [(event["type"], event["data"]) for event in items]
+
+
+@pytest.fixture
+def query(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(settings, "harvest_query", "emma")
+    return "emma"
+
+
+def test_once_a_day_what_is_new_comes_in(
+    client: TestClient, admin: Person, reader: Person, others: Catalogues, *, clock: Clock, query: str
+) -> None:
+    reader.add_book(**DUNE)
+    run_harvest(client)
+    counted = {"query": query, "found": 3, "added": 1, "skipped": 2}
+    assert told(admin) == [("harvest.completed", counted)], "one is here, one has no ISBN"
+    assert told(reader) == []
+    assert told(Person(client, "admin", "admin", admin.tokens)) == [("harvest.completed", counted)]
+    book = client.get("/books", params={"search": EMMA}).json()["items"][0]
+    assert book["added_by"] == admin.get("/users/me").json()["id"]
+    assert others.asked == ["/volumes?q=emma&startIndex=0&maxResults=40&printType=books&orderBy=newest"]
+    clock.advance(hours=23, minutes=59)
+    run_harvest(client)
+    assert len(others.asked) == 1
+    clock.advance(minutes=1)
+    run_harvest(client)
+    assert len(others.asked) == 2
+    admin = Person(client, "admin", "admin")
+    assert told(admin)[1:] == [("harvest.completed", {**counted, "added": 0, "skipped": 3})]
+
+
+def test_the_stream_tells_admins_only(
+    client: TestClient, admin: Person, librarian: Person, others: Catalogues, query: str
+) -> None:
+    start = client.get("/events").json()["next"]
+    run_harvest(client)
+    for person, sees in ((admin, True), (librarian, False)):
+        frames = person.get("/stream", params={"since": start, "seconds": 0.3, "types": "harvest.*"}).text
+        assert ("event: harvest.completed" in frames) == sees
+
+
+def test_it_is_the_oldest_active_admin_who_adds(
+    client: TestClient, admin: Person, others: Catalogues, query: str
+) -> None:
+    new = {"username": "second", "email": "s@example.com", "password": "correct horse battery", "role": "admin"}
+    second = admin.post("/users", json=new).json()["id"]
+    heir = Person(client, "second")
+    heir.patch("/users/1", json={"is_active": False})
+    run_harvest(client)
+    assert client.get("/books").json()["items"][0]["added_by"] == second
+    assert told(heir)[0][0] == "harvest.completed"
+
+
+def test_after_an_outage_it_is_tried_again_in_an_hour(
+    client: TestClient, admin: Person, others: Catalogues, *, clock: Clock, query: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    others.always = saying({}, 503)
+    run_harvest(client)
+    assert told(admin) == [("harvest.failed", {"query": query, "error": "Google Books answers with 503."})]
+    assert "tried again in an hour" in caplog.text
+    others.always = None
+    clock.advance(minutes=59)
+    run_harvest(client)
+    assert client.get("/books").json()["total"] == 0
+    clock.advance(minutes=1)
+    run_harvest(client)
+    assert client.get("/books").json()["total"] == 2
+
+
+def test_of_many_at_once_one_does_it(client: TestClient, admin: Person, others: Catalogues, query: str) -> None:
+    async def all_at_once() -> None:
+        async with anyio.create_task_group() as workers:
+            for _ in range(10):
+                workers.start_soon(harvest.harvest)
+
+    assert client.portal is not None
+    client.portal.call(all_at_once)
+    assert len(others.asked) == 1
+    assert len(told(admin)) == 1
+
+
+@pytest.mark.slow
+def test_of_two_workers_one_does_it(serve: Callable[..., Server], others: Catalogues) -> None:
+    server = serve("--workers", "2", HARVEST_QUERY="emma", GOOGLE_BOOKS_URL=others.url)
+    admin = Person(server.client, "admin", "admin")
+    wait_for(lambda: told(admin) or None)
+    time.sleep(0.5)
+    assert [what for what, _ in told(admin)] == ["harvest.completed"]
+    assert len(others.asked) == 1
+
+
+def test_several_pages_are_brought_in_up_to_a_bound(
+    client: TestClient, admin: Person, others: Catalogues, query: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harvest, "PAGE", 1)
+    monkeypatch.setattr(harvest, "PAGES", 3)
+    run_harvest(client)
+    assert len(others.asked) == 3
+    assert told(admin)[0][1].items() >= {"found": 3, "added": 2}.items()

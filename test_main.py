@@ -408,7 +408,7 @@ def make_python(folder: Path) -> Path:
 LAYERS = """
     settings sqlite postgresql database models search pages events mail throttle auth feed logins books library reviews
     loans csvfiles cells sources catalogues formats enrichment placing imports uploads exports
-    external accounts users operations main
+    external harvest accounts users operations main
 """.split()
 
 

@@ -21,6 +21,7 @@ REFUSED = {
     "a place that is no web address": ({"PUBLIC_URL": "books.example.com"}, "PUBLIC_URL"),
     "a catalogue that is no web address": ({"GOOGLE_BOOKS_URL": "www.googleapis.com"}, "GOOGLE_BOOKS_URL"),
     "a catalogue with a query": ({"OPEN_LIBRARY_URL": "https://openlibrary.org?x=y"}, "OPEN_LIBRARY_URL"),
+    "a harvest of everything": ({"HARVEST_QUERY": "x" * 301}, "harvest_query"),
     "a sender without an address": ({"MAIL_FROM": "Books"}, "MAIL_FROM"),
     "counters that nobody knows": ({"RATE_LIMIT_STORAGE": "memcached://localhost"}, "RATE_LIMIT_STORAGE"),
     "a site without its scheme": ({"CORS_ORIGINS": "books.example.com"}, "CORS_ORIGINS"),
