@@ -1,6 +1,7 @@
 """Who is asking: passwords, tokens, the signed-in user, roles, and the first admin."""
 
 import asyncio
+import functools
 import hashlib
 import hmac
 import logging
@@ -25,6 +26,7 @@ import database
 import events
 import models
 from models import Email, Id, LoginSession, Principal, Role, Setting, User, Username
+from rows import Prepared
 from settings import settings
 
 log = logging.getLogger("books.auth")
@@ -93,13 +95,19 @@ class Claims(BaseModel):
     typ: str
 
 
+@functools.lru_cache(1000)
+def _claims(token: str, key: str) -> Claims:
+    """What a token with a good signature says: that never changes. Whether its login still lives is not asked here."""
+    # Whether it has expired is asked of our own clock; that it has an expiry, Claims insists on.
+    return Claims.model_validate(jwt.decode(token, key, ["HS256"], options={"verify_exp": False}))
+
+
 def verify(kind: str, token: str) -> Claims | None:
     """The claims of a token of this kind, or None. Tokens of one kind never pass for another."""
     if len(token) > TOKEN_MAX:
         return None
     try:
-        # Whether it has expired is asked below, of our own clock; that it has an expiry, Claims insists on.
-        claims = Claims.model_validate(jwt.decode(token, _Key.value, ["HS256"], options={"verify_exp": False}))
+        claims = _claims(token, _Key.value)
     except (JWTError, ValidationError):
         return None
     now = models.now().timestamp()
@@ -126,7 +134,7 @@ def not_signed_in(detail: str = "Sign in first: the token is missing, expired or
     return HTTPException(401, detail, {"WWW-Authenticate": "Bearer"})
 
 
-_PRINCIPAL = (
+_PRINCIPAL = Prepared(
     sa.select(col(User.id), col(User.username), col(User.role), col(LoginSession.id))
     .join_from(LoginSession, User, col(LoginSession.user_id) == col(User.id))
     .where(
@@ -139,8 +147,8 @@ _PRINCIPAL = (
 
 
 def _find_principal(connection: Connection, user_id: int, session_id: int, expires_at: float) -> Principal | None:
-    row = connection.execute(_PRINCIPAL, {"user_id": user_id, "session_id": session_id}).first()
-    return None if row is None else Principal(*row, expires_at)
+    row = _PRINCIPAL.first(connection, {"user_id": user_id, "session_id": session_id})
+    return None if row is None else Principal._make((*row, expires_at))
 
 
 async def identify(token: Annotated[str | None, Depends(bearer)]) -> Principal | None:

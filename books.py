@@ -1,5 +1,7 @@
 """The catalogue: finding, adding, changing and removing books."""
 
+import functools
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
@@ -31,8 +33,9 @@ from models import (
     ShelfEntry,
     Title,
 )
-from pages import Order, Page, PageQuery, bad_query, encode, named, page_answer, read_page
-from search import Words, best_first, count_matches, index_books
+from pages import JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, named
+from rows import AsJson, Prepared
+from search import Words, best_first, count_matches, few_best_first, has_words, index_books
 
 router = APIRouter(prefix="/books", tags=["Catalogue"])
 
@@ -40,11 +43,16 @@ BookId = Annotated[Id, Path(description="The book's `id`.")]
 
 # What is read for a BookPublic: its columns, and the average that it shows.
 PUBLIC: dict[str, Any] = {name: getattr(Book, name) for name in BookPublic.model_fields if name != "rating"}
-PUBLIC["rating"] = (sa.cast(col(Book.rating_sum), sa.Float) / sa.func.nullif(col(Book.rating_count), 0)).label("rating")
+PUBLIC["rating"] = (
+    sa.cast(col(Book.rating_sum), sa.Float) / sa.func.nullif(col(Book.rating_count), sa.text("0"))
+).label("rating")
 SELECT_BOOKS = sa.select(*PUBLIC.values())
-SELECT_BOOK = SELECT_BOOKS.where(col(Book.id) == sa.bindparam("book_id"))
-ONE_BOOK, BOOK_PAGE = TypeAdapter(BookPublic), TypeAdapter(Page[BookPublic])
+ONE_BOOK = TypeAdapter(BookPublic)
 as_book = named(PUBLIC)
+# The same as text, for what is read most.
+SELECT_JSON: Any = sa.select(AsJson(PUBLIC), col(Book.id))
+SOME_BOOKS = Prepared(SELECT_JSON.where(col(Book.id).in_(sa.text("SELECT value FROM json_each(:ids)"))))
+FIND_BOOK = Prepared(sa.select(AsJson(PUBLIC), col(Book.version)).where(col(Book.id) == sa.bindparam("book_id")))
 
 YEAR: ColumnElement[int] = sa.literal_column(f"coalesce(publication_year, {UNKNOWN_YEAR})", sa.Integer)
 SORTED_BY: dict[str, tuple[Any, ...]] = {
@@ -89,26 +97,50 @@ class BookFilter(Shape):
     added_by: Literal["me"] | None = Field(default=None, description="Only those that I added.")
     sort: Sort | None = Field(default=None, description="Best match first where `search` is given, else by `id`.")
 
-    def conditions(self, viewer: Principal | None) -> list[ColumnElement[bool]]:
-        """What a book must meet, but for the `words`, which are looked up in the search index."""
-        found = [
-            sa.func.lower(col(column)) == sa.func.lower(value)
-            for column, value in ((Book.genre, self.genre), (Book.language, self.language))
-            if value
-        ]
-        if self.year_from is not None or self.year_to is not None:
-            first = FIRST_YEAR if self.year_from is None else self.year_from
-            found.append(YEAR.between(first, 9999 if self.year_to is None else self.year_to))
-        if self.available:
-            found.append(col(Book.available) > 0)
-        if self.added_by and viewer is not None:
-            found.append(col(Book.added_by) == viewer.id)
-        return found
+    def asked(self) -> tuple[str, ...]:
+        """The names of the conditions that a book must meet."""
+        given = {
+            "genre": self.genre,
+            "language": self.language,
+            "year": self.year_from is not None or self.year_to is not None,
+            "available": self.available,
+            "added_by": self.added_by,
+            "words": self.words,
+        }
+        return tuple(name for name, value in given.items() if value)
+
+    def values(self, viewer: Principal | None) -> dict[str, Any]:
+        """What they compare with."""
+        return {
+            "genre": self.genre,
+            "language": self.language,
+            "year_from": FIRST_YEAR if self.year_from is None else self.year_from,
+            "year_to": 9999 if self.year_to is None else self.year_to,
+            "added_by": viewer and viewer.id,
+            "words": self.words.expression() if self.words else None,
+        }
 
     @property
     def words(self) -> Words:
         """What is looked up in the search index."""
         return Words(self.search, self.author, self.publisher)
+
+
+CONDITIONS: dict[str, Callable[[], ColumnElement[bool]]] = {
+    "genre": lambda: sa.func.lower(col(Book.genre)) == sa.func.lower(sa.bindparam("genre", type_=sa.String)),
+    "language": lambda: sa.func.lower(col(Book.language)) == sa.func.lower(sa.bindparam("language", type_=sa.String)),
+    "year": lambda: YEAR.between(sa.bindparam("year_from"), sa.bindparam("year_to")),
+    "available": lambda: col(Book.available) > 0,
+    "added_by": lambda: col(Book.added_by) == sa.bindparam("added_by"),
+    "words": has_words,
+}
+
+
+def condition(name: str) -> ColumnElement[bool]:
+    return CONDITIONS[name]()
+
+
+BOOKS = Listing(SELECT_JSON, condition)
 
 
 class BookQuery(BookFilter, PageQuery):
@@ -123,46 +155,50 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
     """
     if query.added_by and viewer is None:
         raise not_signed_in()
-    conditions = query.conditions(viewer)
+    asked = query.asked()
     # The plain walk through the catalogue is short; what must count or match may take long.
-    how = database.scan if conditions or query.words or query.start else database.read
-    page, cursor = await how(find_books, query, conditions)
-    return page_answer(page, BOOK_PAGE, request, cursor)
+    how = database.scan if asked or query.start else database.read
+    page, cursor = await how(find_books, query, asked, query.values(viewer))
+    return json_answer(page, request, cursor)
 
 
 def find_books(
-    connection: Connection, query: BookQuery, conditions: list[ColumnElement[bool]]
-) -> tuple[dict[str, Any], int]:
+    connection: Connection, query: BookQuery, asked: tuple[str, ...], values: dict[str, Any]
+) -> tuple[JsonPage, int]:
     """The page, and the event id it is up to date with."""
-    asked, total = query.words, count_books(connection, query.words, conditions)
-    if asked.ranked and query.sort is None:
-        page = best_matches(connection, query, conditions, total)
+    if query.words.ranked and query.sort is None:
+        page = best_matches(connection, query, asked, values)
     else:
-        found = SELECT_BOOKS.where(*conditions, *asked.condition())
-        page = read_page(connection, found, ORDERS[query.sort or "id"], query, as_book, total=total)
+        total = int(counting(asked).first(connection, values)[0])
+        page = BOOKS.page(connection, asked, values, ORDERS[query.sort or "id"], query, total)
     return page, events.head(connection)
 
 
-def count_books(connection: Connection, asked: Words, conditions: list[ColumnElement[bool]]) -> int:
-    if asked:
-        return count_matches(connection, asked, conditions)
-    if not conditions:
-        return int(connection.execute(sa.select(Setting.value).where(col(Setting.key) == "book_count")).scalar_one())  # type: ignore[call-overload]
-    counted = sa.select(sa.func.count()).select_from(Book).where(*conditions)
-    return int(connection.execute(counted).scalar_one())
+@functools.lru_cache(1000)
+def counting(asked: tuple[str, ...]) -> Prepared:
+    if not asked:
+        return Prepared(sa.select(Setting.value).where(col(Setting.key) == "book_count"))  # type: ignore[call-overload]
+    if "words" in asked:
+        return Prepared(count_matches([condition(name) for name in asked if name != "words"]))
+    return Prepared(sa.select(sa.func.count()).select_from(Book).where(*map(condition, asked)))
 
 
-def best_matches(
-    connection: Connection, query: BookQuery, conditions: list[ColumnElement[bool]], total: int
-) -> dict[str, Any]:
-    if query.cursor and query.start:
-        raise bad_query("cursor", "and offset exclude each other")
-    tier, last_id = map(int, BEST.decode(query.cursor)) if query.cursor else (0, 0)
-    wanted = query.start + query.limit + 1
-    rows = best_first(connection, SELECT_BOOKS, query.words, conditions, (tier, last_id), wanted)
-    shown = rows[query.start : query.start + query.limit]
-    following = encode(BEST.name, [shown[-1][0], shown[-1][1].id]) if len(rows) == wanted else None
-    return {"items": [as_book(row) for _, row in shown], "total": total, "next": following}
+def best_matches(connection: Connection, query: BookQuery, asked: tuple[str, ...], values: dict[str, Any]) -> JsonPage:
+    keys = query.keys(BEST) or (0, 0)
+    after, wanted = (int(keys[0]), int(keys[1])), query.start + query.limit + 1
+    few = few_best_first(connection, query.words) if asked == ("words",) else None
+    if few is not None:
+        total, places = len(few), [place for place in few if place > after][:wanted]
+        shown = places[query.start : query.start + query.limit]
+        texts = {book_id: text for text, book_id in SOME_BOOKS.all(connection, {"ids": str([i for _, i in shown])})}
+    else:
+        total = int(counting(asked).first(connection, values)[0])
+        conditions = [condition(name) for name in asked if name != "words"]
+        rows = best_first(connection, SELECT_JSON, query.words, conditions, values, after, wanted)
+        places, texts = [(tier, row[1]) for tier, row in rows], {row[1]: row[0] for _, row in rows}
+        shown = places[query.start : query.start + query.limit]
+    following = encode(BEST.name, shown[-1]) if shown and len(places) == wanted else None
+    return JsonPage([texts[book_id] for _, book_id in shown], total, following)
 
 
 @router.get("/genres")
@@ -198,18 +234,14 @@ IfNoneMatch = Annotated[str | None, Header(description="The `ETag` that you have
 @router.get("/{book_id:id}", response_model=BookPublic)
 async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
     """One book. Its `ETag` names its version."""
-    row = await database.read(_find_book, book_id)
+    row = await database.read(FIND_BOOK.first, {"book_id": book_id})
     if row is None:
         raise no_such_book()
-    headers = {"ETag": etag_of(row.version)}
+    body, version = row
+    headers = {"ETag": etag_of(version)}
     if if_none_match is not None and _names(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    body = ONE_BOOK.dump_json(ONE_BOOK.validate_python(as_book(row)))
     return Response(body, media_type="application/json", headers=headers)
-
-
-def _find_book(connection: Connection, book_id: int) -> Any:
-    return connection.execute(SELECT_BOOK, {"book_id": book_id}).first()
 
 
 @router.post("", status_code=201)

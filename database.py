@@ -95,7 +95,7 @@ async def write(change: Callable[Concatenate[Session, P], T], *args: P.args, **k
 
 def snapshot(query: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
     """`scan` for those who are in a thread already."""
-    with backend().reader.connect() as connection:
+    with backend().reader.connect() as connection, connection.begin():
         return query(connection, *args, **kwargs)
 
 

@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from sqlmodel import Session, col
 
 from models import Event, Principal, Role, Setting
+from rows import Prepared
 from settings import settings
 
 log = logging.getLogger("books.events")
@@ -66,12 +67,6 @@ def forget_reviewer(session: Session, username: str) -> None:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def head(connection: Connection) -> int:
-    """The id of the last committed event; what "everything up to now" means."""
-    newest = sa.select(sa.func.max(col(Event.id))).scalar_subquery()
-    return int(connection.execute(sa.select(sa.func.coalesce(newest, _floor_query()))).scalar_one())
-
-
 def floor(connection: Connection) -> int:
     """Ids up to this one are not in the log, or no longer."""
     return int(connection.execute(sa.select(_floor_query())).scalar_one())
@@ -82,12 +77,26 @@ def _floor_query() -> sa.ScalarSelect[int]:
     return sa.select(value).where(col(Setting.key) == "event_floor").scalar_subquery()
 
 
+HEAD = Prepared(sa.select(sa.func.coalesce(sa.select(sa.func.max(col(Event.id))).scalar_subquery(), _floor_query())))
+
+
+def head(connection: Connection) -> int:
+    """The id of the last committed event; what "everything up to now" means."""
+    return int(HEAD.first(connection)[0])
+
+
+AFTER = Prepared(
+    sa.select(col(Event.id), col(Event.type), col(Event.private), col(Event.user_id), sa.cast(Event.data, sa.Text))
+    .where(col(Event.id) > sa.bindparam("cursor", type_=sa.BigInteger))
+    .order_by(col(Event.id))
+    .limit(sa.bindparam("most", type_=sa.Integer))
+)
+
+
 def after(connection: Connection, cursor: int, limit: int = BATCH) -> list[Logged]:
     """The events that follow `cursor`, whoever they are for."""
-    text = sa.cast(Event.data, sa.Text)
-    columns = (col(Event.id), col(Event.type), col(Event.private), col(Event.user_id), text)
-    rows = connection.execute(sa.select(*columns).where(col(Event.id) > cursor).order_by(col(Event.id)).limit(limit))
-    return [Logged(*row) for row in rows]
+    rows = AFTER.all(connection, {"cursor": cursor, "most": limit})
+    return [Logged(number, kind, bool(private), user_id, data) for number, kind, private, user_id, data in rows]
 
 
 @dataclass(frozen=True)

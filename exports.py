@@ -12,7 +12,7 @@ from sqlmodel import col
 
 import database
 from auth import CurrentUser, Viewer, not_signed_in
-from books import ONE_BOOK, ORDERS, PUBLIC, BookFilter, as_book
+from books import ONE_BOOK, ORDERS, PUBLIC, BookFilter, as_book, condition
 from cells import to_html
 from csvfiles import to_csv
 from formats import BOOK_COLUMNS, OUR_COLUMNS, SHELVES
@@ -45,8 +45,8 @@ async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -
     if query.added_by and viewer is None:
         raise not_signed_in()
     columns = [getattr(Book, name) for name in BOOK_COLUMNS] if query.format == "csv" else [*PUBLIC.values()]
-    conditions = [*query.conditions(viewer), *query.words.condition()]
-    batches = _batches(sa.select(*columns).where(*conditions), ORDERS[query.sort or "id"])
+    found = sa.select(*columns).where(*map(condition, query.asked())).params(query.values(viewer))
+    batches = _batches(found, ORDERS[query.sort or "id"])
     name = {"Content-Disposition": f'attachment; filename="books.{query.format}"'}
     if query.format == "csv":
         return StreamingResponse(

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, HTTPException, Query, Request, Response
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
@@ -28,7 +28,8 @@ from models import (
     User,
     YearCount,
 )
-from pages import Order, Page, PageQuery, named, page_answer, read_page
+from pages import JsonPage, Listing, Order, Page, PageQuery, json_answer, named
+from rows import AsJson, Prepared
 
 router = APIRouter(prefix="/my-library", tags=["My library"])
 
@@ -36,7 +37,6 @@ ENTRY: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic
 SELECT_ENTRIES = sa.select(*ENTRY.values(), *PUBLIC.values()).join_from(
     ShelfEntry, Book, col(ShelfEntry.book_id) == col(Book.id)
 )
-ENTRY_PAGE = TypeAdapter(Page[EntryPublic])
 SORTED_BY: dict[str, tuple[Any, ...]] = {
     "added": (),  # ids are given out in the order of time
     "updated": (AsText(ShelfEntry.updated_at),),
@@ -46,6 +46,20 @@ SORTED_BY: dict[str, tuple[Any, ...]] = {
 }
 ORDERS = {
     name: Order(name, (*columns, col(ShelfEntry.id))) for key, columns in SORTED_BY.items() for name in (key, f"-{key}")
+}
+CONDITIONS: dict[str, ColumnElement[bool]] = {
+    "mine": col(ShelfEntry.user_id) == sa.bindparam("user_id"),
+    "status": col(ShelfEntry.status) == sa.bindparam("status"),
+}
+ENTRIES = Listing(
+    sa.select(AsJson({**ENTRY, "book": AsJson(PUBLIC)})).join_from(
+        ShelfEntry, Book, col(ShelfEntry.book_id) == col(Book.id)
+    ),
+    CONDITIONS.__getitem__,
+)
+COUNT_ENTRIES = {
+    asked: Prepared(sa.select(sa.func.count()).select_from(ShelfEntry).where(*map(CONDITIONS.__getitem__, asked)))
+    for asked in (("mine",), ("mine", "status"))
 }
 Sort = Literal["added", "updated", "title", "author", "rating", "-added", "-updated", "-title", "-author", "-rating"]
 
@@ -63,14 +77,14 @@ def as_entry(row: Any) -> dict[str, Any]:
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My shelf, the newest first. `X-Event-Cursor` is the id of the last change that the page contains."""
     page, cursor = await database.read(_find_entries, user.id, query)
-    return page_answer(page, ENTRY_PAGE, request, cursor)
+    return json_answer(page, request, cursor)
 
 
-def _find_entries(connection: Connection, user_id: int, query: ShelfQuery) -> tuple[dict[str, Any], int]:
-    mine = SELECT_ENTRIES.where(col(ShelfEntry.user_id) == user_id)
-    if query.status is not None:
-        mine = mine.where(col(ShelfEntry.status) == query.status)
-    return read_page(connection, mine, ORDERS[query.sort], query, as_entry), events.head(connection)
+def _find_entries(connection: Connection, user_id: int, query: ShelfQuery) -> tuple[JsonPage, int]:
+    asked = ("mine",) if query.status is None else ("mine", "status")
+    values = {"user_id": user_id, "status": query.status}
+    total = COUNT_ENTRIES[asked].first(connection, values)[0]
+    return ENTRIES.page(connection, asked, values, ORDERS[query.sort], query, total), events.head(connection)
 
 
 @router.get("/{book_id:id}")

@@ -3,6 +3,7 @@
     settings.py   what can be set, and what is refused
     database.py   the file, its transactions, and what runs inline or in a thread
     models.py     tables, shapes and the rules of each noun
+    rows.py       statements compiled once, rows as JSON
     pages.py      lists: cursors, offsets, links
     events.py     the change log
     mail.py       letters, and how they are sent
@@ -215,6 +216,7 @@ class Manners:
             return await self.app(scope, receive, send)
         started, status = time.perf_counter(), 0
         request_id = secrets.token_hex(8)
+        told = access_log.isEnabledFor(logging.INFO)
         # A copy: the server must still see HEAD to know that it sends no body.
         root = scope.get("root_path", "").rstrip("/")
         path = scope["path"].removeprefix(root).rstrip("/") or "/"
@@ -222,6 +224,8 @@ class Manners:
         inner = {**scope, "path": root + path, "method": "GET" if head else scope["method"]}
 
         def tell() -> None:
+            if not told:
+                return
             milliseconds = (time.perf_counter() - started) * 1000
             shown = scope["raw_path"].decode("ascii", "replace")[:500]
             if path.startswith(VERIFY_LINK):  # what follows is a secret
@@ -262,10 +266,14 @@ def headers_of_every_answer(scope: Scope, path: str, message: Message) -> Iterat
     yield b"content-security-policy", DOCS_POLICY if path in DOCS else POLICY
     if scope["scheme"] == "https":
         yield A_YEAR_OF_HTTPS
-    asked, answered = ({name for name, _ in headers} for headers in (scope["headers"], message["headers"]))
     # What is answered to a token may be somebody's own; only what has an ETag is the same for all.
-    if path.startswith(("/login", "/auth/")) or (b"authorization" in asked and b"etag" not in answered):
+    theirs = has(scope, b"authorization") and not has(message, b"etag")
+    if theirs or path.startswith(("/login", "/auth/")):
         yield NO_STORE
+
+
+def has(message: Scope | Message, header: bytes) -> bool:
+    return any(name == header for name, _ in message["headers"])
 
 
 def is_plain(message: Message) -> bool:
@@ -304,16 +312,16 @@ if settings.cors_origins:
         expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Event-Cursor", "X-Request-ID"],
     )
 app.add_middleware(Manners)  # outermost: what goes wrong further in is answered with its headers, too
-for router in (
+for router in (  # what is asked most comes first: routes are tried in turn
+    books.router,
+    library.router,
     logins.router,
     accounts.router,
     users.router,
-    books.router,
     reviews.router,
     uploads.router,
     exports.router,
     external.router,
-    library.router,
     loans.router,
     feed.router,
     operations.router,

@@ -11,7 +11,7 @@ from sqlmodel import Session, col
 import database
 import library
 from auth import Staff
-from books import SELECT_BOOK, BookId, book_to_change, no_such_book
+from books import FIND_BOOK, BookId, book_to_change, no_such_book
 from models import EntryUpdate, ReviewPublic, ShelfEntry, User, Username
 from pages import Order, Page, PageQuery, named, page_answer, read_page
 
@@ -32,7 +32,7 @@ async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], re
 
 
 def _find_reviews(connection: Connection, book_id: int, query: PageQuery) -> dict[str, Any]:
-    if connection.execute(SELECT_BOOK, {"book_id": book_id}).first() is None:
+    if FIND_BOOK.first(connection, {"book_id": book_id}) is None:
         raise no_such_book()
     of_book = SELECT_REVIEWS.where(col(ShelfEntry.book_id) == book_id)
     return read_page(connection, of_book, REVIEWS, query, named(REVIEW))

@@ -5,7 +5,7 @@ make both. A word is a run of letters and digits without case and accents, and i
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from stdnum import isbn as isbn_numbers
 
 import database
 from models import Book, fold
+from rows import Prepared
 
 FTS = sa.table("book_fts")
 BOOKS_BY_WORDS = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
@@ -46,23 +47,23 @@ class Words:
     def ranked(self) -> bool:
         return bool(words(self.search))
 
-    def condition(self) -> list[ColumnElement[bool]]:
-        """For lists that are not in the order of the best match."""
-        if not self:
-            return []
-        if database.is_postgresql():
-            return [_has(_tsquery(self))]
-        rows = sa.text("SELECT rowid FROM book_fts WHERE book_fts MATCH :match").bindparams(match=_fts5(self))
-        return [col(Book.id).in_(rows)]
+    def expression(self) -> str:
+        """What is bound to `words` in the conditions below, in the language of the database."""
+        return _tsquery(self) if database.is_postgresql() else _fts5(self)
 
 
-def count_matches(connection: Connection, asked: Words, conditions: Sequence[ColumnElement[bool]]) -> int:
+def has_words() -> ColumnElement[bool]:
+    """For lists that are not in the order of the best match."""
     if database.is_postgresql():
-        counted = sa.select(sa.func.count()).select_from(Book).where(*asked.condition(), *conditions)
-    else:
-        source = BOOKS_BY_WORDS if conditions else FTS
-        counted = sa.select(sa.func.count()).select_from(source).where(_matches(_fts5(asked)), *conditions)
-    return int(connection.execute(counted).scalar_one())
+        return WORDS.bool_op("@@")(sa.cast(sa.bindparam("words", type_=sa.Text), TSQUERY))
+    return col(Book.id).in_(sa.text("SELECT rowid FROM book_fts WHERE book_fts MATCH :words"))
+
+
+def count_matches(conditions: Sequence[ColumnElement[bool]]) -> sa.Select[Any]:
+    if database.is_postgresql():
+        return sa.select(sa.func.count()).select_from(Book).where(has_words(), *conditions)
+    source = BOOKS_BY_WORDS if conditions else FTS
+    return sa.select(sa.func.count()).select_from(source).where(sa.text("book_fts MATCH :words"), *conditions)
 
 
 def best_first(  # noqa: PLR0917
@@ -70,6 +71,7 @@ def best_first(  # noqa: PLR0917
     select: sa.Select[Any],
     asked: Words,
     conditions: Sequence[ColumnElement[bool]],
+    values: Mapping[str, Any],
     after: tuple[int, int],
     limit: int,
 ) -> list[tuple[int, Any]]:
@@ -86,10 +88,39 @@ def best_first(  # noqa: PLR0917
         matching, book_id = tiers[number]
         last = last_id if number == tier else 0
         page = matching.where(book_id > last, *conditions).order_by(book_id).limit(limit - len(rows))
-        rows += [(number, row) for row in connection.execute(page)]
+        rows += [(number, row) for row in connection.execute(page, values)]
         if len(rows) == limit:
             break
     return rows
+
+
+FEW = 200
+MATCHES = Prepared(
+    sa.select(sa.literal_column("rowid")).select_from(FTS).where(sa.text("book_fts MATCH :words")).limit(FEW + 1)
+)
+SAME_TITLE = Prepared(sa.select(col(Book.id)).where(col(Book.title_key) == sa.bindparam("title")).limit(FEW + 1))
+
+
+def few_best_first(connection: Connection, asked: Words) -> list[tuple[int, int]] | None:
+    """The tiers and ids of all matches, where they are so few that it is quicker to look at each; else None."""
+    if database.is_postgresql():
+        return None
+    match, (in_title, begins) = _fts5(asked), _title_expressions(asked)
+    found = dict.fromkeys(_ids(connection, match), 3)
+    if len(found) > FEW:
+        return None
+    # What matches in a narrower way is among what matches at all.
+    if found and (titles := _ids(connection, f"({match}) AND ({in_title})")):
+        found |= dict.fromkeys(titles, 2)
+        found |= dict.fromkeys(_ids(connection, f"({match}) AND ({begins})"), 1)
+    if found:
+        same = SAME_TITLE.all(connection, {"title": fold(asked.search or "")})
+        found |= {book_id: 0 for (book_id,) in same if book_id in found}
+    return sorted((tier, book_id) for book_id, tier in found.items())
+
+
+def _ids(connection: Connection, expression: str) -> list[int]:
+    return [book_id for (book_id,) in MATCHES.all(connection, {"words": expression})]
 
 
 def index_books(session: Session, first: int, last: int) -> None:
@@ -128,10 +159,14 @@ def _matches(expression: str) -> ColumnElement[bool]:
     return sa.text("book_fts MATCH :match").bindparams(match=expression)  # type: ignore[return-value]
 
 
+def _title_expressions(asked: Words) -> tuple[str, str]:
+    """All words in the title, and a title that begins with them."""
+    found = words(asked.search)
+    return f"{{title}} : ({_all_words(found)})", f'{{title}} : ^"{" ".join(found)}"*'
+
+
 def _tiers_of_sqlite(select: sa.Select[Any], asked: Words) -> Tiers:
-    found, match = words(asked.search), _fts5(asked)
-    in_title = f"{{title}} : ({_all_words(found)})"
-    begins = f'{{title}} : ^"{" ".join(found)}"*'
+    match, (in_title, begins) = _fts5(asked), _title_expressions(asked)
     exact = col(Book.title_key) == fold(asked.search or "")
     row_id = sa.literal_column("book_fts.rowid", sa.Integer)
     by_words = sa.exists().where(sa.text("book_fts.rowid = book.id"), _matches(match)).select_from(FTS)
