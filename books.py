@@ -186,7 +186,7 @@ def etag_of(version: int) -> str:
     return f'"{version}"'
 
 
-def _names(header: str, etag: str) -> bool:
+def names_etag(header: str, etag: str) -> bool:
     """Whether an If-Match or If-None-Match header names this version (RFC 9110, 13.1)."""
     return header.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in header.split(","))
 
@@ -202,7 +202,7 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
     if row is None:
         raise no_such_book()
     headers = {"ETag": etag_of(row.version)}
-    if if_none_match is not None and _names(if_none_match, headers["ETag"]):
+    if if_none_match is not None and names_etag(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     body = ONE_BOOK.dump_json(ONE_BOOK.validate_python(as_book(row)))
     return Response(body, media_type="application/json", headers=headers)
@@ -289,7 +289,7 @@ def book_to_change(session: Session, book_id: int, if_match: str | None = None) 
     book = session.get(Book, book_id, with_for_update=True)
     if book is None:
         raise no_such_book()
-    if if_match is not None and not _names(if_match, etag_of(book.version)):
+    if if_match is not None and not names_etag(if_match, etag_of(book.version)):
         raise HTTPException(412, f"The book has changed: its ETag is now {etag_of(book.version)}.")
     return book
 

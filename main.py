@@ -29,25 +29,29 @@
     accounts.py   registration, confirming an address, forgotten passwords
     users.py      my profile, administration
     operations.py logging, work that recurs, /health, the backup
+    index.html    the front page, which uses nothing but the paths of the above
 
 A request: `Manners` below, the route, `auth.identify` if it asks for a user, one read or one transaction by way of
 `database`, the answer. Whatever goes wrong on the way becomes a problem document in one of the handlers below.
 """
 
+import base64
 import contextlib
 import gc
+import hashlib
 import json
 import logging
+import re
 import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import RedirectResponse
+from fastapi.responses import FileResponse, HTMLResponse
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
 from sqlalchemy.exc import IntegrityError, OperationalError
@@ -72,7 +76,7 @@ import throttle
 import uploads
 import users
 from models import DomainError, Problem
-from settings import VERSION, settings
+from settings import HERE, VERSION, settings
 
 BODY_MAX = 1 << 20  # bytes of a request, but for uploads
 PROBLEM_JSON = "application/problem+json"
@@ -189,8 +193,8 @@ SECURITY_HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),  # for browsers that do not know frame-ancestors
 )
-# Nothing that is answered here is a page, but for the docs. Those start themselves by a script within the page, and
-# draw with styles and pictures within it; nobody's data is written into that page.
+# Nothing that is answered here is a page, but for the front page (see below) and the docs. Those start themselves by a
+# script within the page, and draw with styles and pictures within it; nobody's data is written into that page.
 POLICY = b"default-src 'none'; frame-ancestors 'none'"
 DOCS_POLICY = (
     b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
@@ -259,7 +263,7 @@ class Manners:
 
 def headers_of_every_answer(scope: Scope, path: str, message: Message) -> Iterator[tuple[bytes, bytes]]:
     yield from SECURITY_HEADERS
-    yield b"content-security-policy", DOCS_POLICY if path in DOCS else POLICY
+    yield b"content-security-policy", DOCS_POLICY if path in DOCS else FRONT_POLICY if path == "/" else POLICY
     if scope["scheme"] == "https":
         yield A_YEAR_OF_HTTPS
     asked, answered = ({name for name, _ in headers} for headers in (scope["headers"], message["headers"]))
@@ -270,6 +274,28 @@ def headers_of_every_answer(scope: Scope, path: str, message: Message) -> Iterat
 
 def is_plain(message: Message) -> bool:
     return any(name == b"content-type" and value.startswith(b"text/plain") for name, value in message["headers"])
+
+
+# --- the front page -----------------------------------------------------------------------------------------------
+
+FRONT_PAGE = (HERE / "index.html").read_text("utf-8")
+if settings.development:
+    FRONT_PAGE = FRONT_PAGE.replace("<body>", '<body data-hint="In development mode: admin / admin.">')
+FRONT_ETAG = f'"{hashlib.sha256(FRONT_PAGE.encode()).hexdigest()[:32]}"'
+
+
+def hash_source(tag: str) -> str:
+    """How a policy names the page's own script or style; what has another hash, a browser does not run."""
+    inline = re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", FRONT_PAGE, re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in inline)
+
+
+# Trusted types: a browser that knows them refuses to take text for HTML, whatever a later change of the script tries.
+FRONT_POLICY = (
+    f"default-src 'none'; script-src {hash_source('script')}; style-src {hash_source('style')}; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+).encode()
 
 
 # --- the app ------------------------------------------------------------------------------------------------------
@@ -336,5 +362,15 @@ app.openapi = openapi  # type: ignore[method-assign]
 
 
 @app.get("/", include_in_schema=False)
-async def front_page() -> RedirectResponse:
-    return RedirectResponse("/docs")
+async def front_page(if_none_match: Annotated[str | None, Header()] = None) -> Response:
+    """The page for people. A browser keeps it, and asks each time whether it is still the same."""
+    headers = {"ETag": FRONT_ETAG, "Cache-Control": "no-cache"}
+    if if_none_match is not None and books.names_etag(if_none_match, FRONT_ETAG):
+        return Response(status_code=304, headers=headers)
+    return HTMLResponse(FRONT_PAGE, headers=headers)
+
+
+@app.get("/sample_books.csv", include_in_schema=False)
+async def sample_books() -> FileResponse:
+    """Fifty classics, which the front page offers to an admin whose catalogue is empty."""
+    return FileResponse(HERE / "sample_books.csv", media_type="text/csv")

@@ -21,8 +21,10 @@ README = HERE / "README.md"
 # --- the tour -----------------------------------------------------------------------------------------------------
 
 
-def test_a_visitor_finds_the_docs_and_an_empty_catalogue(client: TestClient) -> None:
-    assert client.get("/", follow_redirects=False).headers["Location"] == "/docs"
+def test_a_visitor_finds_a_page_and_an_empty_catalogue(client: TestClient) -> None:
+    page = client.get("/", follow_redirects=False)
+    assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert 'href="docs"' in page.text
     kind = settings.database_url.partition(":")[0].partition("+")[0]
     assert client.get("/health").json() == {"status": "ok", "version": "0.1.0", "database": kind}
     assert client.get("/books").json() == {"items": [], "total": 0, "next": None}
