@@ -140,7 +140,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.getoption("numprocesses", None) in (None, 0) or hasattr(config, "workerinput")
     ):
         Postgres.current = Postgres()
-        config.add_cleanup(Postgres.current.stop)
+        config.add_cleanup(Postgres.current.throw_away)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -181,6 +181,9 @@ class Postgres:
 
     def stop(self) -> None:
         self.run("pg_ctl", "-D", f"{self.folder}/data", "-m", "immediate", "-w", "stop")
+
+    def throw_away(self) -> None:
+        self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def execute(self, statement: str) -> None:

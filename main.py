@@ -217,15 +217,18 @@ class Manners:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        started, status = time.perf_counter(), 0
+        started, status, told = time.perf_counter(), 0, False
         request_id = secrets.token_hex(8)
         # A copy: the server must still see HEAD to know that it sends no body.
         root = scope.get("root_path", "").rstrip("/")
         path = scope["path"].removeprefix(root).rstrip("/") or "/"
         head = scope["method"] == "HEAD" and not path.startswith(NO_HEAD)
         inner = {**scope, "path": root + path, "method": "GET" if head else scope["method"]}
+        inner["books.transport"] = getattr(getattr(receive, "__self__", None), "transport", None)  # uvicorn's
 
         def tell() -> None:
+            nonlocal told
+            told = True
             milliseconds = (time.perf_counter() - started) * 1000
             shown = scope["raw_path"].decode("ascii", "replace")[:500]
             if path.startswith(VERIFY_LINK):  # what follows is a secret
@@ -256,9 +259,9 @@ class Manners:
                 bug = problem(500, "Something went wrong here; it is in the server's log.")
                 await bug(scope, receive, answer)
             raise  # the server logs it
-        except BaseException:  # the server stops, or the client is gone
-            tell()
-            raise
+        finally:
+            if not told:  # the server stops, or the client is gone
+                tell()
 
 
 def headers_of_every_answer(scope: Scope, path: str, message: Message) -> Iterator[tuple[bytes, bytes]]:
