@@ -42,6 +42,7 @@ router = APIRouter(tags=["Changes"])
 LOOK_SECONDS = 5  # without being told that there is something new
 HEARTBEAT_SECONDS = 15  # well under the 55 s after which Heroku's router cuts a silent connection
 SEND_SECONDS = 30  # a client that takes nothing for so long is closed; it comes back and gets what it missed
+SILENCE_SECONDS = 45  # without an acknowledgement, after which the system gives a connection up
 CHUNK = 64_000  # bytes that are sent at once
 BREATH_SECONDS = 0.25  # at most, after telling the streams
 BUFFER = 1000  # events kept in memory; a stream further back than that reads the log
@@ -346,13 +347,11 @@ class Stream(EventSourceResponse):
 
 
 def _limit_silence(transport: asyncio.Transport) -> None:
-    """A client that vanished without a word acknowledges nothing: have the system close its connection, too. By itself
-    it tries for a quarter of an hour."""
+    """For clients that vanished without a word: by itself the system tries for a quarter of an hour to reach them."""
     option = getattr(socket, "TCP_USER_TIMEOUT", None)  # of Linux
     with contextlib.suppress(OSError):  # no TCP
         if option is not None:
-            milliseconds = int((SEND_SECONDS + HEARTBEAT_SECONDS) * 1000)
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, option, milliseconds)
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, option, SILENCE_SECONDS * 1000)
 
 
 def _events_page(connection: Connection, wanted: Filter, query: EventsQuery) -> EventPage:
