@@ -1,4 +1,7 @@
-"""Measurements, against a real server. `python bench.py import books.csv`: how fast a CSV file goes in."""
+"""Measurements, against a real server. `python bench.py import books.csv`: how fast a CSV file goes in.
+
+`python bench.py feed`: how soon a change reaches many streams, and what they cost.
+"""
 
 import argparse
 import asyncio
