@@ -31,6 +31,7 @@ import database
 import throttle
 from auth import Viewer, is_still
 from events import EVENT_ID_MAX, Filter, Logged, after, floor, head
+from manual import answers
 from models import BlankIsNull, Event, EventPublic, Shape
 
 log = logging.getLogger("books.feed")
@@ -273,7 +274,7 @@ async def list_events(query: Annotated[EventsQuery, Query()], viewer: Viewer) ->
     return await database.scan(_events_page, wanted, query)
 
 
-@router.get("/stream", response_class=EventSourceResponse, responses={200: STREAM})
+@router.get("/stream", response_class=EventSourceResponse, responses=answers(429) | {200: STREAM})
 async def stream(
     query: Annotated[StreamQuery, Query()],
     viewer: Viewer,

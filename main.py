@@ -3,6 +3,7 @@
     settings.py   what can be set, and what is refused
     database.py   the file, its transactions, and what runs inline or in a thread
     models.py     tables, shapes and the rules of each noun
+    manual.py     what /docs says beside what FastAPI knows
     pages.py      lists: cursors, offsets, links
     events.py     the change log
     mail.py       letters, and how they are sent
@@ -49,7 +50,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
-from pydantic.json_schema import models_json_schema
 from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -66,16 +66,17 @@ import feed
 import library
 import loans
 import logins
+import manual
 import operations
 import reviews
 import throttle
 import uploads
 import users
-from models import DomainError, Problem
+from manual import PROBLEM_JSON, TAGS
+from models import DomainError
 from settings import VERSION, settings
 
 BODY_MAX = 1 << 20  # bytes of a request, but for uploads
-PROBLEM_JSON = "application/problem+json"
 
 log = logging.getLogger("books")
 access_log = logging.getLogger("books.access")
@@ -283,16 +284,7 @@ app = FastAPIOffline(
     lifespan=lifespan,
     exception_handlers=HANDLERS,
     generate_unique_id_function=lambda route: route.name,
-    responses={
-        422: {
-            "description": "Something in the request is not as it must be.",
-            "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-        },
-        "default": {
-            "description": "Any other error.",
-            "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-        },
-    },
+    openapi_tags=TAGS,
     redirect_slashes=False,
 )
 if settings.cors_origins:
@@ -325,11 +317,9 @@ plain_openapi = app.openapi
 
 
 def openapi() -> dict[str, Any]:
-    """With the shape of errors, which FastAPI adds by itself only where it is plain JSON."""
-    schema = plain_openapi()
-    _, problems = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
-    schema["components"]["schemas"].update(problems["$defs"])
-    return schema
+    if app.openapi_schema is None:
+        manual.complete(plain_openapi())
+    return plain_openapi()
 
 
 app.openapi = openapi  # type: ignore[method-assign]

@@ -18,12 +18,16 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainSerializer,
     StringConstraints,
     computed_field,
     model_validator,
 )
 from pydantic import Field as Limit
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.visitors import InternalTraversal
@@ -170,21 +174,44 @@ def bounded(most: int, least: int = 1) -> StringConstraints:
 # Python's idea of white space, not pydantic's, so that a shape, a CSV cell and a sort key agree on what is blank.
 Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
 Storable = AfterValidator(_storable)
-BlankIsNull = BeforeValidator(_blank_is_null)
-Title = Annotated[str, Stripped, bounded(500), Storable]
-Author = Annotated[str, Stripped, bounded(1000), Storable]
-Language = Annotated[str, Stripped, bounded(35), Storable]
-Word = Annotated[str, Stripped, bounded(100), Storable]
-Name = Annotated[str, Stripped, bounded(300), Storable]
-LongText = Annotated[str, Stripped, bounded(20_000), Storable]
-Url = Annotated[str, Stripped, bounded(2000), StringConstraints(pattern=r"^https?://[^\s<>\"\\^`{|}]+$"), Storable]
+
+
+class NotBlank:
+    """Tells clients what follows from stripping a text and wanting something of it."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(schema), "pattern": r"\S"}
+
+
+class BlankIsNull:
+    """Takes a blank text, as forms send it, for null; and tells clients that it may be sent."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(_blank_is_null, handler(source))
+
+    @staticmethod
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        described = handler(schema)
+        return {**described, "anyOf": [*described.get("anyOf", ()), {"type": "string", "maxLength": 0}]}
+
+
+Title = Annotated[str, Stripped, bounded(500), Storable, NotBlank]
+Author = Annotated[str, Stripped, bounded(1000), Storable, NotBlank]
+Language = Annotated[str, Stripped, bounded(35), Storable, NotBlank]
+Word = Annotated[str, Stripped, bounded(100), Storable, NotBlank]
+Name = Annotated[str, Stripped, bounded(300), Storable, NotBlank]
+LongText = Annotated[str, Stripped, bounded(20_000), Storable, NotBlank]
+URL = StringConstraints(min_length=1, max_length=2000, pattern=r"^https?://[^\s<>\"\\^`{|}]+$")
+Url = Annotated[str, URL, Stripped, Storable]
 Isbn = Annotated[str, Stripped, bounded(32), AfterValidator(_to_isbn13)]
 Price = Annotated[
     Decimal,
     Limit(ge=0, max_digits=9, decimal_places=2, allow_inf_nan=False),
     PlainSerializer(float, return_type=float, when_used="json"),
 ]
-Year = Annotated[int, AfterValidator(_in_print)]
+Year = Annotated[int, Limit(ge=FIRST_YEAR, le=9999), AfterValidator(_in_print)]
 PublishedDate = Annotated[date, BeforeValidator(_iso), AfterValidator(_in_print)]
 Moment = Annotated[datetime, BeforeValidator(_iso), AfterValidator(_to_utc)]
 Id = Annotated[int, Limit(ge=1, le=ID_MAX)]

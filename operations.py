@@ -28,6 +28,7 @@ import logins
 import models
 import sqlite
 from auth import Admin
+from manual import answers
 from models import Setting
 from settings import VERSION, settings
 from sqlite import Sqlite
@@ -151,7 +152,12 @@ def _unwell(what: str, error: DBAPIError) -> HTTPException:
 # --- backup -------------------------------------------------------------------------------------------------------
 
 
-@router.get("/admin/backup", response_class=StreamingResponse)
+BACKUP = answers(403, 409, 507) | {
+    200: {"content": {"application/vnd.sqlite3": {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+@router.get("/admin/backup", response_class=StreamingResponse, responses=BACKUP)
 async def back_up(admin: Admin) -> StreamingResponse:
     """A copy of the SQLite file as of one moment, while writes go on. On PostgreSQL 409: use `pg_dump`."""
     where = database.backend()
