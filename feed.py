@@ -254,9 +254,15 @@ class EventPage(BaseModel):
     next: int = Field(description="Give it as `after` to read on. At the end of the log, ask again with it later.")
 
 
+TEXT = {"type": "string"}
+FRAME = {
+    "type": "object",
+    "properties": {"id": TEXT, "event": TEXT, "data": TEXT, "retry": {"type": "integer"}},
+    "example": {"id": "1795254571301", "event": "book.deleted", "data": '{"id": 1, "title": "Dune"}'},
+}
 STREAM = {
     "description": "Frames, until the client closes.",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {"text/event-stream": {"itemSchema": FRAME}},
 }
 
 

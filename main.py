@@ -40,6 +40,7 @@ import gc
 import json
 import logging
 import secrets
+import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -171,6 +172,8 @@ def field_error(field: str, message: str, kind: str) -> dict[str, Any]:
 
 async def on_unavailable(_request: Request, error: Exception) -> Response:
     log.error("the database refused: %s", error)
+    if database.is_full(error):
+        return problem(507, "The disk is full: nothing can be written. What is here can still be read.")
     return problem(503, "The database can't do this now. Try again.", {"Retry-After": "1"})
 
 
@@ -180,6 +183,7 @@ HANDLERS: Any = {
     DomainError: on_broken_rule,
     IntegrityError: on_violation,
     OperationalError: on_unavailable,
+    sqlite3.OperationalError: on_unavailable,  # from a backup
 }
 
 # --- every request ------------------------------------------------------------------------------------------------

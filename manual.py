@@ -290,7 +290,9 @@ def _error(status: int) -> Json:
     example: Json = {"type": "about:blank", "title": title, "status": status, "detail": why.detail}
     if status == 422:
         example["errors"] = [{"loc": ["body", "title"], "msg": "Field required", "type": "missing"}]
-    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
+    content: Json = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
+    if status == 400:  # what is no HTTP at all, or too long an address, never comes as far as this service's own code
+        content["text/plain"] = {"schema": {"type": "string"}, "example": "Invalid HTTP request received."}
     headers = {name: {"$ref": f"#/components/headers/{name}"} for name in why.headers}
     return {"description": why.description, "content": content, **({"headers": headers} if headers else {})}
 
@@ -301,11 +303,11 @@ def _errors_that_follow(method: str, path: str, operation: Json) -> Iterator[int
     if operation.get("security"):
         yield 401
     if operation.get("parameters") or "requestBody" in operation:
-        yield 422
+        yield from (400, 422)
     if "{" in path:
         yield 404
     if "requestBody" in operation:
-        yield from (400, 413)
+        yield 413
     if method != "get":
         yield 507
 

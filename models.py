@@ -21,6 +21,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     PlainSerializer,
+    StrictBool,
     StringConstraints,
     computed_field,
     model_validator,
@@ -152,6 +153,18 @@ def _iso(value: object) -> object:
     raise ValueError("must be like 2008-08-11 (ISO 8601)")
 
 
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):  # pydantic alone would take true for 1
+        raise ValueError("must be a number")
+    return value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool | str):  # and "12" for 12
+        raise ValueError("must be a number")
+    return value
+
+
 def _to_utc(moment: datetime) -> datetime:
     try:
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
@@ -194,7 +207,7 @@ class BlankIsNull:
     @staticmethod
     def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         described = handler(schema)
-        return {**described, "anyOf": [*described.get("anyOf", ()), {"type": "string", "maxLength": 0}]}
+        return {**described, "anyOf": [*described.get("anyOf", ()), {"type": "string", "pattern": r"^\s*$"}]}
 
 
 Title = Annotated[str, Stripped, bounded(500), Storable, NotBlank]
@@ -208,13 +221,16 @@ Url = Annotated[str, URL, Stripped, Storable]
 Isbn = Annotated[str, Stripped, bounded(32), AfterValidator(_to_isbn13)]
 Price = Annotated[
     Decimal,
+    BeforeValidator(_no_bool),
     Limit(ge=0, max_digits=9, decimal_places=2, allow_inf_nan=False),
     PlainSerializer(float, return_type=float, when_used="json"),
 ]
-Year = Annotated[int, Limit(ge=FIRST_YEAR, le=9999), AfterValidator(_in_print)]
+Number = BeforeValidator(_number)
+Year = Annotated[int, Number, Limit(ge=FIRST_YEAR, le=9999), AfterValidator(_in_print)]
 PublishedDate = Annotated[date, BeforeValidator(_iso), AfterValidator(_in_print)]
 Moment = Annotated[datetime, BeforeValidator(_iso), AfterValidator(_to_utc)]
 Id = Annotated[int, Limit(ge=1, le=ID_MAX)]
+BodyId = Annotated[int, Number, Limit(ge=1, le=ID_MAX)]
 
 
 class Shape(BaseModel):
@@ -333,7 +349,7 @@ class UserUpdate(Shape):
 
 class AccountUpdate(UserUpdate):
     role: Role = Role.reader
-    is_active: bool = True
+    is_active: StrictBool = True
 
 
 class UserPublic(BaseModel):
@@ -465,7 +481,7 @@ class BookBase(SQLModel):
     description: Annotated[LongText | None, BlankIsNull] = None
     publisher: Annotated[Name | None, BlankIsNull] = None
     language: Annotated[Language | None, BlankIsNull] = Field(default=None, schema_extra={"examples": ["en"]})
-    pages: Annotated[int, Limit(ge=1, le=100_000)] | None = None
+    pages: Annotated[int, Number, Limit(ge=1, le=100_000)] | None = None
     price: Price | None = Field(default=None, sa_type=Cents, schema_extra={"examples": [7.99]})
     cover_url: Annotated[Url | None, BlankIsNull] = None
     published_date: PublishedDate | None = Field(default=None, schema_extra={"examples": ["1813-01-28"]})
@@ -584,7 +600,7 @@ def _not_zero(number: int) -> int:
 
 
 class StockChange(Shape):
-    quantity: Annotated[int, Limit(ge=-COPIES_MAX, le=COPIES_MAX), AfterValidator(_not_zero)] = Limit(
+    quantity: Annotated[int, Number, Limit(ge=-COPIES_MAX, le=COPIES_MAX), AfterValidator(_not_zero)] = Limit(
         description="How many copies come; negative: how many go.", examples=[3]
     )
 
@@ -622,7 +638,7 @@ class EntryUpdate(Shape):
     """RFC 7396: a field that is left out stays as it is, null clears it."""
 
     status: ShelfStatus = ShelfStatus.wishlist
-    rating: Annotated[int, Limit(ge=1, le=5)] | None = None
+    rating: Annotated[int, Number, Limit(ge=1, le=5)] | None = None
     review: Annotated[LongText | None, BlankIsNull] = None
     tags: Annotated[list[Tag], Limit(max_length=50)] = []
     started_at: Moment | None = None
@@ -730,12 +746,12 @@ class LoanStatus(StrEnum):
 
 
 class LoanCreate(Shape):
-    book_id: Id
-    quantity: Annotated[int, Limit(ge=1, le=COPIES_MAX)] = 1
+    book_id: BodyId
+    quantity: Annotated[int, Number, Limit(ge=1, le=COPIES_MAX)] = 1
     due_at: Moment | None = Limit(
         default=None, description="`LOAN_DAYS` from now where it is left out; at most twice that."
     )
-    user_id: Id | None = Limit(default=None, description="Who borrows, where that is not me; for staff.")
+    user_id: BodyId | None = Limit(default=None, description="Who borrows, where that is not me; for staff.")
 
 
 class Loan(SQLModel, table=True):

@@ -10,10 +10,14 @@ MINE = {"user_id": os.environ["MY_USER_ID"], "session_id": os.environ["MY_SESSIO
 A_STREAM = 0.05  # seconds
 
 
+def _number(value: object) -> str:
+    return str(value).lstrip("0")  # 002 is 2, too
+
+
 @schemathesis.hook
 def filter_case(_context: Any, case: Any) -> bool:
     changes = case.method in ("PATCH", "DELETE")
-    return not (changes and any(str(case.path_parameters.get(name)) == mine for name, mine in MINE.items()))
+    return not (changes and any(_number(case.path_parameters.get(name)) == mine for name, mine in MINE.items()))
 
 
 @schemathesis.hook
