@@ -88,6 +88,7 @@ access_log = logging.getLogger("books.access")
 @contextlib.asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     operations.configure_logging()
+    operations.allow_many_connections()
     # Each call of SQLite gives Python's lock away, and a busy thread (an import) keeps it for this long: with the 5 ms
     # that Python has by itself, a read of a book beside an import took 90 ms.
     sys.setswitchinterval(0.0005)

@@ -23,6 +23,7 @@ from pydantic import (
     PlainSerializer,
     StrictBool,
     StringConstraints,
+    ValidationInfo,
     computed_field,
     model_validator,
 )
@@ -153,16 +154,19 @@ def _iso(value: object) -> object:
     raise ValueError("must be like 2008-08-11 (ISO 8601)")
 
 
+OF_CELLS = {"cells": True}  # the context of validating what a file says, where all is text
+
+
 def _no_bool(value: object) -> object:
     if isinstance(value, bool):  # pydantic alone would take true for 1
         raise ValueError("must be a number")
     return value
 
 
-def _number(value: object) -> object:
-    if isinstance(value, bool | str):  # and "12" for 12
+def _number(value: object, info: ValidationInfo) -> object:
+    if isinstance(value, str) and info.context is not OF_CELLS:  # and "12" for 12
         raise ValueError("must be a number")
-    return value
+    return _no_bool(value)
 
 
 def _to_utc(moment: datetime) -> datetime:

@@ -33,6 +33,9 @@ from models import Setting
 from settings import VERSION, settings
 from sqlite import Sqlite
 
+if sys.platform != "win32":
+    import resource
+
 log = logging.getLogger("books")
 router = APIRouter(tags=["Service"])
 
@@ -54,8 +57,22 @@ def configure_logging() -> None:
     uvicorn_access.propagate = False
 
 
+# --- room for many ------------------------------------------------------------------------------------------------
+
+
+def allow_many_connections() -> None:
+    """Each is an open file, streams and clients that are slow to say what they want among them. The usual limit for a
+    start, 1,024, is a fraction of what one process can hold."""
+    if sys.platform != "win32":
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(CONNECTIONS, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 # --- work that recurs ---------------------------------------------------------------------------------------------
 
+CONNECTIONS = 65_536
 RESUME_SECONDS = 5  # between two looks for uploads that nobody is at
 
 

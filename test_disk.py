@@ -54,9 +54,12 @@ def test_a_full_disk_stops_writing_and_nothing_else(serve: Callable[..., Server]
     assert answer.status_code == 507, answer.text
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert answer.json()["detail"].startswith("The disk is full")
-    form: dict[str, Any] = {"files": {"file": ("books.csv", FILE)}}
-    ways = [("PATCH", "/books/1", {"json": {"pages": 3}}), ("POST", "/books/upload", form), ("GET", "/admin/backup", {})]
-    for method, path, options in ways:
+    ways: dict[tuple[str, str], dict[str, Any]] = {
+        ("PATCH", "/books/1"): {"json": {"pages": 3}},
+        ("POST", "/books/upload"): {"files": {"file": ("books.csv", FILE)}},
+        ("GET", "/admin/backup"): {},
+    }
+    for (method, path), options in ways.items():
         assert admin.request(method, path, **options).status_code == 507, path
     assert wait_for(lambda: server.client.get("/health").status_code == 503 or None)
     assert admin.get("/books/1").json() == book
@@ -67,7 +70,7 @@ def test_a_full_disk_stops_writing_and_nothing_else(serve: Callable[..., Server]
     assert admin.patch("/books/1", json={"pages": 412}).status_code == 200
     assert server.client.get("/health").status_code == 200
     assert server.client.get("/books").json()["total"] == kept
-    told = [event for event in admin.get("/events?limit=100&types=book.*").json()["items"]]
+    told = admin.get("/events?limit=100&types=book.*").json()["items"]
     assert len(told) == kept + 1
     server.stop()
     assert is_well(disk / "books.db")
@@ -84,7 +87,7 @@ def test_an_import_waits_for_room(serve: Callable[..., Server], disk: Path) -> N
     before = admin.get(where).json()
     assert before["status"] in ("queued", "processing")
     ballast.unlink()
-    after = wait_for(lambda: (got := admin.get(where).json())["status"] == "completed" and got or None, seconds=120)
+    after = wait_for(lambda: ((got := admin.get(where).json())["status"] == "completed" and got) or None, seconds=120)
     assert (after["rows"], after["inserted"]) == (ROWS, ROWS)
     assert server.client.get("/books").json()["total"] == ROWS
     server.stop()
