@@ -336,7 +336,7 @@ Password = Annotated[str, StringConstraints(min_length=8, max_length=128), Stora
 class UserCreate(Shape):
     username: Username = Limit(examples=["ada"])
     email: Email = Limit(examples=["ada@example.com"])
-    password: Password = Limit(examples=["correct horse battery"])
+    password: Password = Limit(examples=["a long way to Arrakis"])
     full_name: Annotated[Word | None, BlankIsNull] = None
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import HERE, Catalogues, Person, Server, sign_up
 
 SEED = int(os.environ.get("SCHEMA_SEED", "20260301"))
-CASES = os.environ.get("SCHEMA_CASES", "12")  # of each operation, in each phase that draws by chance
+CASES = os.environ.get("SCHEMA_CASES", "4")  # of each operation, in each phase that draws by chance
 # These would end the login that the run goes by.
 LEFT_OUT = ("/auth/logout", "/auth/logout-all")
 # What a schema can't say, so that a request that follows it may still be refused, and with what.
