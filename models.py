@@ -4,6 +4,7 @@ Values enter through a shape (`BookCreate`, …): table classes do not validate.
 of the table. What a noun can do is a verb on its class, which changes the row and records the event together.
 """
 
+import hashlib
 import math
 import re
 import unicodedata
@@ -464,11 +465,23 @@ class Setting(SQLModel, table=True):
 # --- books --------------------------------------------------------------------------------------------------------
 
 
+KEY_MAX = 1200  # bytes; of a longer text the rest counts as a hash, so that no two are taken for one
+
+
 def fold(text: str) -> str:
-    """The key by which titles and authors sort and are looked up: no case, no accents, single spaces."""
+    """A text as it is compared: no case, no accents, single spaces."""
     if not text.isascii():
         text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return " ".join(text.casefold().split())
+
+
+def key_of(text: str) -> str:
+    """By which titles and authors sort and are looked up."""
+    key = fold(text)
+    if len(key) <= KEY_MAX // 4 or len(whole := key.encode()) <= KEY_MAX:
+        return key
+    # PostgreSQL indexes no more than 2,704 bytes, of title and author together; a cursor holds both, too.
+    return whole[: KEY_MAX - 33].decode(errors="ignore") + " " + hashlib.blake2b(whole, digest_size=16).hexdigest()
 
 
 class BookBase(SQLModel):
@@ -554,7 +567,7 @@ class Book(BookBase, table=True):
     @staticmethod
     def row(new: BookBase) -> dict[str, Any]:
         """The columns that follow from what `new` says."""
-        return {**vars(new), "title_key": fold(new.title), "author_key": fold(new.author)}
+        return {**vars(new), "title_key": key_of(new.title), "author_key": key_of(new.author)}
 
     def describe(self, new: BookBase) -> None:
         for name, value in self.row(new).items():

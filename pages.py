@@ -20,7 +20,7 @@ from models import ID_MAX, BlankIsNull, Shape
 
 T = TypeVar("T")
 Key = str | int | float
-CURSOR_MAX = 8000  # characters: two keys, of whatever letters
+CURSOR_MAX = 20_000  # characters: two keys, of whatever letters
 Cursor = Annotated[str, Field(max_length=CURSOR_MAX, pattern=r"^[A-Za-z0-9_-]*$")]
 
 
