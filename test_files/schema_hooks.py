@@ -10,14 +10,21 @@ MINE = {"user_id": os.environ["MY_USER_ID"], "session_id": os.environ["MY_SESSIO
 A_STREAM = 0.05  # seconds
 
 
-def _number(value: object) -> str:
-    return str(value).lstrip("0")  # 002 is 2, too
-
-
 @schemathesis.hook
 def filter_case(_context: Any, case: Any) -> bool:
+    return not (_ends_the_run(case) or _is_no_fault(case))
+
+
+def _ends_the_run(case: Any) -> bool:
     changes = case.method in ("PATCH", "DELETE")
-    return not (changes and any(_number(case.path_parameters.get(name)) == mine for name, mine in MINE.items()))
+    # 002 is 2, too.
+    return changes and any(str(case.path_parameters.get(name)).lstrip("0") == mine for name, mine in MINE.items())
+
+
+def _is_no_fault(case: Any) -> bool:
+    """A file that is a number is, once it is sent, a file of digits like any other."""
+    is_form = case.media_type == "multipart/form-data" and isinstance(case.body, dict)
+    return is_form and not isinstance(case.body.get("file", ""), str | bytes)
 
 
 @schemathesis.hook
