@@ -12,6 +12,7 @@ from sqlmodel import Session, col
 import database
 import events
 from auth import Contributor, CurrentUser, Viewer, not_signed_in
+from manual import FOLLOWED_PAGE, answers
 from models import (
     FIRST_YEAR,
     SCORE,
@@ -115,7 +116,7 @@ class BookQuery(BookFilter, PageQuery):
     pass
 
 
-@router.get("", response_model=Page[BookPublic])
+@router.get("", response_model=Page[BookPublic], responses=FOLLOWED_PAGE)
 async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, request: Request) -> Response:
     """A page of the catalogue, filtered, searched and sorted.
 
@@ -191,11 +192,15 @@ def names_etag(header: str, etag: str) -> bool:
     return header.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in header.split(","))
 
 
+CHANGED = answers(403, 409, 412, sends={200: "ETag"})
+NOT_MODIFIED: dict[int | str, Any] = {304: {"description": "It is still the version that you have."}}
+
+
 IfMatch = Annotated[str | None, Header(description="The `ETag` that the change is based on; 412 when it is stale.")]
 IfNoneMatch = Annotated[str | None, Header(description="The `ETag` that you have; 304 when it is still true.")]
 
 
-@router.get("/{book_id:id}", response_model=BookPublic)
+@router.get("/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | answers(sends={200: "ETag"}))
 async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
     """One book. Its `ETag` names its version."""
     row = await database.read(_find_book, book_id)
@@ -212,7 +217,7 @@ def _find_book(connection: Connection, book_id: int) -> Any:
     return connection.execute(SELECT_BOOK, {"book_id": book_id}).first()
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses=answers(403, 409, sends={201: "Location ETag"}))
 async def create_book(new: BookCreate, user: Contributor, response: Response) -> BookPublic:
     """Add a book. An ISBN that is here already is refused with 409."""
     book = await database.write(add_book, new, user.id)
@@ -235,7 +240,7 @@ def _tell(session: Session, event_type: str, book: Book) -> BookPublic:
     return shown
 
 
-@router.put("/{book_id:id}")
+@router.put("/{book_id:id}", responses=CHANGED)
 async def replace_book(
     book_id: BookId, new: BookCreate, user: CurrentUser, response: Response, if_match: IfMatch = None
 ) -> BookPublic:
@@ -245,7 +250,7 @@ async def replace_book(
     return book
 
 
-@router.patch("/{book_id:id}")
+@router.patch("/{book_id:id}", responses=CHANGED)
 async def update_book(
     book_id: BookId, change: BookUpdate, user: CurrentUser, response: Response, if_match: IfMatch = None
 ) -> BookPublic:
@@ -294,7 +299,7 @@ def book_to_change(session: Session, book_id: int, if_match: str | None = None) 
     return book
 
 
-@router.delete("/{book_id:id}", status_code=204)
+@router.delete("/{book_id:id}", status_code=204, responses=answers(403, 409, 412))
 async def delete_book(book_id: BookId, user: CurrentUser, if_match: IfMatch = None) -> None:
     """Delete a book with its reviews and shelf entries.
 

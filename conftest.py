@@ -43,6 +43,9 @@ needs = {
     "test_roundtrips.py": "hypothesis",
     "test_desk.py": "hypothesis",
     "test_mail.py": "aiosmtpd",
+    "test_docs.py": "jsonschema_rs",
+    "test_schema.py": "schemathesis",
+    "test_files/schema_hooks.py": "schemathesis",
 }
 collect_ignore = [file for file, package in needs.items() if importlib.util.find_spec(package) is None]
 

@@ -32,6 +32,7 @@ import database
 import throttle
 from auth import Viewer, is_still
 from events import EVENT_ID_MAX, Filter, Logged, after, floor, head
+from manual import answers
 from models import BlankIsNull, Event, EventPublic, Shape
 
 T = TypeVar("T")
@@ -284,9 +285,15 @@ class EventPage(BaseModel):
     next: int = Field(description="Give it as `after` to read on. At the end of the log, ask again with it later.")
 
 
+TEXT = {"type": "string"}
+FRAME = {
+    "type": "object",
+    "properties": {"id": TEXT, "event": TEXT, "data": TEXT, "retry": {"type": "integer"}},
+    "example": {"id": "1795254571301", "event": "book.deleted", "data": '{"id": 1, "title": "Dune"}'},
+}
 STREAM = {
     "description": "Frames, until the client closes.",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {"text/event-stream": {"itemSchema": FRAME}},
 }
 
 
@@ -304,7 +311,7 @@ async def list_events(query: Annotated[EventsQuery, Query()], viewer: Viewer) ->
     return await database.scan(_events_page, wanted, query)
 
 
-@router.get("/stream", response_class=EventSourceResponse, responses={200: STREAM})
+@router.get("/stream", response_class=EventSourceResponse, responses=answers(429) | {200: STREAM})
 async def stream(
     query: Annotated[StreamQuery, Query()],
     viewer: Viewer,

@@ -3,6 +3,7 @@
     settings.py   what can be set, and what is refused
     database.py   the file, its transactions, and what runs inline or in a thread
     models.py     tables, shapes and the rules of each noun
+    manual.py     what /docs says beside what FastAPI knows
     pages.py      lists: cursors, offsets, links
     events.py     the change log
     mail.py       letters, and how they are sent
@@ -43,6 +44,7 @@ import json
 import logging
 import re
 import secrets
+import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -53,7 +55,6 @@ from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse
 from fastapi_offline import FastAPIOffline
-from pydantic.json_schema import models_json_schema
 from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -70,16 +71,17 @@ import feed
 import library
 import loans
 import logins
+import manual
 import operations
 import reviews
 import throttle
 import uploads
 import users
-from models import DomainError, Problem
+from manual import PROBLEM_JSON, TAGS
+from models import DomainError
 from settings import HERE, VERSION, settings
 
 BODY_MAX = 1 << 20  # bytes of a request, but for uploads
-PROBLEM_JSON = "application/problem+json"
 
 log = logging.getLogger("books")
 access_log = logging.getLogger("books.access")
@@ -90,6 +92,7 @@ access_log = logging.getLogger("books.access")
 @contextlib.asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     operations.configure_logging()
+    operations.allow_many_connections()
     # Each call of SQLite gives Python's lock away, and a busy thread (an import) keeps it for this long: with the 5 ms
     # that Python has by itself, a read of a book beside an import took 90 ms.
     sys.setswitchinterval(0.0005)
@@ -174,6 +177,8 @@ def field_error(field: str, message: str, kind: str) -> dict[str, Any]:
 
 async def on_unavailable(_request: Request, error: Exception) -> Response:
     log.error("the database refused: %s", error)
+    if database.is_full(error):
+        return problem(507, "The disk is full: nothing can be written. What is here can still be read.")
     return problem(503, "The database can't do this now. Try again.", {"Retry-After": "1"})
 
 
@@ -183,6 +188,7 @@ HANDLERS: Any = {
     DomainError: on_broken_rule,
     IntegrityError: on_violation,
     OperationalError: on_unavailable,
+    sqlite3.OperationalError: on_unavailable,  # from a backup
 }
 
 # --- every request ------------------------------------------------------------------------------------------------
@@ -312,16 +318,7 @@ app = FastAPIOffline(
     lifespan=lifespan,
     exception_handlers=HANDLERS,
     generate_unique_id_function=lambda route: route.name,
-    responses={
-        422: {
-            "description": "Something in the request is not as it must be.",
-            "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-        },
-        "default": {
-            "description": "Any other error.",
-            "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-        },
-    },
+    openapi_tags=TAGS,
     redirect_slashes=False,
 )
 if settings.cors_origins:
@@ -354,11 +351,9 @@ plain_openapi = app.openapi
 
 
 def openapi() -> dict[str, Any]:
-    """With the shape of errors, which FastAPI adds by itself only where it is plain JSON."""
-    schema = plain_openapi()
-    _, problems = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
-    schema["components"]["schemas"].update(problems["$defs"])
-    return schema
+    if app.openapi_schema is None:
+        manual.complete(plain_openapi())
+    return plain_openapi()
 
 
 app.openapi = openapi  # type: ignore[method-assign]

@@ -95,6 +95,10 @@ class Postgresql:
             return "check", told.column_name or ""
         return "reference", ""
 
+    @staticmethod
+    def is_full(error: object) -> bool:
+        return isinstance(error, psycopg.errors.DiskFull)
+
 
 def _as_it_is(value: object) -> object:
     return value

@@ -16,7 +16,7 @@ from sqlmodel import Session, col
 from stdnum import isbn as isbn_numbers
 
 import database
-from models import Book, fold
+from models import Book, fold, key_of
 
 FTS = sa.table("book_fts")
 BOOKS_BY_WORDS = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
@@ -132,7 +132,7 @@ def _tiers_of_sqlite(select: sa.Select[Any], asked: Words) -> Tiers:
     found, match = words(asked.search), _fts5(asked)
     in_title = f"{{title}} : ({_all_words(found)})"
     begins = f'{{title}} : ^"{" ".join(found)}"*'
-    exact = col(Book.title_key) == fold(asked.search or "")
+    exact = col(Book.title_key) == key_of(asked.search or "")
     row_id = sa.literal_column("book_fts.rowid", sa.Integer)
     by_words = sa.exists().where(sa.text("book_fts.rowid = book.id"), _matches(match)).select_from(FTS)
     return (
@@ -182,7 +182,7 @@ def _tiers_of_postgresql(select: sa.Select[Any], asked: Words) -> Tiers:
     found = words(asked.search)
     has_all, in_title = _has(_tsquery(asked)), _has(" & ".join(_terms(found, MARKS["title"])) or "'no such word'")
     begins = TITLE_WORDS.startswith(" ".join(_tokens(found)))
-    exact = col(Book.title_key) == fold(asked.search or "")
+    exact = col(Book.title_key) == key_of(asked.search or "")
     return tuple(
         (select.where(has_all, *more), col(Book.id))
         for more in ((exact,), (~exact, begins), (~exact, ~begins, in_title), (~exact, ~begins, ~in_title))

@@ -122,6 +122,12 @@ class Sqlite:
             return "check", match[1]
         return "reference", ""
 
+    @staticmethod
+    def is_full(error: object) -> bool:
+        # The write-ahead log's index is mapped memory: where there is no room for it to grow, it is an I/O error.
+        name = getattr(error, "sqlite_errorname", "")
+        return name == "SQLITE_FULL" or name in ("SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE")
+
 
 class WriteLock:
     """Held around each write transaction, by one thread of all processes at a time.
