@@ -43,6 +43,7 @@ needs = {
     "test_roundtrips.py": "hypothesis",
     "test_desk.py": "hypothesis",
     "test_mail.py": "aiosmtpd",
+    "test_page.py": "axe_playwright_python",
 }
 collect_ignore = [file for file, package in needs.items() if importlib.util.find_spec(package) is None]
 
@@ -442,8 +443,9 @@ class Server:
         self.log = file.with_suffix(f".{time.monotonic_ns()}.log")
         self.start()
 
-    def start(self) -> None:
-        self.port = free_port()
+    def start(self, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         limits = {"RATE_LIMITS": "false"}  # but for the tests that are about them
         nowhere = {"GOOGLE_BOOKS_URL": NOWHERE, "OPEN_LIBRARY_URL": NOWHERE}
         database_url = {"DATABASE_URL": url_of(self.file)}
@@ -453,7 +455,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        self.client = httpx.Client(base_url=self.url, timeout=30)
         wait_for(self._up, seconds=30)
 
     def _up(self) -> bool | None:
