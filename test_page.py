@@ -232,7 +232,7 @@ def test_refused_rows_are_shown_with_their_reasons(server: Server, visit: Visit)
     expect(page.locator("#upload .problem")).to_have_text("Choose a file first.")
     rows = f'title,author,price\nEmma,Jane Austen,5\n,Nobody,5\n"{EVIL[0]}",Someone,"{EVIL[0]}"\n'
     file = {"name": f"{EVIL[0].replace('/', '')}.csv", "mimeType": "text/csv", "buffer": rows.encode()}
-    page.get_by_label("Drop a CSV file here").set_input_files(files=[file])  # type: ignore[list-item]
+    page.get_by_label("CSV file").set_input_files(files=[file])  # type: ignore[list-item]
     page.get_by_role("button", name="Upload").click()
     expect(page.locator("#job-state")).to_have_text("Done.")
     expect(page.locator("#job-name")).to_have_text(file["name"])
@@ -372,7 +372,7 @@ def test_what_users_write_is_text(server: Server, visit: Visit, evil: str) -> No
     rita = sign_up(server.client, "Rita")
     assert rita.patch("/users/me", json={"full_name": evil}).status_code == 200
     texts = dict.fromkeys(("title", "author", "genre", "publisher", "description"), evil)
-    book = rita.add_book(**texts, cover_url="https://example.com/?<img>")
+    book = rita.add_book(**texts)
     shelf = f"/my-library/{book['id']}"
     rita.post(shelf)
     assert rita.patch(shelf, json={"status": "completed", "review": evil, "tags": ["<b>x</b>"]}).status_code == 200
@@ -406,9 +406,9 @@ def test_the_policy_stops_what_the_page_might_forget(server: Server, visit: Visi
 # --- for everybody ------------------------------------------------------------------------------------------------
 
 
-def tab_to(page: Page, wanted: Locator) -> None:
+def tab_to(page: Page, wanted: Locator, key: str = "Tab") -> None:
     for _ in range(80):
-        page.keyboard.press("Tab")
+        page.keyboard.press(key)
         if wanted.evaluate("node => node === document.activeElement"):
             return
     pytest.fail("the Tab key does not lead there")
@@ -422,12 +422,7 @@ def test_the_keyboard_is_enough(server: Server, visit: Visit) -> None:
     expect(page.get_by_text("Skip to the content")).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.locator("#main")).to_be_focused()
-    page.keyboard.press("Shift+Tab")
-    tab_to(page, page.locator("#main a, #main button, #main input").first)
-    for _ in range(20):  # back to the buttons of the header
-        if page.locator("#sign-in").evaluate("node => node === document.activeElement"):
-            break
-        page.keyboard.press("Shift+Tab")
+    tab_to(page, page.locator("#sign-in"), key="Shift+Tab")
     page.keyboard.press("Enter")
     page.keyboard.type("Rita")
     page.keyboard.press("Tab")
@@ -444,6 +439,7 @@ def test_the_keyboard_is_enough(server: Server, visit: Visit) -> None:
     page.keyboard.press("Enter")
     dialog = page.get_by_role("dialog", name="Dune")
     expect(dialog).to_contain_text("Frank Herbert")
+    expect(dialog.get_by_role("radio", name="5 stars")).to_be_checked()
     tab_to(page, dialog.get_by_role("radio", name="5 stars"))
     page.keyboard.press("ArrowLeft")
     tab_to(page, dialog.get_by_role("button", name="Save"))
@@ -495,7 +491,7 @@ def tour(page: Page, title: str) -> Iterator[str]:
     yield "statistics"
     go(page, "Import")
     rows = {"name": "books.csv", "mimeType": "text/csv", "buffer": f"title,author\n,{LONG}\n".encode()}
-    page.get_by_label("Drop a CSV file here").set_input_files(files=[rows])  # type: ignore[list-item]
+    page.get_by_label("CSV file").set_input_files(files=[rows])  # type: ignore[list-item]
     page.get_by_role("button", name="Upload").click()
     expect(page.get_by_role("table")).to_be_visible()
     yield "import"
