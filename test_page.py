@@ -17,7 +17,7 @@ from conftest import DUNE, HERE, PASSWORD, Person, Server, sign_up
 pytestmark = pytest.mark.slow
 
 Visit = Callable[..., Page]
-PHONE, DESKTOP = (390, 844), (1280, 900)
+PHONE, DESKTOP, PICTURE = (390, 844), (1280, 900), (1080, 680)
 NOT_SHELVED = r"status of 404 .*/my-library/\d+$"  # how the service says that a book is not on my shelf
 WAIT = 20_000  # milliseconds; the machine may be busy
 GONE = r"net::ERR_"  # what a browser says while the server is away
@@ -543,7 +543,7 @@ def test_screenshots(server: Server, visit: Visit, tmp_path: Path) -> None:
             lydia.patch(f"/my-library/{book['id']}", json=said)
         lydia.patch(f"/books/{book['id']}", json={"pages": 200 + 40 * i})
         lydia.post(f"/books/{book['id']}/stock", json={"quantity": 1 + i % 3})
-    page = visit(server)
+    page = visit(server, PICTURE)
     sign_in(page, "Lydia")
     here(page).get_by_label("Sort by").select_option("-rating")
     expect(cards(page).first).to_contain_text("5.0 (1)")
