@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Locator, Page, Route, expect, sync_playwright
 
 from conftest import DUNE, HERE, PASSWORD, Person, Server, sign_up
 
@@ -96,6 +96,12 @@ def go(page: Page, view: str) -> None:
 def here(page: Page) -> Locator:
     """The view that is shown."""
     return page.locator("main > section:visible")
+
+
+def upload(page: Page, name: str, rows: str) -> None:
+    file: FilePayload = {"name": name, "mimeType": "text/csv", "buffer": rows.encode()}
+    page.get_by_label("CSV file").set_input_files(file)
+    page.get_by_role("button", name="Upload").click()
 
 
 def cards(page: Page) -> Locator:
@@ -231,11 +237,10 @@ def test_refused_rows_are_shown_with_their_reasons(server: Server, visit: Visit)
     page.get_by_role("button", name="Upload").click()
     expect(page.locator("#upload .problem")).to_have_text("Choose a file first.")
     rows = f'title,author,price\nEmma,Jane Austen,5\n,Nobody,5\n"{EVIL[0]}",Someone,"{EVIL[0]}"\n'
-    file = {"name": f"{EVIL[0].replace('/', '')}.csv", "mimeType": "text/csv", "buffer": rows.encode()}
-    page.get_by_label("CSV file").set_input_files(files=[file])  # type: ignore[list-item]
-    page.get_by_role("button", name="Upload").click()
+    name = f"{EVIL[0].replace('/', '')}.csv"
+    upload(page, name, rows)
     expect(page.locator("#job-state")).to_have_text("Done.")
-    expect(page.locator("#job-name")).to_have_text(file["name"])
+    expect(page.locator("#job-name")).to_have_text(name)
     expect(page.locator("#job-counts")).to_contain_text("3 rows · 1 new")
     table = page.get_by_role("table", name="Rows with problems")
     expect(table.get_by_role("row", name=re.compile("^3 refused title"))).to_be_visible()
@@ -490,9 +495,7 @@ def tour(page: Page, title: str) -> Iterator[str]:
     expect(page.locator("svg").first).to_be_visible()
     yield "statistics"
     go(page, "Import")
-    rows = {"name": "books.csv", "mimeType": "text/csv", "buffer": f"title,author\n,{LONG}\n".encode()}
-    page.get_by_label("CSV file").set_input_files(files=[rows])  # type: ignore[list-item]
-    page.get_by_role("button", name="Upload").click()
+    upload(page, "books.csv", f"title,author\n,{LONG}\n")
     expect(page.get_by_role("table")).to_be_visible()
     yield "import"
 
