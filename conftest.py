@@ -46,6 +46,7 @@ needs = {
     "test_docs.py": "jsonschema_rs",
     "test_schema.py": "schemathesis",
     "test_files/schema_hooks.py": "schemathesis",
+    "test_page.py": "axe_playwright_python",
 }
 collect_ignore = [file for file, package in needs.items() if importlib.util.find_spec(package) is None]
 
@@ -448,8 +449,9 @@ class Server:
         self.log = file.with_suffix(f".{time.monotonic_ns()}.log")
         self.start()
 
-    def start(self) -> None:
-        self.port = free_port()
+    def start(self, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         limits = {"RATE_LIMITS": "false"}  # but for the tests that are about them
         nowhere = {"GOOGLE_BOOKS_URL": NOWHERE, "OPEN_LIBRARY_URL": NOWHERE}
         database_url = {"DATABASE_URL": url_of(self.file)}
@@ -459,7 +461,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        self.client = httpx.Client(base_url=self.url, timeout=30)
         wait_for(self._up, seconds=30)
 
     def _up(self) -> bool | None:
