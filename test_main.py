@@ -388,7 +388,7 @@ def test_the_readme_commands_work_in_a_clean_clone(tmp_path: Path) -> None:
             except httpx.TransportError:
                 return None
 
-        wait_for(up, seconds=300)
+        wait_for(up, seconds=180)
         assert httpx.get("http://localhost:8000/docs").status_code == 200
         assert (clone / "books.db").exists()
         changed = subprocess.run(
