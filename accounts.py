@@ -18,6 +18,7 @@ import throttle
 from auth import CurrentUser, audit, bad_body, hash_password, not_signed_in, refuse_weak, seal, verify_password
 from logins import ask_to_confirm, end_sessions, make_link
 from mail import Letter
+from manual import answers
 from models import (
     CodePurpose,
     Email,
@@ -43,7 +44,7 @@ REFUSAL_SECONDS = 0.3  # how long each refusal of a code takes, whatever it was 
 # --- making one ---------------------------------------------------------------------------------------------------
 
 
-@router.post("/auth/register", status_code=201)
+@router.post("/auth/register", status_code=201, responses=answers(409, 429, sends={201: "Location"}))
 async def register(new: UserCreate, request: Request, response: Response, tasks: BackgroundTasks) -> UserPublic:
     """Make an account with the role reader, and mail a link that confirms its address.
 
@@ -86,7 +87,10 @@ class Confirmed(BaseModel):
     email_verified_at: datetime
 
 
-@router.get("/auth/verify-email/{token}", response_model=Confirmed)
+A_PAGE = {"content": {"text/plain": {"schema": {"type": "string"}}}}  # for browsers
+
+
+@router.get("/auth/verify-email/{token}", response_model=Confirmed, responses=answers(507) | {200: A_PAGE})
 async def verify_email(token: Annotated[str, Path(max_length=100), Storable], request: Request) -> Response:
     """Follow the link that was mailed: the address is confirmed. The link works once, for 24 hours."""
     confirmed = await database.write(_confirm, token)
@@ -154,7 +158,7 @@ class Notice(BaseModel):
     detail: str
 
 
-@router.post("/auth/verify-email", status_code=202)
+@router.post("/auth/verify-email", status_code=202, responses=answers(409, 429))
 async def request_verification(user: CurrentUser, request: Request, tasks: BackgroundTasks) -> Notice:
     """Ask for another link. 409 where the address is confirmed already."""
     await throttle.check("verify", request, user.id)
@@ -177,7 +181,7 @@ class ForgottenPassword(Shape):
     email: Email
 
 
-@router.post("/auth/forgot-password", status_code=202)
+@router.post("/auth/forgot-password", status_code=202, responses=answers(429))
 async def forgot_password(given: ForgottenPassword, request: Request, tasks: BackgroundTasks) -> Notice:
     """Have a 6-digit code mailed, good for 10 minutes, 5 tries and one use. It takes the place of the one before.
 
@@ -219,7 +223,7 @@ class PasswordReset(Shape):
     new_password: Password
 
 
-@router.post("/auth/reset-password", status_code=204)
+@router.post("/auth/reset-password", status_code=204, responses=answers(429))
 async def reset_password(given: PasswordReset, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password with the code that was mailed. Ends every session."""
     answer_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS
@@ -283,7 +287,7 @@ class PasswordChange(Shape):
     new_password: Password
 
 
-@router.post("/auth/change-password", status_code=204)
+@router.post("/auth/change-password", status_code=204, responses=answers(403, 429))
 async def change_password(given: PasswordChange, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password. Ends all my sessions but this one."""
     if given.new_password == given.current_password:

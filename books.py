@@ -14,6 +14,7 @@ from sqlmodel import Session, col
 import database
 import events
 from auth import Contributor, CurrentUser, Viewer, not_signed_in
+from manual import FOLLOWED_PAGE, answers
 from models import (
     FIRST_YEAR,
     SCORE,
@@ -147,7 +148,7 @@ class BookQuery(BookFilter, PageQuery):
     pass
 
 
-@router.get("", response_model=Page[BookPublic])
+@router.get("", response_model=Page[BookPublic], responses=FOLLOWED_PAGE)
 async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, request: Request) -> Response:
     """A page of the catalogue, filtered, searched and sorted.
 
@@ -222,16 +223,20 @@ def etag_of(version: int) -> str:
     return f'"{version}"'
 
 
-def _names(header: str, etag: str) -> bool:
+def names_etag(header: str, etag: str) -> bool:
     """Whether an If-Match or If-None-Match header names this version (RFC 9110, 13.1)."""
     return header.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in header.split(","))
+
+
+CHANGED = answers(403, 409, 412, sends={200: "ETag"})
+NOT_MODIFIED: dict[int | str, Any] = {304: {"description": "It is still the version that you have."}}
 
 
 IfMatch = Annotated[str | None, Header(description="The `ETag` that the change is based on; 412 when it is stale.")]
 IfNoneMatch = Annotated[str | None, Header(description="The `ETag` that you have; 304 when it is still true.")]
 
 
-@router.get("/{book_id:id}", response_model=BookPublic)
+@router.get("/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | answers(sends={200: "ETag"}))
 async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
     """One book. Its `ETag` names its version."""
     row = await database.read(FIND_BOOK.first, {"book_id": book_id})
@@ -239,12 +244,12 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
         raise no_such_book()
     body, version = row
     headers = {"ETag": etag_of(version)}
-    if if_none_match is not None and _names(if_none_match, headers["ETag"]):
+    if if_none_match is not None and names_etag(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses=answers(403, 409, sends={201: "Location ETag"}))
 async def create_book(new: BookCreate, user: Contributor, response: Response) -> BookPublic:
     """Add a book. An ISBN that is here already is refused with 409."""
     book = await database.write(add_book, new, user.id)
@@ -267,7 +272,7 @@ def _tell(session: Session, event_type: str, book: Book) -> BookPublic:
     return shown
 
 
-@router.put("/{book_id:id}")
+@router.put("/{book_id:id}", responses=CHANGED)
 async def replace_book(
     book_id: BookId, new: BookCreate, user: CurrentUser, response: Response, if_match: IfMatch = None
 ) -> BookPublic:
@@ -277,7 +282,7 @@ async def replace_book(
     return book
 
 
-@router.patch("/{book_id:id}")
+@router.patch("/{book_id:id}", responses=CHANGED)
 async def update_book(
     book_id: BookId, change: BookUpdate, user: CurrentUser, response: Response, if_match: IfMatch = None
 ) -> BookPublic:
@@ -321,12 +326,12 @@ def book_to_change(session: Session, book_id: int, if_match: str | None = None) 
     book = session.get(Book, book_id, with_for_update=True)
     if book is None:
         raise no_such_book()
-    if if_match is not None and not _names(if_match, etag_of(book.version)):
+    if if_match is not None and not names_etag(if_match, etag_of(book.version)):
         raise HTTPException(412, f"The book has changed: its ETag is now {etag_of(book.version)}.")
     return book
 
 
-@router.delete("/{book_id:id}", status_code=204)
+@router.delete("/{book_id:id}", status_code=204, responses=answers(403, 409, 412))
 async def delete_book(book_id: BookId, user: CurrentUser, if_match: IfMatch = None) -> None:
     """Delete a book with its reviews and shelf entries.
 

@@ -43,6 +43,10 @@ needs = {
     "test_roundtrips.py": "hypothesis",
     "test_desk.py": "hypothesis",
     "test_mail.py": "aiosmtpd",
+    "test_docs.py": "jsonschema_rs",
+    "test_schema.py": "schemathesis",
+    "test_files/schema_hooks.py": "schemathesis",
+    "test_page.py": "axe_playwright_python",
 }
 collect_ignore = [file for file, package in needs.items() if importlib.util.find_spec(package) is None]
 
@@ -140,7 +144,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.getoption("numprocesses", None) in (None, 0) or hasattr(config, "workerinput")
     ):
         Postgres.current = Postgres()
-        config.add_cleanup(Postgres.current.stop)
+        config.add_cleanup(Postgres.current.throw_away)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -181,6 +185,9 @@ class Postgres:
 
     def stop(self) -> None:
         self.run("pg_ctl", "-D", f"{self.folder}/data", "-m", "immediate", "-w", "stop")
+
+    def throw_away(self) -> None:
+        self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def execute(self, statement: str) -> None:
@@ -442,8 +449,9 @@ class Server:
         self.log = file.with_suffix(f".{time.monotonic_ns()}.log")
         self.start()
 
-    def start(self) -> None:
-        self.port = free_port()
+    def start(self, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         limits = {"RATE_LIMITS": "false"}  # but for the tests that are about them
         nowhere = {"GOOGLE_BOOKS_URL": NOWHERE, "OPEN_LIBRARY_URL": NOWHERE}
         database_url = {"DATABASE_URL": url_of(self.file)}
@@ -453,7 +461,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        self.client = httpx.Client(base_url=self.url, timeout=30)
         wait_for(self._up, seconds=30)
 
     def _up(self) -> bool | None:

@@ -146,3 +146,8 @@ class Violation(NamedTuple):
 
 def violation(error: IntegrityError) -> Violation:
     return Violation(*backend().violation(error))
+
+
+def is_full(error: Exception) -> bool:
+    """Whether this is for want of room on the disk."""
+    return backend().is_full(getattr(error, "orig", None) or error)

@@ -13,6 +13,7 @@ from fastapi import HTTPException
 import catalogues
 import events
 from formats import LOOKED_UP, FileBook, Problem, Row
+from models import OF_CELLS
 from sources import Candidate, Source
 
 log = logging.getLogger("books.enrichment")
@@ -97,4 +98,4 @@ def complete(row: Row, found: Candidate | None, down: str | None) -> None:
         row.problems.append(
             Problem("isbn", row.values["isbn"], f"could not be looked up, the book is in as it is: {down}")
         )
-    row.book, row.wanted = FileBook.model_validate(row.values), None
+    row.book, row.wanted = FileBook.model_validate(row.values, context=OF_CELLS), None

@@ -18,22 +18,19 @@ from settings import settings
 
 log = logging.getLogger("books.events")
 
-LOOK_SECONDS = 5  # without being told that there is something new
-HEARTBEAT_SECONDS = 15  # well under the 55 s after which Heroku's router cuts a silent connection
-BUFFER = 1000  # events kept in memory; a stream further back than that reads the log
 BATCH = 500
 EVENT_ID_MAX = 2**63 - 1
 FOR_ADMINS = ("account.", "harvest.")
 
 
 class Logged(NamedTuple):
-    """A row of the log, as the feed keeps it. `data` is the JSON text as stored: serialised once for all streams."""
+    """A row of the log, as the feed keeps it, with its frame: made once for all streams."""
 
     id: int
     type: str
     private: bool
     user_id: int | None
-    data: str
+    frame: bytes
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -96,7 +93,15 @@ AFTER = Prepared(
 def after(connection: Connection, cursor: int, limit: int = BATCH) -> list[Logged]:
     """The events that follow `cursor`, whoever they are for."""
     rows = AFTER.all(connection, {"cursor": cursor, "most": limit})
-    return [Logged(number, kind, bool(private), user_id, data) for number, kind, private, user_id, data in rows]
+    return [
+        Logged(number, kind, bool(private), user_id, frame(number, kind, data))
+        for number, kind, private, user_id, data in rows
+    ]
+
+
+def frame(id: int, type: str, data: str) -> bytes:  # noqa: A002
+    """As Server-Sent Events have it. JSON text as it is stored has no line breaks."""
+    return f"id: {id}\nevent: {type}\ndata: {data}\n\n".encode()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import catalogues
 import database
 from auth import Contributor, CurrentUser, bad_body
 from books import add_book, etag_of
+from manual import answers
 from models import BlankIsNull, BookPublic, Isbn, Shape, Title
 from pages import bad_query
 from sources import REFS, Candidate, Source
@@ -47,7 +48,7 @@ class Candidates(BaseModel):
     total: int = Field(description="How many the source says it has; Google Books only guesses.")
 
 
-@router.get("")
+@router.get("", responses=answers(502, 504))
 async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: CurrentUser) -> Candidates:
     """Look for books in Google Books or Open Library, by words or by ISBN.
 
@@ -65,7 +66,7 @@ class ExternalBook(Shape):
     ref: Annotated[str, StringConstraints(max_length=40)] = Field(examples=["zyTCAlFPjgYC"])
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses=answers(403, 404, 409, 502, 504, sends={201: "Location ETag"}))
 async def add_external_book(wanted: ExternalBook, user: Contributor, response: Response) -> BookPublic:
     """Add a book as Google Books or Open Library has it now. An ISBN that is here already is refused with 409."""
     if not REFS[wanted.source].fullmatch(wanted.ref):

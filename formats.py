@@ -17,7 +17,7 @@ from pydantic import ValidationError, create_model
 import models
 from cells import BadValue, decimal_point, from_html, mend_isbn, printable, read_date, reason
 from csvfiles import UnreadableFile, unguard
-from models import BookBase, EntryUpdate, ShelfStatus
+from models import OF_CELLS, BookBase, EntryUpdate, ShelfStatus
 
 # --- columns ------------------------------------------------------------------------------------------------------
 
@@ -212,10 +212,10 @@ class Reader:
             row.values, row.told = values, set(values)
             if self.enrich and "isbn" in values and not values.keys() >= LOOKED_UP:
                 # Its faults are told at once; what is only missing may be found.
-                FileBook.model_validate({"title": "?", "author": "?", **values})
+                FileBook.model_validate({"title": "?", "author": "?", **values}, context=OF_CELLS)
                 row.wanted = values["isbn"]
             else:
-                row.book = FileBook.model_validate({"title": "", "author": "", **values})
+                row.book = FileBook.model_validate({"title": "", "author": "", **values}, context=OF_CELLS)
         except ValidationError as error:
             row.problems = [
                 Problem(name, given.get(name, ""), reason(e["msg"], given.get(name, "")))

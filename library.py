@@ -12,6 +12,7 @@ import database
 import events
 from auth import CurrentUser
 from books import PUBLIC, BookId, as_book, no_such_book
+from manual import FOLLOWED_PAGE, answers
 from models import (
     AsText,
     AuthorCount,
@@ -73,7 +74,7 @@ def as_entry(row: Any) -> dict[str, Any]:
     return named(ENTRY)(row) | {"book": as_book(row[len(ENTRY) :])}
 
 
-@router.get("", response_model=Page[EntryPublic])
+@router.get("", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My shelf, the newest first. `X-Event-Cursor` is the id of the last change that the page contains."""
     page, cursor = await database.read(_find_entries, user.id, query)
@@ -105,7 +106,7 @@ def not_on_shelf() -> HTTPException:
     return HTTPException(404, "This book is not on your shelf.")
 
 
-@router.post("/{book_id:id}", status_code=201)
+@router.post("/{book_id:id}", status_code=201, responses=answers(409, sends={201: "Location"}))
 async def shelve_book(
     book_id: BookId, user: CurrentUser, response: Response, new: EntryCreate | None = None
 ) -> EntryPublic:

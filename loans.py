@@ -18,6 +18,7 @@ import events
 import models
 from auth import CurrentUser, Staff
 from books import BookId, no_such_book
+from manual import FOLLOWED_PAGE, answers
 from models import (
     COPIES_MAX,
     RENEWALS_MAX,
@@ -72,7 +73,7 @@ def _find_stock(connection: Connection, book_id: int) -> StockPublic | None:
     return None if row is None else StockPublic.model_validate(row._asdict())
 
 
-@router.post("/books/{book_id:id}/stock")
+@router.post("/books/{book_id:id}/stock", responses=answers(403, 409))
 async def change_stock(book_id: BookId, change: StockChange, user: Staff) -> StockPublic:
     """Add copies, or with a negative `quantity` remove some. Those on loan can't be removed: 409."""
     return await database.write(_change_stock, book_id, change.quantity)
@@ -113,7 +114,7 @@ def _move(session: Session, book_id: int, *, copies: int = 0, available: int) ->
 # --- loans --------------------------------------------------------------------------------------------------------
 
 
-@router.post("/loans", status_code=201)
+@router.post("/loans", status_code=201, responses=answers(403, 404, 409, sends={201: "Location"}))
 async def borrow(new: LoanCreate, user: CurrentUser, response: Response) -> LoanPublic:
     """Borrow copies of a book. 409 where too few are here. Staff may lend to somebody else, by `user_id`."""
     loan = await database.write(_borrow, new, user)
@@ -186,7 +187,7 @@ class LoanQuery(PageQuery):
         return by_status[self.status] + of_user
 
 
-@router.get("/loans", response_model=Page[LoanPublic])
+@router.get("/loans", response_model=Page[LoanPublic], responses=answers(403) | FOLLOWED_PAGE)
 async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My loans, the newest first; for staff, everybody's.
 
@@ -225,7 +226,7 @@ def _find_loan(connection: Connection, loan_id: int, user: Principal) -> Any:
     return connection.execute(SELECT_LOANS.where(col(Loan.id) == loan_id, _visible(user))).first()
 
 
-@router.post("/loans/{loan_id:id}/return")
+@router.post("/loans/{loan_id:id}/return", responses=answers(409))
 async def return_loan(loan_id: LoanId, user: CurrentUser) -> LoanPublic:
     """Bring the copies back. 409 where they are back already."""
     return await database.write(_return, loan_id, user)
@@ -239,7 +240,7 @@ def _return(session: Session, loan_id: int, user: Principal) -> LoanPublic:
     return _tell(session, "loan.returned", loan)
 
 
-@router.post("/loans/{loan_id:id}/renew")
+@router.post("/loans/{loan_id:id}/renew", responses=answers(409))
 async def renew_loan(loan_id: LoanId, user: CurrentUser) -> LoanPublic:
     """Keep it for `LOAN_DAYS` longer than `due_at`. At most twice, and not when it is overdue: 409."""
     return await database.write(_renew, loan_id, user)

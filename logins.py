@@ -31,6 +31,7 @@ from auth import (
     verify,
     verify_password,
 )
+from manual import PAGE, answers
 from models import CodePurpose, Id, LoginSession, OneTimeCode, Principal, SessionPublic, Shape, Storable, User
 from pages import Order, Page, PageQuery, named, page_answer, read_page
 from settings import settings
@@ -106,8 +107,8 @@ LOGIN_BODY = {
 }
 
 
-@router.post("/login", openapi_extra=LOGIN_BODY)
-@router.post("/auth/token", openapi_extra=LOGIN_BODY, name="token")
+@router.post("/login", openapi_extra=LOGIN_BODY, responses=answers(401, 403, 429))
+@router.post("/auth/token", openapi_extra=LOGIN_BODY, name="token", responses=answers(401, 403, 429))
 async def login(given: Annotated[Credentials, Depends(credentials)], request: Request) -> TokenPair:
     """Sign in, with a form (OAuth2 password grant) or JSON.
 
@@ -191,7 +192,7 @@ def start_session(session: Session, account: Account, device: Device, new_hash: 
     return _renew(login, secrets.token_urlsafe(24))
 
 
-@router.post("/auth/refresh")
+@router.post("/auth/refresh", responses=answers(401, 429))
 async def refresh(given: RefreshRequest, request: Request) -> TokenPair:
     """Change a refresh token for a new pair. Each is good once: one that is shown again ends its whole login.
 
@@ -257,7 +258,7 @@ SESSION: dict[str, Any] = {
 }
 
 
-@router.get("/auth/sessions", response_model=Page[SessionPublic])
+@router.get("/auth/sessions", response_model=Page[SessionPublic], responses=PAGE)
 async def list_sessions(query: Annotated[PageQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """Where I am signed in, the newest login first."""
     return page_answer(await database.read(_find_sessions, user, query), SESSION_PAGE, request)

@@ -4,6 +4,7 @@
     database.py   the file, its transactions, and what runs inline or in a thread
     models.py     tables, shapes and the rules of each noun
     rows.py       statements compiled once, rows as JSON
+    manual.py     what /docs says beside what FastAPI knows
     pages.py      lists: cursors, offsets, links
     events.py     the change log
     mail.py       letters, and how they are sent
@@ -30,27 +31,31 @@
     accounts.py   registration, confirming an address, forgotten passwords
     users.py      my profile, administration
     operations.py logging, work that recurs, /health, the backup
+    index.html    the front page, which uses nothing but the paths of the above
 
 A request: `Manners` below, the route, `auth.identify` if it asks for a user, one read or one transaction by way of
 `database`, the answer. Whatever goes wrong on the way becomes a problem document in one of the handlers below.
 """
 
+import base64
 import contextlib
 import gc
+import hashlib
 import json
 import logging
+import re
 import secrets
+import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import RedirectResponse
+from fastapi.responses import FileResponse, HTMLResponse
 from fastapi_offline import FastAPIOffline
-from pydantic.json_schema import models_json_schema
 from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -67,16 +72,17 @@ import feed
 import library
 import loans
 import logins
+import manual
 import operations
 import reviews
 import throttle
 import uploads
 import users
-from models import DomainError, Problem
-from settings import VERSION, settings
+from manual import PROBLEM_JSON, TAGS
+from models import DomainError
+from settings import HERE, VERSION, settings
 
 BODY_MAX = 1 << 20  # bytes of a request, but for uploads
-PROBLEM_JSON = "application/problem+json"
 
 log = logging.getLogger("books")
 access_log = logging.getLogger("books.access")
@@ -87,6 +93,7 @@ access_log = logging.getLogger("books.access")
 @contextlib.asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     operations.configure_logging()
+    operations.allow_many_connections()
     # Each call of SQLite gives Python's lock away, and a busy thread (an import) keeps it for this long: with the 5 ms
     # that Python has by itself, a read of a book beside an import took 90 ms.
     sys.setswitchinterval(0.0005)
@@ -171,6 +178,8 @@ def field_error(field: str, message: str, kind: str) -> dict[str, Any]:
 
 async def on_unavailable(_request: Request, error: Exception) -> Response:
     log.error("the database refused: %s", error)
+    if database.is_full(error):
+        return problem(507, "The disk is full: nothing can be written. What is here can still be read.")
     return problem(503, "The database can't do this now. Try again.", {"Retry-After": "1"})
 
 
@@ -180,6 +189,7 @@ HANDLERS: Any = {
     DomainError: on_broken_rule,
     IntegrityError: on_violation,
     OperationalError: on_unavailable,
+    sqlite3.OperationalError: on_unavailable,  # from a backup
 }
 
 # --- every request ------------------------------------------------------------------------------------------------
@@ -190,8 +200,8 @@ SECURITY_HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),  # for browsers that do not know frame-ancestors
 )
-# Nothing that is answered here is a page, but for the docs. Those start themselves by a script within the page, and
-# draw with styles and pictures within it; nobody's data is written into that page.
+# Nothing that is answered here is a page, but for the front page (see below) and the docs. Those start themselves by a
+# script within the page, and draw with styles and pictures within it; nobody's data is written into that page.
 POLICY = b"default-src 'none'; frame-ancestors 'none'"
 DOCS_POLICY = (
     b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
@@ -214,18 +224,18 @@ class Manners:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        started, status = time.perf_counter(), 0
+        started, status, told = time.perf_counter(), 0, not access_log.isEnabledFor(logging.INFO)
         request_id = secrets.token_hex(8)
-        told = access_log.isEnabledFor(logging.INFO)
         # A copy: the server must still see HEAD to know that it sends no body.
         root = scope.get("root_path", "").rstrip("/")
         path = scope["path"].removeprefix(root).rstrip("/") or "/"
         head = scope["method"] == "HEAD" and not path.startswith(NO_HEAD)
         inner = {**scope, "path": root + path, "method": "GET" if head else scope["method"]}
+        inner["books.transport"] = getattr(getattr(receive, "__self__", None), "transport", None)  # uvicorn's
 
         def tell() -> None:
-            if not told:
-                return
+            nonlocal told
+            told = True
             milliseconds = (time.perf_counter() - started) * 1000
             shown = scope["raw_path"].decode("ascii", "replace")[:500]
             if path.startswith(VERIFY_LINK):  # what follows is a secret
@@ -245,7 +255,7 @@ class Manners:
             elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and message.get("body") == b"Content Too Large":
                 return None
             await send(message)
-            if message["type"] == "http.response.body" and not message.get("more_body"):
+            if message["type"] == "http.response.body" and not message.get("more_body") and not told:
                 tell()  # here, not at the end: background tasks run on after the answer
             return None
 
@@ -256,14 +266,14 @@ class Manners:
                 bug = problem(500, "Something went wrong here; it is in the server's log.")
                 await bug(scope, receive, answer)
             raise  # the server logs it
-        except BaseException:  # the server stops, or the client is gone
-            tell()
-            raise
+        finally:
+            if not told:  # the server stops, or the client is gone
+                tell()
 
 
 def headers_of_every_answer(scope: Scope, path: str, message: Message) -> Iterator[tuple[bytes, bytes]]:
     yield from SECURITY_HEADERS
-    yield b"content-security-policy", DOCS_POLICY if path in DOCS else POLICY
+    yield b"content-security-policy", DOCS_POLICY if path in DOCS else FRONT_POLICY if path == "/" else POLICY
     if scope["scheme"] == "https":
         yield A_YEAR_OF_HTTPS
     # What is answered to a token may be somebody's own; only what has an ETag is the same for all.
@@ -280,6 +290,28 @@ def is_plain(message: Message) -> bool:
     return any(name == b"content-type" and value.startswith(b"text/plain") for name, value in message["headers"])
 
 
+# --- the front page -----------------------------------------------------------------------------------------------
+
+FRONT_PAGE = (HERE / "index.html").read_text("utf-8")
+if settings.development:
+    FRONT_PAGE = FRONT_PAGE.replace("<body>", '<body data-hint="In development mode: admin / admin.">')
+FRONT_ETAG = f'"{hashlib.sha256(FRONT_PAGE.encode()).hexdigest()[:32]}"'
+
+
+def hash_source(tag: str) -> str:
+    """How a policy names the page's own script or style; what has another hash, a browser does not run."""
+    inline = re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", FRONT_PAGE, re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in inline)
+
+
+# Trusted types: a browser that knows them refuses to take text for HTML, whatever a later change of the script tries.
+FRONT_POLICY = (
+    f"default-src 'none'; script-src {hash_source('script')}; style-src {hash_source('style')}; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+).encode()
+
+
 # --- the app ------------------------------------------------------------------------------------------------------
 
 app = FastAPIOffline(
@@ -291,16 +323,7 @@ app = FastAPIOffline(
     lifespan=lifespan,
     exception_handlers=HANDLERS,
     generate_unique_id_function=lambda route: route.name,
-    responses={
-        422: {
-            "description": "Something in the request is not as it must be.",
-            "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-        },
-        "default": {
-            "description": "Any other error.",
-            "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
-        },
-    },
+    openapi_tags=TAGS,
     redirect_slashes=False,
 )
 if settings.cors_origins:
@@ -333,16 +356,24 @@ plain_openapi = app.openapi
 
 
 def openapi() -> dict[str, Any]:
-    """With the shape of errors, which FastAPI adds by itself only where it is plain JSON."""
-    schema = plain_openapi()
-    _, problems = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
-    schema["components"]["schemas"].update(problems["$defs"])
-    return schema
+    if app.openapi_schema is None:
+        manual.complete(plain_openapi())
+    return plain_openapi()
 
 
 app.openapi = openapi  # type: ignore[method-assign]
 
 
 @app.get("/", include_in_schema=False)
-async def front_page() -> RedirectResponse:
-    return RedirectResponse("/docs")
+async def front_page(if_none_match: Annotated[str | None, Header()] = None) -> Response:
+    """The page for people. A browser keeps it, and asks each time whether it is still the same."""
+    headers = {"ETag": FRONT_ETAG, "Cache-Control": "no-cache"}
+    if if_none_match is not None and books.names_etag(if_none_match, FRONT_ETAG):
+        return Response(status_code=304, headers=headers)
+    return HTMLResponse(FRONT_PAGE, headers=headers)
+
+
+@app.get("/sample_books.csv", include_in_schema=False)
+async def sample_books() -> FileResponse:
+    """Fifty classics, which the front page offers to an admin whose catalogue is empty."""
+    return FileResponse(HERE / "sample_books.csv", media_type="text/csv")

@@ -4,6 +4,7 @@ Values enter through a shape (`BookCreate`, …): table classes do not validate.
 of the table. What a noun can do is a verb on its class, which changes the row and records the event together.
 """
 
+import hashlib
 import math
 import re
 import unicodedata
@@ -18,12 +19,18 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PlainSerializer,
+    StrictBool,
     StringConstraints,
+    ValidationInfo,
     computed_field,
     model_validator,
 )
 from pydantic import Field as Limit
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.visitors import InternalTraversal
@@ -148,6 +155,21 @@ def _iso(value: object) -> object:
     raise ValueError("must be like 2008-08-11 (ISO 8601)")
 
 
+OF_CELLS = {"cells": True}  # the context of validating what a file says, where all is text
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):  # pydantic alone would take true for 1
+        raise ValueError("must be a number")
+    return value
+
+
+def _number(value: object, info: ValidationInfo) -> object:
+    if isinstance(value, str) and info.context is not OF_CELLS:  # and "12" for 12
+        raise ValueError("must be a number")
+    return _no_bool(value)
+
+
 def _to_utc(moment: datetime) -> datetime:
     try:
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
@@ -170,24 +192,50 @@ def bounded(most: int, least: int = 1) -> StringConstraints:
 # Python's idea of white space, not pydantic's, so that a shape, a CSV cell and a sort key agree on what is blank.
 Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
 Storable = AfterValidator(_storable)
-BlankIsNull = BeforeValidator(_blank_is_null)
-Title = Annotated[str, Stripped, bounded(500), Storable]
-Author = Annotated[str, Stripped, bounded(1000), Storable]
-Language = Annotated[str, Stripped, bounded(35), Storable]
-Word = Annotated[str, Stripped, bounded(100), Storable]
-Name = Annotated[str, Stripped, bounded(300), Storable]
-LongText = Annotated[str, Stripped, bounded(20_000), Storable]
-Url = Annotated[str, Stripped, bounded(2000), StringConstraints(pattern=r"^https?://[^\s<>\"\\^`{|}]+$"), Storable]
+
+
+class NotBlank:
+    """Tells clients what follows from stripping a text and wanting something of it."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(schema), "pattern": r"\S"}
+
+
+class BlankIsNull:
+    """Takes a blank text, as forms send it, for null; and tells clients that it may be sent."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(_blank_is_null, handler(source))
+
+    @staticmethod
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        described = handler(schema)
+        return {**described, "anyOf": [*described.get("anyOf", ()), {"type": "string", "pattern": r"^\s*$"}]}
+
+
+Title = Annotated[str, Stripped, bounded(500), Storable, NotBlank]
+Author = Annotated[str, Stripped, bounded(1000), Storable, NotBlank]
+Language = Annotated[str, Stripped, bounded(35), Storable, NotBlank]
+Word = Annotated[str, Stripped, bounded(100), Storable, NotBlank]
+Name = Annotated[str, Stripped, bounded(300), Storable, NotBlank]
+LongText = Annotated[str, Stripped, bounded(20_000), Storable, NotBlank]
+URL = StringConstraints(min_length=1, max_length=2000, pattern=r"^https?://[^\s<>\"\\^`{|}]+$")
+Url = Annotated[str, URL, Stripped, Storable]
 Isbn = Annotated[str, Stripped, bounded(32), AfterValidator(_to_isbn13)]
 Price = Annotated[
     Decimal,
+    BeforeValidator(_no_bool),
     Limit(ge=0, max_digits=9, decimal_places=2, allow_inf_nan=False),
     PlainSerializer(float, return_type=float, when_used="json"),
 ]
-Year = Annotated[int, AfterValidator(_in_print)]
+Number = BeforeValidator(_number)
+Year = Annotated[int, Number, Limit(ge=FIRST_YEAR, le=9999), AfterValidator(_in_print)]
 PublishedDate = Annotated[date, BeforeValidator(_iso), AfterValidator(_in_print)]
 Moment = Annotated[datetime, BeforeValidator(_iso), AfterValidator(_to_utc)]
 Id = Annotated[int, Limit(ge=1, le=ID_MAX)]
+BodyId = Annotated[int, Number, Limit(ge=1, le=ID_MAX)]
 
 
 class Shape(BaseModel):
@@ -289,7 +337,7 @@ Password = Annotated[str, StringConstraints(min_length=8, max_length=128), Stora
 class UserCreate(Shape):
     username: Username = Limit(examples=["ada"])
     email: Email = Limit(examples=["ada@example.com"])
-    password: Password = Limit(examples=["correct horse battery"])
+    password: Password = Limit(examples=["a long way to Arrakis"])
     full_name: Annotated[Word | None, BlankIsNull] = None
 
 
@@ -306,7 +354,7 @@ class UserUpdate(Shape):
 
 class AccountUpdate(UserUpdate):
     role: Role = Role.reader
-    is_active: bool = True
+    is_active: StrictBool = True
 
 
 class UserPublic(BaseModel):
@@ -417,11 +465,23 @@ class Setting(SQLModel, table=True):
 # --- books --------------------------------------------------------------------------------------------------------
 
 
+KEY_MAX = 1200  # bytes; of a longer text the rest counts as a hash, so that no two are taken for one
+
+
 def fold(text: str) -> str:
-    """The key by which titles and authors sort and are looked up: no case, no accents, single spaces."""
+    """A text as it is compared: no case, no accents, single spaces."""
     if not text.isascii():
         text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return " ".join(text.casefold().split())
+
+
+def key_of(text: str) -> str:
+    """By which titles and authors sort and are looked up."""
+    key = fold(text)
+    if len(key) <= KEY_MAX // 4 or len(whole := key.encode()) <= KEY_MAX:
+        return key
+    # PostgreSQL indexes no more than 2,704 bytes, of title and author together; a cursor holds both, too.
+    return whole[: KEY_MAX - 33].decode(errors="ignore") + " " + hashlib.blake2b(whole, digest_size=16).hexdigest()
 
 
 class BookBase(SQLModel):
@@ -438,7 +498,7 @@ class BookBase(SQLModel):
     description: Annotated[LongText | None, BlankIsNull] = None
     publisher: Annotated[Name | None, BlankIsNull] = None
     language: Annotated[Language | None, BlankIsNull] = Field(default=None, schema_extra={"examples": ["en"]})
-    pages: Annotated[int, Limit(ge=1, le=100_000)] | None = None
+    pages: Annotated[int, Number, Limit(ge=1, le=100_000)] | None = None
     price: Price | None = Field(default=None, sa_type=Cents, schema_extra={"examples": [7.99]})
     cover_url: Annotated[Url | None, BlankIsNull] = None
     published_date: PublishedDate | None = Field(default=None, schema_extra={"examples": ["1813-01-28"]})
@@ -507,7 +567,7 @@ class Book(BookBase, table=True):
     @staticmethod
     def row(new: BookBase) -> dict[str, Any]:
         """The columns that follow from what `new` says."""
-        return {**vars(new), "title_key": fold(new.title), "author_key": fold(new.author)}
+        return {**vars(new), "title_key": key_of(new.title), "author_key": key_of(new.author)}
 
     def describe(self, new: BookBase) -> None:
         for name, value in self.row(new).items():
@@ -557,7 +617,7 @@ def _not_zero(number: int) -> int:
 
 
 class StockChange(Shape):
-    quantity: Annotated[int, Limit(ge=-COPIES_MAX, le=COPIES_MAX), AfterValidator(_not_zero)] = Limit(
+    quantity: Annotated[int, Number, Limit(ge=-COPIES_MAX, le=COPIES_MAX), AfterValidator(_not_zero)] = Limit(
         description="How many copies come; negative: how many go.", examples=[3]
     )
 
@@ -595,7 +655,7 @@ class EntryUpdate(Shape):
     """RFC 7396: a field that is left out stays as it is, null clears it."""
 
     status: ShelfStatus = ShelfStatus.wishlist
-    rating: Annotated[int, Limit(ge=1, le=5)] | None = None
+    rating: Annotated[int, Number, Limit(ge=1, le=5)] | None = None
     review: Annotated[LongText | None, BlankIsNull] = None
     tags: Annotated[list[Tag], Limit(max_length=50)] = []
     started_at: Moment | None = None
@@ -703,12 +763,12 @@ class LoanStatus(StrEnum):
 
 
 class LoanCreate(Shape):
-    book_id: Id
-    quantity: Annotated[int, Limit(ge=1, le=COPIES_MAX)] = 1
+    book_id: BodyId
+    quantity: Annotated[int, Number, Limit(ge=1, le=COPIES_MAX)] = 1
     due_at: Moment | None = Limit(
         default=None, description="`LOAN_DAYS` from now where it is left out; at most twice that."
     )
-    user_id: Id | None = Limit(default=None, description="Who borrows, where that is not me; for staff.")
+    user_id: BodyId | None = Limit(default=None, description="Who borrows, where that is not me; for staff.")
 
 
 class Loan(SQLModel, table=True):

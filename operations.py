@@ -28,9 +28,13 @@ import logins
 import models
 import sqlite
 from auth import Admin
+from manual import answers
 from models import Setting
 from settings import VERSION, settings
 from sqlite import Sqlite
+
+if sys.platform != "win32":
+    import resource
 
 log = logging.getLogger("books")
 router = APIRouter(tags=["Service"])
@@ -53,8 +57,22 @@ def configure_logging() -> None:
     uvicorn_access.propagate = False
 
 
+# --- room for many ------------------------------------------------------------------------------------------------
+
+
+def allow_many_connections() -> None:
+    """Each is an open file, streams and clients that are slow to say what they want among them. The usual limit for a
+    start, 1,024, is a fraction of what one process can hold."""
+    if sys.platform != "win32":
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(CONNECTIONS, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 # --- work that recurs ---------------------------------------------------------------------------------------------
 
+CONNECTIONS = 65_536
 RESUME_SECONDS = 5  # between two looks for uploads that nobody is at
 
 
@@ -151,7 +169,12 @@ def _unwell(what: str, error: DBAPIError) -> HTTPException:
 # --- backup -------------------------------------------------------------------------------------------------------
 
 
-@router.get("/admin/backup", response_class=StreamingResponse)
+BACKUP = answers(403, 409, 507) | {
+    200: {"content": {"application/vnd.sqlite3": {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+@router.get("/admin/backup", response_class=StreamingResponse, responses=BACKUP)
 async def back_up(admin: Admin) -> StreamingResponse:
     """A copy of the SQLite file as of one moment, while writes go on. On PostgreSQL 409: use `pg_dump`."""
     where = database.backend()

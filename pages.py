@@ -23,7 +23,8 @@ from rows import Prepared
 
 T = TypeVar("T")
 Key = str | int | float
-Cursor = Annotated[str, Field(max_length=8000)]
+CURSOR_MAX = 20_000  # characters: two keys, of whatever letters
+Cursor = Annotated[str, Field(max_length=CURSOR_MAX, pattern=r"^[A-Za-z0-9_-]*$")]
 
 
 class Page(BaseModel, Generic[T]):
@@ -88,7 +89,11 @@ class Order:
 
 
 def encode(name: str, keys: Sequence[Key]) -> str:
-    return base64.urlsafe_b64encode(json.dumps([name, *keys], separators=(",", ":")).encode()).decode().rstrip("=")
+    return (
+        base64.urlsafe_b64encode(json.dumps([name, *keys], separators=(",", ":"), ensure_ascii=False).encode())
+        .decode()
+        .rstrip("=")
+    )
 
 
 def _fits(key: object, column: ColumnElement[Any]) -> bool:

@@ -97,7 +97,7 @@ class Batch:
             known = sa.select(col(Book.isbn), col(Book.id)).where(col(Book.isbn).in_(isbns))
             self.ids.update((isbn, book_id) for isbn, book_id in self.session.execute(known) if isbn)
         # The key in the database ignores accents too, which make a difference here: it only finds the candidates.
-        titles = {models.fold(book.title) for key, book in wanted if not isinstance(key, str)}
+        titles = {models.key_of(book.title) for key, book in wanted if not isinstance(key, str)}
         if titles:
             columns = (col(Book.id), col(Book.title), col(Book.author), col(Book.isbn))
             candidates = sa.select(*columns).where(col(Book.title_key).in_(titles)).order_by(col(Book.id))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import anyio
 import psycopg
 from sqlalchemy import Connection, Table, create_engine, event, make_url
 from sqlalchemy.exc import IntegrityError
@@ -65,9 +66,10 @@ class Postgresql:
         address = make_url(self.url).set(drivername="postgresql").render_as_string(hide_password=False)
         while True:
             try:
-                listener = await psycopg.AsyncConnection.connect(
-                    address, autocommit=True, connect_timeout=10, **KEEPALIVES
-                )
+                with anyio.CancelScope(shield=True):  # cut off in the middle, it would never be closed
+                    listener = await psycopg.AsyncConnection.connect(
+                        address, autocommit=True, connect_timeout=10, **KEEPALIVES
+                    )
                 async with listener:
                     await listener.execute(f"LISTEN {CHANNEL}")
                     nudge()
@@ -94,6 +96,10 @@ class Postgresql:
         if isinstance(error.orig, psycopg.errors.NotNullViolation):
             return "check", told.column_name or ""
         return "reference", ""
+
+    @staticmethod
+    def is_full(error: object) -> bool:
+        return isinstance(error, psycopg.errors.DiskFull)
 
 
 def _as_it_is(value: object) -> object:

@@ -12,6 +12,7 @@ import database
 import library
 from auth import Staff
 from books import FIND_BOOK, BookId, book_to_change, no_such_book
+from manual import PAGE, answers
 from models import EntryUpdate, ReviewPublic, ShelfEntry, User, Username
 from pages import Order, Page, PageQuery, named, page_answer, read_page
 
@@ -25,7 +26,7 @@ SELECT_REVIEWS = sa.select(*REVIEW.values()).join_from(ShelfEntry, User).where(l
 REVIEW_PAGE = TypeAdapter(Page[ReviewPublic])
 
 
-@router.get("/{book_id:id}/reviews", response_model=Page[ReviewPublic])
+@router.get("/{book_id:id}/reviews", response_model=Page[ReviewPublic], responses=PAGE)
 async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], request: Request) -> Response:
     """What readers say of a book, the newest entry first. They are written at `/my-library/{book_id}`."""
     return page_answer(await database.scan(_find_reviews, book_id, query), REVIEW_PAGE, request)
@@ -38,7 +39,7 @@ def _find_reviews(connection: Connection, book_id: int, query: PageQuery) -> dic
     return read_page(connection, of_book, REVIEWS, query, named(REVIEW))
 
 
-@router.delete("/{book_id:id}/reviews/{username}", status_code=204)
+@router.delete("/{book_id:id}/reviews/{username}", status_code=204, responses=answers(403))
 async def remove_review(book_id: BookId, username: Username, user: Staff) -> None:
     """Take away what somebody says of a book, text and rating. The book stays on their shelf."""
     await database.write(_remove_review, book_id, username)

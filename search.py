@@ -16,7 +16,7 @@ from sqlmodel import Session, col
 from stdnum import isbn as isbn_numbers
 
 import database
-from models import Book, fold
+from models import Book, fold, key_of
 from rows import Prepared
 
 FTS = sa.table("book_fts")
@@ -114,7 +114,7 @@ def few_best_first(connection: Connection, asked: Words) -> list[tuple[int, int]
         found |= dict.fromkeys(titles, 2)
         found |= dict.fromkeys(_ids(connection, f"({match}) AND ({begins})"), 1)
     if found:
-        same = SAME_TITLE.all(connection, {"title": fold(asked.search or "")})
+        same = SAME_TITLE.all(connection, {"title": key_of(asked.search or "")})
         found |= {book_id: 0 for (book_id,) in same if book_id in found}
     return sorted((tier, book_id) for book_id, tier in found.items())
 
@@ -167,7 +167,7 @@ def _title_expressions(asked: Words) -> tuple[str, str]:
 
 def _tiers_of_sqlite(select: sa.Select[Any], asked: Words) -> Tiers:
     match, (in_title, begins) = _fts5(asked), _title_expressions(asked)
-    exact = col(Book.title_key) == fold(asked.search or "")
+    exact = col(Book.title_key) == key_of(asked.search or "")
     row_id = sa.literal_column("book_fts.rowid", sa.Integer)
     by_words = sa.exists().where(sa.text("book_fts.rowid = book.id"), _matches(match)).select_from(FTS)
     return (
@@ -217,7 +217,7 @@ def _tiers_of_postgresql(select: sa.Select[Any], asked: Words) -> Tiers:
     found = words(asked.search)
     has_all, in_title = _has(_tsquery(asked)), _has(" & ".join(_terms(found, MARKS["title"])) or "'no such word'")
     begins = TITLE_WORDS.startswith(" ".join(_tokens(found)))
-    exact = col(Book.title_key) == fold(asked.search or "")
+    exact = col(Book.title_key) == key_of(asked.search or "")
     return tuple(
         (select.where(has_all, *more), col(Book.id))
         for more in ((exact,), (~exact, begins), (~exact, ~begins, in_title), (~exact, ~begins, ~in_title))

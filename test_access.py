@@ -93,6 +93,7 @@ def victims(stage: Stage) -> dict[str, Any]:
 
 MATRIX: dict[str, Asked] = {
     "GET /": Asked((200,) * 7),
+    "GET /sample_books.csv": Asked((200,) * 7),
     "GET /health": Asked(unseen(EVERYBODY)),
     "GET /admin/backup": Asked(ADMIN),
     # Accounts. What needs no token does not look at one.

@@ -547,3 +547,23 @@ def test_sixty_four_readers_at_once_do_not_freeze_it(server: Server) -> None:
             return [answer.status_code for answer in await asyncio.gather(*[many.get(path) for path in paths * 64])]
 
     assert set(asyncio.run(asyncio.wait_for(all_at_once(), 60))) == {200}
+
+
+LETTERS = "".join(map(chr, range(0x4E00, 0x4E00 + 1000)))  # 3,000 bytes, which no database can make much shorter
+LONG = {
+    "long": (LETTERS[:500], LETTERS),
+    "as long, with another end": (LETTERS[:500], LETTERS[:-1]),
+    "one character that folds to eighteen": ("\ufdfa" * 500, "\ufdfa" * 1000),
+    "control characters": ("\x01" * 500, "\x02" * 1000),
+}
+
+
+@pytest.mark.parametrize("sort", ["title", "author", "-title", "-author"])
+def test_the_longest_names_are_kept_and_walked_past(client: TestClient, reader: Person, sort: str) -> None:
+    books = [reader.add_book(title=title, author=author)["id"] for title, author in LONG.values()]
+    seen, cursor = [], ""
+    while cursor is not None:
+        page = client.get(f"/books?sort={sort}&limit=1&cursor={cursor}").json()
+        seen += [book["id"] for book in page["items"]]
+        cursor = page["next"]
+    assert sorted(seen) == books

@@ -49,6 +49,7 @@ def count_up(url: str) -> None:
     anyio.run(run)
 
 
+@pytest.mark.slow
 def test_no_update_is_lost_between_threads_and_processes(tmp_path: Path) -> None:
     url = Settings(database_url=url_of(tmp_path / "books.db")).database_url
     database.migrate(url)
@@ -160,6 +161,7 @@ def test_there_is_one_line_of_migrations() -> None:
     assert len(set(downs)) == len(downs)
 
 
+@pytest.mark.slow
 def test_several_processes_start_at_once_on_an_empty_file(serve: Callable[..., Server], tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         servers = list(pool.map(lambda _: serve(SECRET_KEY=""), range(4)))

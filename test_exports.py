@@ -118,6 +118,7 @@ SHELVED: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_my_shelf_goes_out_and_comes_back_whole(serve: Callable[..., Server], tmp_path: Path) -> None:
     here, elsewhere = (serve(file=tmp_path / name) for name in ("here.db", "elsewhere.db"))
     rita, again = sign_up(here.client, "rita"), sign_up(elsewhere.client, "rita")

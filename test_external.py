@@ -402,8 +402,8 @@ def test_a_slow_source_keeps_nobody_else_waiting(serve: Callable[..., Server], o
             assert server.client.get("/health").status_code == 200
             waits.append(time.monotonic() - started)
         # Were they waited for on the event loop, one or two would be all, and take as long as the source.
-        assert len(waits) > 10
-        assert max(waits) < 1
+        assert len(waits) > 50
+        assert sorted(waits)[int(0.9 * len(waits))] < 0.1
         assert [each.result()["total"] for each in asking] == [0] * 8
 
 

@@ -19,7 +19,7 @@ from sqlmodel import Session, select
 import database
 import events
 import imports
-from conftest import DUNE, HERE, REAL_BOOKS, Person, Server, sign_up, wait_for
+from conftest import DUNE, HERE, REAL_BOOKS, Person, Postgres, Server, sign_up, wait_for
 from models import UploadChunk, User
 from settings import settings
 
@@ -489,8 +489,10 @@ def outcome(person: Person, upload: dict[str, Any]) -> tuple[Any, ...]:
     counts = [upload[name] for name in ("status", "rows", "inserted", "updated", "skipped", "failed", "warnings")]
     errors = person.get(f"/books/upload/{upload['id']}/errors", params={"format": "csv"}).text
     told = person.get("/events", params={"types": "books.imported", "limit": 100}).json()["items"]
-    ids = [(event["data"]["count"], event["data"]["first_id"], event["data"]["last_id"]) for event in told]
-    return counts, errors, ids, person.get("/books/export").text
+    spans = [(event["data"]["count"], event["data"]["first_id"], event["data"]["last_id"]) for event in told]
+    if Postgres.current:  # which does not give out again the ids of a transaction that was cut off
+        spans = [(count, 0, last - first) for count, first, last in spans]
+    return counts, errors, spans, person.get("/books/export").text
 
 
 @pytest.mark.slow

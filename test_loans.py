@@ -402,6 +402,7 @@ def test_no_copy_is_lent_twice(crowd: Crowd, librarian: Person, borrowers: int, 
     assert librarian.get("/loans").json()["total"] == copies
 
 
+@pytest.mark.slow
 def test_at_many_desks_at_once_a_loan_is_renewed_twice_and_returned_once(crowd: Crowd, librarian: Person) -> None:
     book = stocked(librarian, 10)
     desks = crowd(4)

@@ -314,6 +314,7 @@ def test_the_reuse_of_a_token_is_in_the_log(client: TestClient, clock: Clock, re
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("path", "known", "unknown"),
     [

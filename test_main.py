@@ -21,8 +21,10 @@ README = HERE / "README.md"
 # --- the tour -----------------------------------------------------------------------------------------------------
 
 
-def test_a_visitor_finds_the_docs_and_an_empty_catalogue(client: TestClient) -> None:
-    assert client.get("/", follow_redirects=False).headers["Location"] == "/docs"
+def test_a_visitor_finds_a_page_and_an_empty_catalogue(client: TestClient) -> None:
+    page = client.get("/", follow_redirects=False)
+    assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert 'href="docs"' in page.text
     kind = settings.database_url.partition(":")[0].partition("+")[0]
     assert client.get("/health").json() == {"status": "ok", "version": "0.1.0", "database": kind}
     assert client.get("/books").json() == {"items": [], "total": 0, "next": None}
@@ -138,7 +140,8 @@ def test_405_names_every_method_of_the_path(client: TestClient) -> None:
 
 def test_a_bug_is_500_and_tells_nothing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("events.head", lambda _connection: 1 / 0)
-    answer = TestClient(app, raise_server_exceptions=False).get("/health")
+    client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]
+    answer = client.get("/health")
     assert answer.status_code == 500
     assert answer.json()["detail"] == "Something went wrong here; it is in the server's log."
     assert "division" not in answer.text
@@ -189,19 +192,19 @@ def test_every_answer_tells_browsers_to_be_careful(
     if path == "/bug":
         monkeypatch.setattr("events.head", lambda _connection: 1 / 0)
         path = "/health"
-    visitor = TestClient(app, raise_server_exceptions=False, follow_redirects=False)
+    client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]
     plain = {
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "X-Frame-Options": "DENY",
         "Strict-Transport-Security": None,
     }
-    answer = visitor.get(path)
+    answer = client.get(path, follow_redirects=False)
     assert security(answer) == plain
     policy = answer.headers["Content-Security-Policy"]
     assert "default-src 'self'" in policy if path == "/docs" else policy.startswith("default-src 'none'")
-    secure = TestClient(app, base_url="https://testserver", raise_server_exceptions=False, follow_redirects=False)
-    assert security(secure.get(path)) == {**plain, "Strict-Transport-Security": "max-age=31536000"}
+    secure = client.get(f"https://testserver{path}", follow_redirects=False)
+    assert security(secure) == {**plain, "Strict-Transport-Security": "max-age=31536000"}
 
 
 def test_behind_a_prefix_the_rules_of_a_path_hold(client: TestClient) -> None:
@@ -406,8 +409,8 @@ def make_python(folder: Path) -> Path:
 # --- the house ----------------------------------------------------------------------------------------------------
 
 LAYERS = """
-    settings sqlite postgresql database models rows search pages events mail throttle auth feed logins books library
-    reviews loans csvfiles cells sources catalogues formats enrichment placing imports uploads exports
+    settings sqlite postgresql database models rows manual search pages events mail throttle auth feed logins books
+    library reviews loans csvfiles cells sources catalogues formats enrichment placing imports uploads exports
     external harvest accounts users operations main
 """.split()
 

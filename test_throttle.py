@@ -82,6 +82,7 @@ def test_guessing_the_password_of_a_stolen_session_is_limited_too(limited: TestC
     assert limited.post("/login", json=RIGHT).status_code == 200
 
 
+@pytest.mark.slow
 def test_many_addresses_do_not_help_for_long(limited: TestClient) -> None:
     """Ten guesses from each of ten addresses, and the account is closed to all but who has its mail."""
     answers = []

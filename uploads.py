@@ -16,6 +16,7 @@ from cells import printable
 from csvfiles import to_csv
 from formats import REASON
 from imports import CHUNK, CHUNKS, end, run_upload
+from manual import PAGE, answers
 from models import (
     Id,
     OnDuplicate,
@@ -40,6 +41,7 @@ SELECT_ERRORS = sa.select(*[col(getattr(UploadError, name)) for name in UploadEr
 
 
 UPLOAD_MAX = (settings.max_upload_mb << 20) + 64 * 1024  # bytes of a request with a file
+TAKEN = answers(sends={202: "Location"})
 
 
 class ShelfForm(Shape):
@@ -59,7 +61,7 @@ class UploadForm(ShelfForm):
     )
 
 
-@router.post("/books/upload", status_code=202, max_body_size=UPLOAD_MAX)
+@router.post("/books/upload", status_code=202, max_body_size=UPLOAD_MAX, responses=answers(403) | TAKEN)
 async def upload_books(
     form: Annotated[UploadForm, Form(media_type="multipart/form-data")],
     user: Contributor,
@@ -75,7 +77,13 @@ async def upload_books(
     return await _take(form, user, tasks, response, shelve=form.shelve, enrich=form.enrich)
 
 
-@router.post("/my-library/import", status_code=202, max_body_size=UPLOAD_MAX, tags=["My library"])
+@router.post(
+    "/my-library/import",
+    status_code=202,
+    max_body_size=UPLOAD_MAX,
+    tags=["My library"],
+    responses=TAKEN,
+)
 async def import_library(
     form: Annotated[ShelfForm, Form(media_type="multipart/form-data")],
     user: CurrentUser,
@@ -122,7 +130,7 @@ def _store_file(session: Session, form: ShelfForm, user_id: int, *, shelve: bool
     return UploadPublic.model_validate(upload)
 
 
-@router.get("/books/upload", response_model=Page[UploadPublic])
+@router.get("/books/upload", response_model=Page[UploadPublic], responses=PAGE)
 async def list_uploads(query: Annotated[PageQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My uploads, the newest first; for staff, everybody's."""
     return page_answer(await database.read(_find_uploads, user, query), UPLOAD_PAGE, request)
@@ -154,7 +162,7 @@ def _find_upload(connection: Connection, upload_id: int, user: Principal) -> Upl
     return UploadPublic.model_validate(row)
 
 
-@router.delete("/books/upload/{upload_id:id}")
+@router.delete("/books/upload/{upload_id:id}", responses=answers(409))
 async def cancel_upload(upload_id: UploadId, user: CurrentUser) -> UploadPublic:
     """Cancel an upload that waits or runs. What is counted as inserted or updated stays. 409 where it has ended."""
     return await database.write(_cancel, upload_id, user)

@@ -23,6 +23,7 @@ from auth import Admin, CurrentUser, audit
 from books import SELECT_BOOKS, as_book
 from logins import end_sessions
 from mail import Letter
+from manual import PAGE, answers
 from models import (
     AccountCreate,
     AccountUpdate,
@@ -65,7 +66,7 @@ async def read_me(user: CurrentUser) -> UserPublic:
     return UserPublic.model_validate(await database.read(find_user, user.id))
 
 
-@router.patch("/me")
+@router.patch("/me", responses=answers(409, 429))
 async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> UserPublic:
     """Change my name or e-mail address (RFC 7396). Role, user name and state are not mine to change.
 
@@ -123,7 +124,7 @@ class MyPassword(Shape):
     password: Annotated[str, Storable, Field(max_length=1000)]
 
 
-@router.delete("/me", status_code=204)
+@router.delete("/me", status_code=204, responses=answers(403, 409, 429))
 async def delete_me(given: MyPassword, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Delete my account, with my shelf, reviews, uploads and past loans. The books that I added stay.
 
@@ -262,7 +263,7 @@ def no_such_user() -> HTTPException:
     return HTTPException(404, "No such user.")
 
 
-@router.get("", response_model=Page[UserPublic])
+@router.get("", response_model=Page[UserPublic], responses=answers(403) | PAGE)
 async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request: Request) -> Response:
     """Everybody who has an account."""
     return page_answer(await database.scan(_find_users, query), USER_PAGE, request)
@@ -285,7 +286,7 @@ def _find_users(connection: Connection, query: UserQuery) -> dict[str, Any]:
     return read_page(connection, found, USERS, query, named(UserPublic.model_fields))
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, responses=answers(403, 409, sends={201: "Location"}))
 async def create_user(new: AccountCreate, admin: Admin, response: Response, tasks: BackgroundTasks) -> UserPublic:
     """Make an account with any role. Its owner gets a link that confirms the address, and the password from you."""
     user = await create_account(new, new.role, tasks, by=admin.id)
@@ -293,7 +294,7 @@ async def create_user(new: AccountCreate, admin: Admin, response: Response, task
     return user
 
 
-@router.get("/{user_id:id}")
+@router.get("/{user_id:id}", responses=answers(403))
 async def read_user(user_id: UserId, admin: Admin) -> UserPublic:
     """One account."""
     user = await database.read(find_user, user_id)
@@ -302,7 +303,7 @@ async def read_user(user_id: UserId, admin: Admin) -> UserPublic:
     return UserPublic.model_validate(user)
 
 
-@router.patch("/{user_id:id}")
+@router.patch("/{user_id:id}", responses=answers(403, 409))
 async def update_user(user_id: UserId, change: AccountUpdate, admin: Admin, tasks: BackgroundTasks) -> UserPublic:
     """Change an account's role, address or name, or switch it off and on (RFC 7396).
 
@@ -311,7 +312,7 @@ async def update_user(user_id: UserId, change: AccountUpdate, admin: Admin, task
     return await _update(user_id, change, admin, tasks)
 
 
-@router.delete("/{user_id:id}", status_code=204)
+@router.delete("/{user_id:id}", status_code=204, responses=answers(403, 409))
 async def delete_user(user_id: UserId, admin: Admin, tasks: BackgroundTasks) -> None:
     """Delete an account, with its shelf, reviews, uploads and past loans. The books that it added stay.
 
