@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Annotated, Any, NamedTuple
 
 import sqlalchemy as sa
-from fastapi import APIRouter, BackgroundTasks, HTTPException, Path, Request, Response
+from fastapi import BackgroundTasks, HTTPException, Path, Request, Response
 from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
@@ -18,7 +18,7 @@ import throttle
 from auth import CurrentUser, audit, bad_body, hash_password, not_signed_in, refuse_weak, seal, verify_password
 from logins import ask_to_confirm, end_sessions, make_link
 from mail import Letter
-from manual import answers
+from manual import Routes, answers
 from models import (
     CodePurpose,
     Email,
@@ -34,7 +34,7 @@ from models import (
     UserPublic,
 )
 
-router = APIRouter(tags=["Accounts"])
+router = Routes(tags=["Accounts"])
 
 CODE_TRIES = 5
 CODE_LIFETIME = timedelta(minutes=10)

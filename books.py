@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Header, HTTPException, Path, Query, Request, Response
+from fastapi import Header, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, TypeAdapter, ValidationError
 from sqlalchemy import ColumnElement, Connection
@@ -14,7 +14,7 @@ from sqlmodel import Session, col
 import database
 import events
 from auth import Contributor, CurrentUser, Viewer, not_signed_in
-from manual import FOLLOWED_PAGE, answers
+from manual import FOLLOWED_PAGE, Routes, answers
 from models import (
     FIRST_YEAR,
     SCORE,
@@ -38,7 +38,7 @@ from pages import JsonPage, Listing, Order, Page, PageQuery, encode, json_answer
 from rows import AsJson, Prepared
 from search import Words, best_first, count_matches, few_best_first, has_words, index_books
 
-router = APIRouter(prefix="/books", tags=["Catalogue"])
+router = Routes(prefix="/books", tags=["Catalogue"])
 
 BookId = Annotated[Id, Path(description="The book's `id`.")]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Query
+from fastapi import Query
 from fastapi.responses import StreamingResponse
 from pydantic import Field
 from sqlalchemy import Connection
@@ -17,10 +17,11 @@ from cells import to_html
 from csvfiles import to_csv
 from formats import BOOK_COLUMNS, OUR_COLUMNS, SHELVES
 from library import SELECT_ENTRIES, as_entry
+from manual import Routes
 from models import Book, ShelfEntry
 from pages import Order
 
-router = APIRouter(tags=["In and out"])
+router = Routes(tags=["In and out"])
 
 BATCH = 1000  # rows that are in memory at once
 

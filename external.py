@@ -3,14 +3,14 @@
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, HTTPException, Query, Response
+from fastapi import Depends, HTTPException, Query, Response
 from pydantic import BaseModel, Field, StringConstraints
 
 import catalogues
 import database
 from auth import Contributor, CurrentUser, bad_body
 from books import add_book, etag_of
-from manual import answers
+from manual import Routes, answers
 from models import BlankIsNull, BookPublic, Isbn, Shape, Title
 from pages import bad_query
 from sources import REFS, Candidate, Source
@@ -32,7 +32,7 @@ async def take_turn() -> AsyncIterator[None]:
         _Waiting.count -= 1
 
 
-router = APIRouter(prefix="/books/external", tags=["In and out"], dependencies=[Depends(take_turn)])
+router = Routes(prefix="/books/external", tags=["In and out"], dependencies=[Depends(take_turn)])
 
 
 class ExternalQuery(Shape):

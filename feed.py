@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
 
 import anyio
 import sqlalchemy as sa
-from fastapi import APIRouter, Header, HTTPException, Query, Request
+from fastapi import Header, HTTPException, Query, Request
 from pydantic import BaseModel, Field
 from sqlalchemy import Connection
 from sqlalchemy import event as orm_event
@@ -32,13 +32,13 @@ import database
 import throttle
 from auth import Viewer, is_still
 from events import EVENT_ID_MAX, Filter, Logged, after, floor, head
-from manual import answers
+from manual import Routes, answers
 from models import BlankIsNull, Event, EventPublic, Shape
 
 T = TypeVar("T")
 P = ParamSpec("P")
 log = logging.getLogger("books.feed")
-router = APIRouter(tags=["Changes"])
+router = Routes(tags=["Changes"])
 
 LOOK_SECONDS = 5  # without being told that there is something new
 HEARTBEAT_SECONDS = 15  # well under the 55 s after which Heroku's router cuts a silent connection

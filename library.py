@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi import HTTPException, Query, Request, Response
 from pydantic import Field
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
@@ -12,7 +12,7 @@ import database
 import events
 from auth import CurrentUser
 from books import PUBLIC, BookId, as_book, no_such_book
-from manual import FOLLOWED_PAGE, answers
+from manual import FOLLOWED_PAGE, Routes, answers
 from models import (
     AsText,
     AuthorCount,
@@ -32,7 +32,7 @@ from models import (
 from pages import JsonPage, Listing, Order, Page, PageQuery, json_answer, named
 from rows import AsJson, Prepared
 
-router = APIRouter(prefix="/my-library", tags=["My library"])
+router = Routes(prefix="/my-library", tags=["My library"])
 
 ENTRY: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic.model_fields if name != "book"}
 SELECT_ENTRIES = sa.select(*ENTRY.values(), *PUBLIC.values()).join_from(

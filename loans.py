@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
+from fastapi import HTTPException, Path, Query, Request, Response
 from pydantic import Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
@@ -18,7 +18,7 @@ import events
 import models
 from auth import CurrentUser, Staff
 from books import BookId, no_such_book
-from manual import FOLLOWED_PAGE, answers
+from manual import FOLLOWED_PAGE, Routes, answers
 from models import (
     COPIES_MAX,
     RENEWALS_MAX,
@@ -37,7 +37,7 @@ from models import (
 from pages import Order, Page, PageQuery, named, page_answer, read_page
 from settings import settings
 
-router = APIRouter(tags=["Lending"])
+router = Routes(tags=["Lending"])
 
 LoanId = Annotated[Id, Path(description="The loan's `id`.")]
 LOAN: dict[str, Any] = {name: getattr(Loan, name) for name in LoanPublic.model_fields if hasattr(Loan, name)}

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Annotated, Any, NamedTuple
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
+from fastapi import Depends, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from sqlalchemy import Connection
@@ -31,12 +31,12 @@ from auth import (
     verify,
     verify_password,
 )
-from manual import PAGE, answers
+from manual import PAGE, Routes, answers
 from models import CodePurpose, Id, LoginSession, OneTimeCode, Principal, SessionPublic, Shape, Storable, User
 from pages import Order, Page, PageQuery, named, page_answer, read_page
 from settings import settings
 
-router = APIRouter(tags=["Accounts"])
+router = Routes(tags=["Accounts"])
 
 # --- pairs of tokens ----------------------------------------------------------------------------------------------
 

@@ -82,8 +82,6 @@ from manual import PROBLEM_JSON, TAGS
 from models import DomainError
 from settings import HERE, VERSION, settings
 
-BODY_MAX = 1 << 20  # bytes of a request, but for uploads
-
 log = logging.getLogger("books")
 access_log = logging.getLogger("books.access")
 
@@ -322,7 +320,6 @@ app = FastAPIOffline(
     "[problem documents](https://www.rfc-editor.org/rfc/rfc9457).",
     lifespan=lifespan,
     exception_handlers=HANDLERS,
-    generate_unique_id_function=lambda route: route.name,
     openapi_tags=TAGS,
     redirect_slashes=False,
 )
@@ -349,7 +346,7 @@ for router in (  # what is asked most comes first: routes are tried in turn
     feed.router,
     operations.router,
 ):
-    app.include_router(router, max_body_size=BODY_MAX)
+    app.router.routes += router.routes
 
 
 plain_openapi = app.openapi

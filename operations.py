@@ -14,7 +14,7 @@ from typing import BinaryIO
 import anyio
 import anyio.to_thread
 from concurrent_log_handler import ConcurrentRotatingFileHandler
-from fastapi import APIRouter, HTTPException
+from fastapi import HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -28,7 +28,7 @@ import logins
 import models
 import sqlite
 from auth import Admin
-from manual import answers
+from manual import Routes, answers
 from models import Setting
 from settings import VERSION, settings
 from sqlite import Sqlite
@@ -37,7 +37,7 @@ if sys.platform != "win32":
     import resource
 
 log = logging.getLogger("books")
-router = APIRouter(tags=["Service"])
+router = Routes(tags=["Service"])
 
 # --- the log ------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi import HTTPException, Query, Request, Response
 from pydantic import TypeAdapter
 from sqlalchemy import Connection
 from sqlmodel import Session, col
@@ -12,11 +12,11 @@ import database
 import library
 from auth import Staff
 from books import FIND_BOOK, BookId, book_to_change, no_such_book
-from manual import PAGE, answers
+from manual import PAGE, Routes, answers
 from models import EntryUpdate, ReviewPublic, ShelfEntry, User, Username
 from pages import Order, Page, PageQuery, named, page_answer, read_page
 
-router = APIRouter(prefix="/books", tags=["Catalogue"])
+router = Routes(prefix="/books", tags=["Catalogue"])
 
 REVIEWS = Order("-id", (col(ShelfEntry.id),))
 REVIEW = {"username": col(User.username)} | {

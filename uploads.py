@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import APIRouter, BackgroundTasks, Form, HTTPException, Path, Query, Request, Response, UploadFile
+from fastapi import BackgroundTasks, Form, HTTPException, Path, Query, Request, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from pydantic import Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection
@@ -16,7 +16,7 @@ from cells import printable
 from csvfiles import to_csv
 from formats import REASON
 from imports import CHUNK, CHUNKS, end, run_upload
-from manual import PAGE, answers
+from manual import PAGE, Routes, answers
 from models import (
     Id,
     OnDuplicate,
@@ -31,7 +31,7 @@ from models import (
 from pages import Order, Page, PageQuery, named, page_answer, read_page
 from settings import settings
 
-router = APIRouter(tags=["In and out"])
+router = Routes(tags=["In and out"])
 
 UploadId = Annotated[Id, Path(description="The upload's `id`.")]
 UPLOADS, UPLOAD_PAGE = Order("-id", (col(Upload.id),)), TypeAdapter(Page[UploadPublic])

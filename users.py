@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Annotated, Any, NamedTuple
 
 import sqlalchemy as sa
-from fastapi import APIRouter, BackgroundTasks, HTTPException, Path, Query, Request, Response
+from fastapi import BackgroundTasks, HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection
@@ -23,7 +23,7 @@ from auth import Admin, CurrentUser, audit
 from books import SELECT_BOOKS, as_book
 from logins import end_sessions
 from mail import Letter
-from manual import PAGE, answers
+from manual import PAGE, Routes, answers
 from models import (
     AccountCreate,
     AccountUpdate,
@@ -55,7 +55,7 @@ from models import (
 from pages import Order, Page, PageQuery, named, page_answer, read_page
 from settings import settings
 
-router = APIRouter(prefix="/users", tags=["Users"])
+router = Routes(prefix="/users", tags=["Users"])
 
 # --- my profile ---------------------------------------------------------------------------------------------------
 
