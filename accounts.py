@@ -18,7 +18,7 @@ import throttle
 from auth import CurrentUser, audit, bad_body, hash_password, not_signed_in, refuse_weak, seal, verify_password
 from logins import ask_to_confirm, end_sessions, make_link
 from mail import Letter
-from manual import Routes, answers
+from manual import answers
 from models import (
     CodePurpose,
     Email,
@@ -33,6 +33,7 @@ from models import (
     UserCreate,
     UserPublic,
 )
+from routes import Routes
 
 router = Routes(tags=["Accounts"])
 

@@ -14,7 +14,7 @@ from sqlmodel import Session, col
 import database
 import events
 from auth import Contributor, CurrentUser, Viewer, not_signed_in
-from manual import FOLLOWED_PAGE, Routes, answers
+from manual import FOLLOWED_PAGE, answers
 from models import (
     FIRST_YEAR,
     SCORE,
@@ -35,6 +35,7 @@ from models import (
     Title,
 )
 from pages import JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, named
+from routes import Routes
 from rows import AsJson, Prepared
 from search import Words, best_first, count_matches, few_best_first, has_words, index_books
 
@@ -148,7 +149,7 @@ class BookQuery(BookFilter, PageQuery):
     pass
 
 
-@router.get("", response_model=Page[BookPublic], responses=FOLLOWED_PAGE)
+@router.read("", response_model=Page[BookPublic], responses=FOLLOWED_PAGE)
 async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, request: Request) -> Response:
     """A page of the catalogue, filtered, searched and sorted.
 
@@ -236,7 +237,7 @@ IfMatch = Annotated[str | None, Header(description="The `ETag` that the change i
 IfNoneMatch = Annotated[str | None, Header(description="The `ETag` that you have; 304 when it is still true.")]
 
 
-@router.get("/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | answers(sends={200: "ETag"}))
+@router.read("/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | answers(sends={200: "ETag"}))
 async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
     """One book. Its `ETag` names its version."""
     row = await database.read(FIND_BOOK.first, {"book_id": book_id})

@@ -17,9 +17,9 @@ from cells import to_html
 from csvfiles import to_csv
 from formats import BOOK_COLUMNS, OUR_COLUMNS, SHELVES
 from library import SELECT_ENTRIES, as_entry
-from manual import Routes
 from models import Book, ShelfEntry
 from pages import Order
+from routes import Routes
 
 router = Routes(tags=["In and out"])
 

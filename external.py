@@ -10,9 +10,10 @@ import catalogues
 import database
 from auth import Contributor, CurrentUser, bad_body
 from books import add_book, etag_of
-from manual import Routes, answers
+from manual import answers
 from models import BlankIsNull, BookPublic, Isbn, Shape, Title
 from pages import bad_query
+from routes import Routes
 from sources import REFS, Candidate, Source
 
 AT_ONCE = 20  # requests of this process that wait for another catalogue

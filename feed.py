@@ -32,8 +32,9 @@ import database
 import throttle
 from auth import Viewer, is_still
 from events import EVENT_ID_MAX, Filter, Logged, after, floor, head
-from manual import Routes, answers
+from manual import answers
 from models import BlankIsNull, Event, EventPublic, Shape
+from routes import Routes
 
 T = TypeVar("T")
 P = ParamSpec("P")

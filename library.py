@@ -12,7 +12,7 @@ import database
 import events
 from auth import CurrentUser
 from books import PUBLIC, BookId, as_book, no_such_book
-from manual import FOLLOWED_PAGE, Routes, answers
+from manual import FOLLOWED_PAGE, answers
 from models import (
     AsText,
     AuthorCount,
@@ -30,6 +30,7 @@ from models import (
     YearCount,
 )
 from pages import JsonPage, Listing, Order, Page, PageQuery, json_answer, named
+from routes import Routes
 from rows import AsJson, Prepared
 
 router = Routes(prefix="/my-library", tags=["My library"])
@@ -74,7 +75,7 @@ def as_entry(row: Any) -> dict[str, Any]:
     return named(ENTRY)(row) | {"book": as_book(row[len(ENTRY) :])}
 
 
-@router.get("", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
+@router.read("", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My shelf, the newest first. `X-Event-Cursor` is the id of the last change that the page contains."""
     page, cursor = await database.read(_find_entries, user.id, query)

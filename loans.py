@@ -18,7 +18,7 @@ import events
 import models
 from auth import CurrentUser, Staff
 from books import BookId, no_such_book
-from manual import FOLLOWED_PAGE, Routes, answers
+from manual import FOLLOWED_PAGE, answers
 from models import (
     COPIES_MAX,
     RENEWALS_MAX,
@@ -35,6 +35,7 @@ from models import (
     User,
 )
 from pages import Order, Page, PageQuery, named, page_answer, read_page
+from routes import Routes
 from settings import settings
 
 router = Routes(tags=["Lending"])

@@ -31,9 +31,10 @@ from auth import (
     verify,
     verify_password,
 )
-from manual import PAGE, Routes, answers
+from manual import PAGE, answers
 from models import CodePurpose, Id, LoginSession, OneTimeCode, Principal, SessionPublic, Shape, Storable, User
 from pages import Order, Page, PageQuery, named, page_answer, read_page
+from routes import Routes
 from settings import settings
 
 router = Routes(tags=["Accounts"])

@@ -10,6 +10,7 @@
     mail.py       letters, and how they are sent
     throttle.py   rate limits
     auth.py       passwords, tokens, the signed-in user, roles
+    routes.py     how paths get into the app, and the short way of those asked most
     feed.py       /events and /stream
     logins.py     signing in, refreshing, signing out
     books.py      the catalogue and its search

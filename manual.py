@@ -6,16 +6,13 @@ A route names the errors that are its own (`responses=answers(403, 409)`). What 
 
 from collections.abc import Iterator
 from http import HTTPStatus
-from operator import attrgetter
 from typing import Any, NamedTuple
 
-from fastapi import APIRouter
 from pydantic.json_schema import models_json_schema
 
 from models import Problem
 
 PROBLEM_JSON = "application/problem+json"
-BODY_MAX = 1 << 20  # bytes of a request, but for uploads
 Json = dict[str, Any]
 
 TAGS = [
@@ -93,15 +90,6 @@ SUMMARIES = {
     "health": "Ask whether the service is well",
     "back_up": "Download a backup",
 }
-
-
-class Routes(APIRouter):
-    """The routes of a noun, for main.py to put into the app's own list. A router that is included in the ordinary way
-    is searched twice for each request, route by route."""
-
-    def __init__(self, prefix: str = "", **more: Any) -> None:
-        name_of: Any = attrgetter("name")  # what clients that are made from the schema call it
-        super().__init__(prefix=prefix, generate_unique_id_function=name_of, max_body_size=BODY_MAX, **more)
 
 
 class Why(NamedTuple):

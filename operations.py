@@ -28,8 +28,9 @@ import logins
 import models
 import sqlite
 from auth import Admin
-from manual import Routes, answers
+from manual import answers
 from models import Setting
+from routes import Routes
 from settings import VERSION, settings
 from sqlite import Sqlite
 

@@ -12,9 +12,10 @@ import database
 import library
 from auth import Staff
 from books import FIND_BOOK, BookId, book_to_change, no_such_book
-from manual import PAGE, Routes, answers
+from manual import PAGE, answers
 from models import EntryUpdate, ReviewPublic, ShelfEntry, User, Username
 from pages import Order, Page, PageQuery, named, page_answer, read_page
+from routes import Routes
 
 router = Routes(prefix="/books", tags=["Catalogue"])
 

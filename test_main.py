@@ -409,8 +409,8 @@ def make_python(folder: Path) -> Path:
 # --- the house ----------------------------------------------------------------------------------------------------
 
 LAYERS = """
-    settings sqlite postgresql database models rows manual search pages events mail throttle auth feed logins books
-    library reviews loans csvfiles cells sources catalogues formats enrichment placing imports uploads exports
+    settings sqlite postgresql database models rows manual search pages events mail throttle auth routes feed logins
+    books library reviews loans csvfiles cells sources catalogues formats enrichment placing imports uploads exports
     external harvest accounts users operations main
 """.split()
 

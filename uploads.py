@@ -16,7 +16,7 @@ from cells import printable
 from csvfiles import to_csv
 from formats import REASON
 from imports import CHUNK, CHUNKS, end, run_upload
-from manual import PAGE, Routes, answers
+from manual import PAGE, answers
 from models import (
     Id,
     OnDuplicate,
@@ -29,6 +29,7 @@ from models import (
     UploadStatus,
 )
 from pages import Order, Page, PageQuery, named, page_answer, read_page
+from routes import Routes
 from settings import settings
 
 router = Routes(tags=["In and out"])

@@ -23,7 +23,7 @@ from auth import Admin, CurrentUser, audit
 from books import SELECT_BOOKS, as_book
 from logins import end_sessions
 from mail import Letter
-from manual import PAGE, Routes, answers
+from manual import PAGE, answers
 from models import (
     AccountCreate,
     AccountUpdate,
@@ -53,6 +53,7 @@ from models import (
     UserUpdate,
 )
 from pages import Order, Page, PageQuery, named, page_answer, read_page
+from routes import Routes
 from settings import settings
 
 router = Routes(prefix="/users", tags=["Users"])
