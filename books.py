@@ -36,7 +36,7 @@ from models import (
 )
 from pages import JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, named
 from routes import Routes
-from rows import AsJson, Prepared
+from rows import AsJson, Insert, Prepared
 from search import Words, best_first, count_matches, few_best_first, has_words, index_books
 
 router = Routes(prefix="/books", tags=["Catalogue"])
@@ -54,6 +54,7 @@ as_book = named(PUBLIC)
 # The same as text, for what is read most.
 SELECT_JSON: Any = sa.select(AsJson(PUBLIC), col(Book.id))
 SOME_BOOKS = Prepared(SELECT_JSON.where(col(Book.id).in_(sa.text("SELECT value FROM json_each(:ids)"))))
+ADD = Insert(Book)
 FIND_BOOK = Prepared(sa.select(AsJson(PUBLIC), col(Book.version)).where(col(Book.id) == sa.bindparam("book_id")))
 
 YEAR: ColumnElement[int] = sa.literal_column(f"coalesce(publication_year, {UNKNOWN_YEAR})", sa.Integer)
@@ -259,14 +260,13 @@ async def create_book(new: BookCreate, user: Contributor, response: Response) ->
 
 
 def add_book(session: Session, new: BookBase, user_id: int) -> BookPublic:
-    book = Book(**Book.row(new), added_by=user_id)
-    session.add(book)
-    session.flush()
-    index_books(session, book.id, book.id)
-    return _tell(session, "book.created", book)
+    book = Book.row(new) | Book.untouched(user_id)
+    book["id"] = ADD(session, book)
+    index_books(session, book["id"], book["id"])
+    return _tell(session, "book.created", {**book, "rating": None})
 
 
-def _tell(session: Session, event_type: str, book: Book) -> BookPublic:
+def _tell(session: Session, event_type: str, book: Book | dict[str, Any]) -> BookPublic:
     shown = BookPublic.model_validate(book)
     # A description can be long, and the log keeps many events.
     events.record(session, event_type, shown.model_dump(mode="json", exclude={"description"}))

@@ -12,14 +12,16 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlmodel import Session, col
 
+import models
 from models import Event, Principal, Role, Setting
-from rows import Prepared
+from rows import Insert, Prepared
 from settings import settings
 
 log = logging.getLogger("books.events")
 
 BATCH = 500
 EVENT_ID_MAX = 2**63 - 1
+ADD = Insert(Event)
 FOR_ADMINS = ("account.", "harvest.")
 
 
@@ -49,7 +51,8 @@ def record(
     Admins also see what happens to accounts (`account.*`), which may be private without an owner who is still there,
     and what the daily job did (`harvest.*`), which has none.
     """
-    session.add(Event(type=type, data=data, user_id=owner, private=private or owner is not None))
+    shown_to = {"user_id": owner, "private": private or owner is not None}
+    ADD(session, {"at": models.now(), "type": type, "data": data, **shown_to})
     session.info["recorded"] = True
 
 

@@ -569,6 +569,13 @@ class Book(BookBase, table=True):
         """The columns that follow from what `new` says."""
         return {**vars(new), "title_key": key_of(new.title), "author_key": key_of(new.author)}
 
+    @staticmethod
+    def untouched(added_by: int) -> dict[str, Any]:
+        """The other columns of a new book."""
+        moment = now()
+        figures = {"copies": 0, "available": 0, "rating_count": 0, "rating_sum": 0, "version": 1}
+        return figures | {"added_by": added_by, "created_at": moment, "updated_at": moment}
+
     def describe(self, new: BookBase) -> None:
         for name, value in self.row(new).items():
             setattr(self, name, value)

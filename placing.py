@@ -121,11 +121,8 @@ class Batch:
         """Insert and index many books at once. The transaction has the write lock: their ids have no gaps."""
         if not new:
             return
-        now = models.now()
-        figures = {"copies": 0, "available": 0, "rating_count": 0, "rating_sum": 0, "version": 1}
         books = [Book.row(row.book) for row in new.values() if row.book is not None]
-        same = figures | {"added_by": self.owner.id, "created_at": now, "updated_at": now}
-        database.insert_many(self.session, BOOKS, books, same)
+        database.insert_many(self.session, BOOKS, books, Book.untouched(self.owner.id))
         last = int(self.session.execute(sa.select(sa.func.max(col(Book.id)))).scalar_one())
         first = last - len(new) + 1
         index_books(self.session, first, last)

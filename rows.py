@@ -1,4 +1,4 @@
-"""Hot reads: statements that are compiled once, and whose rows the database itself makes JSON of.
+"""The hot paths: statements that are compiled once, and rows that the database itself makes JSON of.
 
 SQLAlchemy's cache of compiled statements still takes longer to look into than SQLite takes to find a book, and dates
 that become objects only to become text again take longer than the rest of a page.
@@ -12,9 +12,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
+from sqlmodel import Session
 
 import database
 from models import Cents, UtcDateTime
@@ -35,16 +36,44 @@ class Prepared:
         if database.is_postgresql():
             return connection.execute(self.select, values).all()
         sql, constants = self._compiled
-        bound = {**constants, **(values or {})}
-        driver: Any = connection.connection.dbapi_connection
-        try:
-            return list(driver.execute(sql, bound))
-        except sqlite3.Error as error:
-            raise OperationalError(sql, bound, error) from error
+        rows: list[Any] = _run(connection, sql, {**constants, **(values or {})}).fetchall()
+        return rows
 
     def first(self, connection: Connection, values: Mapping[str, Any] | None = None) -> Any:
         found = self.all(connection, values)
         return found[0] if found else None
+
+
+class Insert:
+    """Puts one row into this table, past the unit of work, which takes ten times as long as SQLite."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table.__table__
+        self._compiled = functools.lru_cache(100)(self._compile)
+
+    def _compile(self, names: tuple[str, ...]) -> tuple[str, list[tuple[str, Callable[[Any], Any]]]]:
+        dialect: Any = sqlite_dialect(paramstyle="named", json_serializer=database.to_json)
+        kinds = {name: self.table.c[name].type.dialect_impl(dialect).bind_processor(dialect) for name in names}
+        sql = str(sa.insert(self.table).compile(dialect=dialect, column_keys=names))
+        return sql, [(name, process) for name, process in kinds.items() if process is not None]
+
+    def __call__(self, session: Session, row: Mapping[str, Any]) -> int:
+        """The new row's id. What has a default of its own in Python only must be given."""
+        if database.is_postgresql():
+            return int(session.execute(sa.insert(self.table).returning(self.table.c.id), row).scalar_one())
+        sql, processed = self._compiled(tuple(row))
+        stored = {name: process(row[name]) for name, process in processed}
+        return int(_run(session.connection(), sql, {**row, **stored}).lastrowid)
+
+
+def _run(connection: Connection, sql: str, values: Mapping[str, Any]) -> Any:
+    driver: Any = connection.connection.dbapi_connection
+    try:
+        return driver.execute(sql, values)
+    except sqlite3.IntegrityError as error:
+        raise IntegrityError(sql, values, error) from error
+    except sqlite3.Error as error:
+        raise OperationalError(sql, values, error) from error
 
 
 class AsJson(FunctionElement[str]):

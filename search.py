@@ -127,13 +127,15 @@ def index_books(session: Session, first: int, last: int) -> None:
     """Make new books, those with ids from `first` to `last`, searchable. Changes and deletions are the triggers'."""
     if database.is_postgresql():
         return  # where the column is generated
-    session.execute(
-        sa.text(
-            "INSERT INTO book_fts (rowid, title, author, isbn, publisher)"
-            " SELECT id, title, author, isbn, publisher FROM book WHERE id BETWEEN :first AND :last"
-        ),
-        {"first": first, "last": last},
+    INDEX.all(session.connection(), {"first": first, "last": last})
+
+
+INDEX = Prepared(
+    sa.text(
+        "INSERT INTO book_fts (rowid, title, author, isbn, publisher)"
+        " SELECT id, title, author, isbn, publisher FROM book WHERE id BETWEEN :first AND :last"
     )
+)
 
 
 Tiers = Sequence[tuple[sa.Select[Any], Any]]  # what a tier selects, and the id by which it is read
