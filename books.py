@@ -25,6 +25,7 @@ from models import (
     BookCreate,
     BookPublic,
     BookUpdate,
+    Facet,
     GenreCount,
     Id,
     Name,
@@ -123,7 +124,7 @@ class BookFilter(Shape):
             "words": self.words.expression() if self.words else None,
         }
 
-    @property
+    @functools.cached_property
     def words(self) -> Words:
         """What is looked up in the search index."""
         return Words(self.search, self.author, self.publisher)
@@ -137,6 +138,9 @@ CONDITIONS: dict[str, Callable[[], ColumnElement[bool]]] = {
     "added_by": lambda: col(Book.added_by) == sa.bindparam("added_by"),
     "words": has_words,
 }
+
+
+COUNTED = (("genre",), ("language",))  # of which it is known how many there are
 
 
 def condition(name: str) -> ColumnElement[bool]:
@@ -159,8 +163,9 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
     if query.added_by and viewer is None:
         raise not_signed_in()
     asked = query.asked()
-    # The plain walk through the catalogue is short; what must count or match may take long.
-    how = database.scan if asked or query.start else database.read
+    # A walk through all or one genre is short; what must count, match or sort may take long.
+    short = asked == () or (asked in COUNTED and query.sort in (None, "id"))
+    how = database.scan if query.start or not short else database.read
     page, cursor = await how(find_books, query, asked, query.values(viewer))
     return json_answer(page, request, cursor)
 
@@ -181,6 +186,9 @@ def find_books(
 def counting(asked: tuple[str, ...]) -> Prepared:
     if not asked:
         return Prepared(sa.select(Setting.value).where(col(Setting.key) == "book_count"))  # type: ignore[call-overload]
+    if asked in COUNTED:
+        of_kind = (col(Facet.kind) == asked[0], sa.func.lower(col(Facet.name)) == sa.func.lower(sa.bindparam(asked[0])))
+        return Prepared(sa.select(sa.func.coalesce(sa.func.sum(col(Facet.count)), 0)).where(*of_kind))
     if "words" in asked:
         return Prepared(count_matches([condition(name) for name in asked if name != "words"]))
     return Prepared(sa.select(sa.func.count()).select_from(Book).where(*map(condition, asked)))
@@ -211,10 +219,9 @@ async def list_genres() -> list[GenreCount]:
 
 
 def _count_genres(connection: Connection) -> list[GenreCount]:
-    key, count = sa.func.lower(col(Book.genre)), sa.func.count()
-    rows = connection.execute(
-        sa.select(sa.func.min(col(Book.genre)), count).where(key.is_not(None)).group_by(key).order_by(count.desc(), key)
-    )
+    key, count = sa.func.lower(col(Facet.name)), sa.func.sum(col(Facet.count))
+    genres = sa.select(sa.func.min(col(Facet.name)), count).where(col(Facet.kind) == "genre")
+    rows = connection.execute(genres.group_by(key).order_by(count.desc(), key))
     return [GenreCount(genre=genre, count=count) for genre, count in rows]
 
 

@@ -544,6 +544,13 @@ class Book(BookBase, table=True):
         sa.Index("ix_book_year", sa.text(f"coalesce(publication_year, {UNKNOWN_YEAR})")),
         sa.Index("ix_book_score", sa.text(SCORE)),
         sa.Index("ix_book_genre", sa.text("lower(genre)")),
+        sa.Index("ix_book_language", sa.text("lower(language)")),
+        sa.Index(
+            "ix_book_available",
+            "id",
+            sqlite_where=sa.text("available > 0"),
+            postgresql_where=sa.text("available > 0"),
+        ),
     )
 
     id: int = key_column()
@@ -610,6 +617,17 @@ class BookPublic(BaseModel):
     version: int
     created_at: datetime
     updated_at: datetime
+
+
+class Facet(SQLModel, table=True):
+    """How many books have this genre or language, spelled like this. Triggers keep it, so that nobody has to count."""
+
+    __tablename__ = "facet"
+    __table_args__ = (sa.Index("ix_facet_name", "kind", sa.text("lower(name)")),)
+
+    kind: str = Field(primary_key=True, max_length=20)
+    name: str = Field(primary_key=True)
+    count: int
 
 
 class GenreCount(BaseModel):
@@ -680,6 +698,7 @@ class ShelfEntry(SQLModel, table=True):
             "(rating IS NULL AND review IS NULL) OR status IN ('completed', 'abandoned')", name="review"
         ),
         sa.UniqueConstraint("user_id", "book_id", name="uq_shelf_entry_book_id"),
+        sa.Index("ix_shelf_entry_user_id", "user_id", "id"),
     )
 
     id: int = key_column()

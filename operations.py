@@ -44,6 +44,8 @@ router = Routes(tags=["Service"])
 
 
 def configure_logging() -> None:
+    # What our lines do not tell need not be found out for each of them (as Python's logging HOWTO has it).
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     if not log.handlers:
         handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
         if settings.log_file is not None:  # by several workers, which take turns to begin a new file

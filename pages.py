@@ -11,13 +11,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
-from urllib.parse import urlencode
+from urllib.parse import quote
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection, Float, Integer, Select, and_, bindparam, func, or_
 
+import database
 from models import ID_MAX, BlankIsNull, Shape
 from rows import Prepared
 
@@ -52,7 +53,7 @@ class PageQuery(Shape):
         return order.decode(self.cursor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
     """A total order: expressions that are never null, the id last. `name` keeps cursors of other orders out."""
 
@@ -62,6 +63,12 @@ class Order:
     @property
     def reverse(self) -> bool:
         return self.name.startswith("-")
+
+    @functools.cached_property
+    def kinds(self) -> list[Any]:
+        """What a key of each column is."""
+        types = [column.type for column in self.columns]
+        return [int if isinstance(t, Integer) else int | float if isinstance(t, Float) else str for t in types]
 
     def by(self) -> list[ColumnElement[Any]]:
         return [column.desc() if self.reverse else column.asc() for column in self.columns]
@@ -83,26 +90,21 @@ class Order:
             raise bad_query("cursor", "is not one that this service gave") from None
         if name != self.name:
             raise bad_query("cursor", "belongs to a list in another order")
-        if len(keys) != len(self.columns) or not all(map(_fits, keys, self.columns)):
+        if len(keys) != len(self.columns) or not all(map(_fits, keys, self.kinds)):
             raise bad_query("cursor", "is not one that this service gave")
         return list(keys)
 
 
 def encode(name: str, keys: Sequence[Key]) -> str:
-    return (
-        base64.urlsafe_b64encode(json.dumps([name, *keys], separators=(",", ":"), ensure_ascii=False).encode())
-        .decode()
-        .rstrip("=")
-    )
+    return base64.urlsafe_b64encode(database.to_json([name, *keys]).encode()).decode().rstrip("=")
 
 
-def _fits(key: object, column: ColumnElement[Any]) -> bool:
-    """Whether a database can compare this key with this column."""
-    if isinstance(column.type, Integer | Float):
-        right_kind = int if isinstance(column.type, Integer) else int | float
-        return isinstance(key, right_kind) and not isinstance(key, bool) and abs(key) < 2**63
-    # JSON can carry half a surrogate pair, which no database takes.
-    return isinstance(key, str) and "\x00" not in key and key.encode(errors="ignore").decode() == key
+def _fits(key: object, kind: Any) -> bool:
+    """Whether a database can compare this key with a column of this kind."""
+    if kind is str:
+        # JSON can carry half a surrogate pair, which no database takes.
+        return isinstance(key, str) and "\x00" not in key and key.encode(errors="ignore").decode() == key
+    return isinstance(key, kind) and not isinstance(key, bool) and abs(key) < 2**63
 
 
 def bad_query(name: str, message: str) -> RequestValidationError:
@@ -206,10 +208,10 @@ def _answer(body: bytes, following: str | None, request: Request, event_cursor: 
     """With its `Link` (RFC 8288) and the event id it is true for."""
     headers = {}
     if following is not None:
-        url = request.url
-        query = [(k, v) for k, v in request.query_params.multi_items() if k not in ("offset", "skip", "cursor")]
-        url = url.replace(query=urlencode([*query, ("cursor", following)]))
-        headers["Link"] = f'<{url}>; rel="next"'
+        url, _, asked = str(request.url).partition("?")
+        asked = quote(asked, safe="%&=+-._~!$'()*,;:@/?")  # as it came, but for what a header can't hold
+        query = [pair for pair in asked.split("&") if pair and not pair.startswith(("offset=", "skip=", "cursor="))]
+        headers["Link"] = f'<{url}?{"&".join([*query, f"cursor={following}"])}>; rel="next"'
     if event_cursor is not None:
         headers["X-Event-Cursor"] = str(event_cursor)
     return Response(body, headers=headers, media_type="application/json")

@@ -4,6 +4,7 @@ SQLite has an FTS5 index (`book_fts`), PostgreSQL a column of words (`book.words
 make both. A word is a run of letters and digits without case and accents, and is looked up as a beginning.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ FTS = sa.table("book_fts")
 BOOKS_BY_WORDS = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
 
 
-def words(text: str | None) -> list[str]:
+@functools.lru_cache(1000)
+def words(text: str | None) -> tuple[str, ...]:
     """What there is to search for: the words, or the ISBN that they spell, in the form it is kept in."""
     if text is None:
-        return []
+        return ()
     if isbn_numbers.is_valid(text):
-        return [isbn_numbers.to_isbn13(isbn_numbers.compact(text))]
-    return [word for word in text.replace('"', " ").split() if any(map(str.isalnum, word))]
+        return (isbn_numbers.to_isbn13(isbn_numbers.compact(text)),)
+    return tuple(word for word in text.replace('"', " ").split() if any(map(str.isalnum, word)))
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _fts5(asked: Words) -> str:
     return " AND ".join(f"({part})" for part in parts)
 
 
-def _all_words(found: list[str], *, prefixes: bool = True) -> str:
+def _all_words(found: Sequence[str], *, prefixes: bool = True) -> str:
     """Within quotes nothing is syntax; the star makes a word a prefix; `""` matches nothing."""
     return " AND ".join(f'"{word}"{"*" * prefixes}' for word in found) or '""'
 
