@@ -154,7 +154,7 @@ class BookQuery(BookFilter, PageQuery):
     pass
 
 
-@router.read("", response_model=Page[BookPublic], responses=FOLLOWED_PAGE)
+@router.short("GET", "", response_model=Page[BookPublic], responses=FOLLOWED_PAGE)
 async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, request: Request) -> Response:
     """A page of the catalogue, filtered, searched and sorted.
 
@@ -245,7 +245,7 @@ IfMatch = Annotated[str | None, Header(description="The `ETag` that the change i
 IfNoneMatch = Annotated[str | None, Header(description="The `ETag` that you have; 304 when it is still true.")]
 
 
-@router.read("/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | answers(sends={200: "ETag"}))
+@router.short("GET", "/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | answers(sends={200: "ETag"}))
 async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
     """One book. Its `ETag` names its version."""
     row = await database.read(FIND_BOOK.first, {"book_id": book_id})
@@ -258,12 +258,15 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
     return Response(body, media_type="application/json", headers=headers)
 
 
-@router.post("", status_code=201, responses=answers(403, 409, sends={201: "Location ETag"}))
-async def create_book(new: BookCreate, user: Contributor, response: Response) -> BookPublic:
+ADDED = answers(403, 409, sends={201: "Location ETag"})
+
+
+@router.short("POST", "", status_code=201, response_model=BookPublic, responses=ADDED)
+async def create_book(new: BookCreate, user: Contributor) -> Response:
     """Add a book. An ISBN that is here already is refused with 409."""
     book = await database.write(add_book, new, user.id)
-    response.headers.update({"Location": f"/books/{book.id}", "ETag": etag_of(book.version)})
-    return book
+    headers = {"Location": f"/books/{book.id}", "ETag": etag_of(book.version)}
+    return Response(ONE_BOOK.dump_json(book), 201, headers, media_type="application/json")
 
 
 def add_book(session: Session, new: BookBase, user_id: int) -> BookPublic:

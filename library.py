@@ -75,7 +75,7 @@ def as_entry(row: Any) -> dict[str, Any]:
     return named(ENTRY)(row) | {"book": as_book(row[len(ENTRY) :])}
 
 
-@router.read("", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
+@router.short("GET", "", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My shelf, the newest first. `X-Event-Cursor` is the id of the last change that the page contains."""
     page, cursor = await database.read(_find_entries, user.id, query)

@@ -1,11 +1,12 @@
 """Routes: how a noun's paths get into the app, and a short way through FastAPI for those that are asked most.
 
 FastAPI's solver of parameters looks at every parameter's type anew for each request, which takes longer than finding a
-book. `Routes.read` adds a GET whose parameters are worked out when the app starts. A request that they do not fit goes
-the ordinary way, so that what is refused, and how it is said, stays FastAPI's.
+book. `Routes.short` adds a route whose parameters are worked out when the app starts. A request that they do not fit
+goes the ordinary way, so that what is refused, and how it is said, stays FastAPI's.
 """
 
 import inspect
+import json
 from collections.abc import Awaitable, Callable
 from operator import attrgetter
 from typing import Any
@@ -14,8 +15,8 @@ from urllib.parse import parse_qsl
 from fastapi import APIRouter, Request, params
 from fastapi.routing import APIRoute
 from fastapi.security.utils import get_authorization_scheme_param
-from pydantic import TypeAdapter, ValidationError
-from starlette.types import Receive, Scope, Send
+from pydantic import TypeAdapter
+from starlette.types import Message, Receive, Scope, Send
 
 import auth
 
@@ -32,12 +33,12 @@ class Routes(APIRouter):
         name_of: Any = attrgetter("name")  # what clients that are made from the schema call it
         super().__init__(prefix=prefix, generate_unique_id_function=name_of, max_body_size=BODY_MAX, **more)
 
-    def read(self, path: str, **more: Any) -> Callable[[Handler], Handler]:
-        """A GET that takes the short way. Its handler answers with a Response, and takes nothing but a number of the
-        path, a query shape, headers, the request, and who is asking."""
+    def short(self, method: str, path: str, **more: Any) -> Callable[[Handler], Handler]:
+        """A route that takes the short way. Its handler answers with a Response, and takes nothing but a number of the
+        path, a query shape, headers, a JSON body, the request, and who is asking."""
 
         def add(handler: Handler) -> Handler:
-            self.add_api_route(path, handler, methods=["GET"], route_class_override=ShortRoute, **more)
+            self.add_api_route(path, handler, methods=[method], route_class_override=ShortRoute, **more)
             return handler
 
         return add
@@ -48,27 +49,48 @@ class ShortRoute(APIRoute):
         super().__init__(path, endpoint, **more)
         self.ordinary, self.app = self.app, self.answer
         self.readers: dict[str, Reader] = {}
-        self.identified: dict[str, Handler | None] = {}
+        self.identified: dict[str, list[Handler]] = {}
+        self.body: tuple[str, Callable[[Any], Any]] | None = None
         for name, parameter in inspect.signature(endpoint, eval_str=True).parameters.items():
             marks = getattr(parameter.annotation, "__metadata__", ())
-            depends = next((mark.dependency for mark in marks if isinstance(mark, params.Depends)), None)
-            if depends is None:
+            if (depends := _dependency(marks)) is not None:
+                self.identified[name] = _checks(depends)
+            elif marks or parameter.annotation is Request:
                 self.readers[name] = _reader(name, parameter, marks)
             else:
-                self.identified[name] = {auth.identify: None, auth.current_user: auth.current_user}[depends]
+                self.body = name, TypeAdapter(parameter.annotation).validate_python
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             values = {name: read(scope) for name, read in self.readers.items()}
-        except ValidationError:
+            if self.body is not None:
+                if not _is_plain_json(scope):
+                    return await self.ordinary(scope, receive, send)
+                name, validate = self.body
+                text = await Request(scope, receive).body()
+                receive = _again(text)
+                values[name] = validate(json.loads(text))
+        except (ValueError, RecursionError):  # pydantic's ValidationError among them
             return await self.ordinary(scope, receive, send)
-        for name, check in self.identified.items():
+        for name, checks in self.identified.items():
             values[name] = await auth.identify(_token(scope))
-            if check is not None:
-                await check(values[name])
+            for check in checks:
+                values[name] = await check(values[name])
         response = await self.endpoint(**values)
         await response(scope, receive, send)
         return None
+
+
+def _dependency(marks: Any) -> Any:
+    return next((mark.dependency for mark in marks if isinstance(mark, params.Depends)), None)
+
+
+def _checks(dependency: Any) -> list[Handler]:
+    """What a user goes through that `auth.identify` has found: dependencies on each other, the outermost last."""
+    if dependency is auth.identify:
+        return []
+    (parameter,) = inspect.signature(dependency, eval_str=True).parameters.values()
+    return [*_checks(_dependency(parameter.annotation.__metadata__)), dependency]
 
 
 def _reader(name: str, parameter: inspect.Parameter, marks: Any) -> Reader:
@@ -84,6 +106,20 @@ def _reader(name: str, parameter: inspect.Parameter, marks: Any) -> Reader:
     assert isinstance(mark, params.Header)
     header = name.replace("_", "-").encode()
     return lambda scope: validate(_header(scope, header))
+
+
+def _is_plain_json(scope: Scope) -> bool:
+    """Whether the headers say so, and that it is not too long."""
+    length = _header(scope, b"content-length") or ""
+    known = length.isascii() and length.isdecimal() and int(length) <= BODY_MAX
+    return known and _header(scope, b"content-type") == "application/json"
+
+
+def _again(body: bytes) -> Receive:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
 
 
 def _header(scope: Scope, name: bytes) -> str | None:
