@@ -264,7 +264,7 @@ ADDED = answers(403, 409, sends={201: "Location ETag"})
 @router.short("POST", "", status_code=201, response_model=BookPublic, responses=ADDED)
 async def create_book(new: BookCreate, user: Contributor) -> Response:
     """Add a book. An ISBN that is here already is refused with 409."""
-    book = await database.write(add_book, new, user.id)
+    book = await database.put(add_book, new, user.id)
     headers = {"Location": f"/books/{book.id}", "ETag": etag_of(book.version)}
     return Response(ONE_BOOK.dump_json(book), 201, headers, media_type="application/json")
 

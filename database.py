@@ -93,6 +93,23 @@ async def write(change: Callable[Concatenate[Session, P], T], *args: P.args, **k
     )
 
 
+async def put(change: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`write` for a change of a row or two. On SQLite it runs inline, unless somebody else is writing just now."""
+    where = backend()
+    if isinstance(where, Sqlite):
+        with where.inline_transaction() as session:
+            if session is not None:
+                return change(session, *args, **kwargs)
+    return await write(change, *args, **kwargs)
+
+
+async def tidy() -> None:
+    """What changes that ran inline have left to do; to be called every second or so."""
+    where = backend()
+    if isinstance(where, Sqlite) and where.unchecked:
+        await anyio.to_thread.run_sync(where.checkpoint, limiter=_database().limiter)
+
+
 def snapshot(query: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
     """`scan` for those who are in a thread already."""
     with backend().reader.connect() as connection, connection.begin():

@@ -82,6 +82,7 @@ RESUME_SECONDS = 5  # between two looks for uploads that nobody is at
 @contextlib.asynccontextmanager
 async def running_jobs() -> AsyncIterator[None]:
     async with anyio.create_task_group() as jobs:
+        jobs.start_soon(every, 1, database.tidy)
         jobs.start_soon(every, RESUME_SECONDS, resume_uploads)
         jobs.start_soon(every, 60, prune_events)
         jobs.start_soon(every, 600, sweep_logins)

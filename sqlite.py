@@ -53,11 +53,17 @@ class Sqlite:
         self.loop_engine = create_engine(url, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
         event.listen(self.loop_engine, "connect", on_connect)
         self.kept = self.loop_engine.connect()
+        # And one for short writes. Bringing the log into the file, which waits for the disk, it leaves to `checkpoint`.
+        self.kept_writer = self.writer.connect()
+        driver: Any = self.kept_writer.connection.dbapi_connection
+        driver.execute("PRAGMA wal_autocheckpoint=0")
+        self.unchecked = 0  # transactions since the last checkpoint
         self.write_lock = WriteLock(f"{self.engine.url.database}-lock")
 
     def close(self) -> None:
         self.write_lock.close()
         self.kept.close()
+        self.kept_writer.close()
         self.loop_engine.dispose()
         self.engine.dispose()
 
@@ -71,6 +77,23 @@ class Sqlite:
             yield self.kept
         finally:
             cursor.execute("ROLLBACK")
+
+    @contextmanager
+    def inline_transaction(self) -> Iterator[Session | None]:
+        """For a change on the event loop with no `await` in it; None where it would have to wait for another writer."""
+        with self.write_lock.if_free() as free:
+            if not free:
+                yield None
+                return
+            self.unchecked += 1
+            with Session(self.kept_writer, expire_on_commit=False) as session, session.begin():
+                yield session
+
+    def checkpoint(self) -> None:
+        """Bring what was written inline into the file. Waits for the disk, but keeps neither readers nor writers."""
+        self.unchecked = 0
+        with self.loop_engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
 
     @staticmethod
     def insert_many(session: Session, table: Table, rows: Sequence[Mapping[str, Any]], same: Mapping[str, Any]) -> None:
@@ -142,17 +165,36 @@ class WriteLock:
 
     def __enter__(self) -> None:
         self.threads.acquire()
-        try:
-            if sys.platform != "win32":  # which has no flock: there SQLite's own waiting must do
-                fcntl.flock(self.file, fcntl.LOCK_EX)
-        except BaseException:
-            self.threads.release()
-            raise
+        self._flock(0)
 
     def __exit__(self, *_error: object) -> None:
         if sys.platform != "win32":
             fcntl.flock(self.file, fcntl.LOCK_UN)
         self.threads.release()
+
+    @contextmanager
+    def if_free(self) -> Iterator[bool]:
+        """Whether nobody holds it; if so, it is held from now on."""
+        if not self.threads.acquire(blocking=False):
+            yield False
+            return
+        try:
+            self._flock(fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self.__exit__()
+
+    def _flock(self, how: int) -> None:
+        try:
+            if sys.platform != "win32":  # which has no flock: there SQLite's own waiting must do
+                fcntl.flock(self.file, fcntl.LOCK_EX | how)
+        except BaseException:
+            self.threads.release()
+            raise
 
     def close(self) -> None:
         self.file.close()
