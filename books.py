@@ -1,7 +1,7 @@
 """The catalogue: finding, adding, changing and removing books."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
@@ -38,7 +38,7 @@ from models import (
 from pages import JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, named
 from routes import Routes
 from rows import AsJson, Insert, Prepared
-from search import Words, best_first, count_matches, few_best_first, has_words, index_books
+from search import AMONG, FEW, Words, best_first, count_matches, few_best_first, has_words, index_books
 
 router = Routes(prefix="/books", tags=["Catalogue"])
 
@@ -54,7 +54,15 @@ ONE_BOOK = TypeAdapter(BookPublic)
 as_book = named(PUBLIC)
 # The same as text, for what is read most.
 SELECT_JSON: Any = sa.select(AsJson(PUBLIC), col(Book.id))
-SOME_BOOKS = Prepared(SELECT_JSON.where(col(Book.id).in_(sa.text("SELECT value FROM json_each(:ids)"))))
+SOME_BOOKS = Prepared(SELECT_JSON.where(col(Book.id).in_(AMONG)))
+
+
+def some_books(connection: Connection, ids: list[int]) -> Sequence[tuple[str, int]]:
+    if database.is_postgresql():
+        return connection.execute(SELECT_JSON.where(col(Book.id).in_(ids))).all()
+    return SOME_BOOKS.all(connection, {"ids": str(ids)})
+
+
 ADD = Insert(Book)
 FIND_BOOK = Prepared(sa.select(AsJson(PUBLIC), col(Book.version)).where(col(Book.id) == sa.bindparam("book_id")))
 
@@ -197,17 +205,14 @@ def counting(asked: tuple[str, ...]) -> Prepared:
 def best_matches(connection: Connection, query: BookQuery, asked: tuple[str, ...], values: dict[str, Any]) -> JsonPage:
     keys = query.keys(BEST) or (0, 0)
     after, wanted = (int(keys[0]), int(keys[1])), query.start + query.limit + 1
-    few = few_best_first(connection, query.words) if asked == ("words",) else None
-    if few is not None:
-        total, places = len(few), [place for place in few if place > after][:wanted]
-        shown = places[query.start : query.start + query.limit]
-        texts = {book_id: text for text, book_id in SOME_BOOKS.all(connection, {"ids": str([i for _, i in shown])})}
+    total = int(counting(asked).first(connection, values)[0])
+    if asked == ("words",) and total <= FEW and not database.is_postgresql():
+        places = [place for place in few_best_first(connection, query.words) if place > after][:wanted]
     else:
-        total = int(counting(asked).first(connection, values)[0])
         conditions = [condition(name) for name in asked if name != "words"]
-        rows = best_first(connection, SELECT_JSON, query.words, conditions, values, after, wanted)
-        places, texts = [(tier, row[1]) for tier, row in rows], {row[1]: row[0] for _, row in rows}
-        shown = places[query.start : query.start + query.limit]
+        places = best_first(connection, query.words, conditions, values, after, wanted)
+    shown = places[query.start : query.start + query.limit]
+    texts = {book_id: text for text, book_id in some_books(connection, [book_id for _, book_id in shown])}
     following = encode(BEST.name, shown[-1]) if shown and len(places) == wanted else None
     return JsonPage([texts[book_id] for _, book_id in shown], total, following)
 

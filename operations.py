@@ -13,7 +13,6 @@ from typing import BinaryIO
 
 import anyio
 import anyio.to_thread
-from concurrent_log_handler import ConcurrentRotatingFileHandler
 from fastapi import HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
@@ -49,6 +48,10 @@ def configure_logging() -> None:
     if not log.handlers:
         handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
         if settings.log_file is not None:  # by several workers, which take turns to begin a new file
+            from concurrent_log_handler import (  # noqa: PLC0415  # 5 MB of memory, which few need
+                ConcurrentRotatingFileHandler,
+            )
+
             handlers.append(ConcurrentRotatingFileHandler(settings.log_file, maxBytes=10 << 20, backupCount=5))
         for handler in handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))

@@ -68,56 +68,52 @@ def count_matches(conditions: Sequence[ColumnElement[bool]]) -> sa.Select[Any]:
     return sa.select(sa.func.count()).select_from(source).where(sa.text("book_fts MATCH :words"), *conditions)
 
 
-def best_first(  # noqa: PLR0917
+def best_first(  # noqa: PLR0917  # they are what a walk consists of
     connection: Connection,
-    select: sa.Select[Any],
     asked: Words,
     conditions: Sequence[ColumnElement[bool]],
     values: Mapping[str, Any],
     after: tuple[int, int],
     limit: int,
-) -> list[tuple[int, Any]]:
+) -> list[tuple[int, int]]:
     """Best match first: the exact title, then titles that begin so, then all words in the title, then the rest.
 
     Each of these tiers is in the order of ids, so that a walk by cursor stays true while books come and go, which a
-    score from word statistics would not; and each is read from the index only as far as the page needs it. `after` is
-    the tier and id of the last row before; rows come with their tier.
+    score from word statistics would not; and each is read from the index only as far as the page needs it. Books are
+    given as their tier and id; `after` is the last one before.
     """
-    tiers = _tiers_of_postgresql(select, asked) if database.is_postgresql() else _tiers_of_sqlite(select, asked)
+    tiers = _tiers_of_postgresql(asked) if database.is_postgresql() else _tiers_of_sqlite(asked)
     tier, last_id = after
-    rows: list[tuple[int, Any]] = []
+    found: list[tuple[int, int]] = []
     for number in range(max(tier, 0), len(tiers)):
         matching, book_id = tiers[number]
         last = last_id if number == tier else 0
-        page = matching.where(book_id > last, *conditions).order_by(book_id).limit(limit - len(rows))
-        rows += [(number, row) for row in connection.execute(page, values)]
-        if len(rows) == limit:
+        page = matching.where(book_id > last, *conditions).order_by(book_id).limit(limit - len(found))
+        found += [(number, one) for one in connection.execute(page, values).scalars()]
+        if len(found) == limit:
             break
-    return rows
+    return found
 
 
-FEW = 200
-MATCHES = Prepared(
-    sa.select(sa.literal_column("rowid")).select_from(FTS).where(sa.text("book_fts MATCH :words")).limit(FEW + 1)
+FEW = 200  # matches, up to which it is quicker to look at each
+MATCHES = Prepared(sa.select(sa.literal_column("rowid")).select_from(FTS).where(sa.text("book_fts MATCH :words")))
+AMONG = sa.text("SELECT value FROM json_each(:ids)")
+SAME_TITLE = Prepared(
+    sa.select(col(Book.id)).where(col(Book.title_key) == sa.bindparam("title"), col(Book.id).in_(AMONG))
 )
-SAME_TITLE = Prepared(sa.select(col(Book.id)).where(col(Book.title_key) == sa.bindparam("title")).limit(FEW + 1))
 
 
-def few_best_first(connection: Connection, asked: Words) -> list[tuple[int, int]] | None:
-    """The tiers and ids of all matches, where they are so few that it is quicker to look at each; else None."""
-    if database.is_postgresql():
-        return None
-    match, (in_title, begins) = _fts5(asked), _title_expressions(asked)
-    found = dict.fromkeys(_ids(connection, match), 3)
-    if len(found) > FEW:
-        return None
+def few_best_first(connection: Connection, asked: Words) -> list[tuple[int, int]]:
+    """The same on SQLite for all of a few matches."""
+    in_title, begins = _title_expressions(asked)
+    found = dict.fromkeys(_ids(connection, _fts5(asked)), 3)
     # What matches in a narrower way is among what matches at all.
-    if found and (titles := _ids(connection, f"({match}) AND ({in_title})")):
+    if found and (titles := _ids(connection, in_title)):
         found |= dict.fromkeys(titles, 2)
-        found |= dict.fromkeys(_ids(connection, f"({match}) AND ({begins})"), 1)
+        found |= dict.fromkeys(_ids(connection, begins), 1)
     if found:
-        same = SAME_TITLE.all(connection, {"title": key_of(asked.search or "")})
-        found |= {book_id: 0 for (book_id,) in same if book_id in found}
+        same = SAME_TITLE.all(connection, {"title": key_of(asked.search or ""), "ids": str([*found])})
+        found |= {book_id: 0 for (book_id,) in same}
     return sorted((tier, book_id) for book_id, tier in found.items())
 
 
@@ -164,24 +160,26 @@ def _matches(expression: str) -> ColumnElement[bool]:
 
 
 def _title_expressions(asked: Words) -> tuple[str, str]:
-    """All words in the title, and a title that begins with them."""
+    """What matches with all words in the title, and with a title that begins with them."""
     found = words(asked.search)
-    return f"{{title}} : ({_all_words(found)})", f'{{title}} : ^"{" ".join(found)}"*'
+    # Without more to ask, a title that has the words has all that is asked for; each part takes its time.
+    more = f"({_fts5(asked)}) AND " if asked.author or asked.publisher else ""
+    return f"{more}{{title}} : ({_all_words(found)})", f'{more}{{title}} : ^"{" ".join(found)}"*'
 
 
-def _tiers_of_sqlite(select: sa.Select[Any], asked: Words) -> Tiers:
+def _tiers_of_sqlite(asked: Words) -> Tiers:
     match, (in_title, begins) = _fts5(asked), _title_expressions(asked)
     exact = col(Book.title_key) == key_of(asked.search or "")
     row_id = sa.literal_column("book_fts.rowid", sa.Integer)
     by_words = sa.exists().where(sa.text("book_fts.rowid = book.id"), _matches(match)).select_from(FTS)
     return (
         # By the index of titles, which few rows share, and not by the words, which half of all rows may.
-        (select.where(exact, by_words), col(Book.id)),
+        (sa.select(col(Book.id)).where(exact, by_words), col(Book.id)),
         *(
-            (select.select_from(BOOKS_BY_WORDS).where(_matches(expression), ~exact), row_id)
+            (sa.select(row_id).select_from(BOOKS_BY_WORDS).where(_matches(expression), ~exact), row_id)
             for expression in (
-                f"({match}) AND ({begins})",
-                f"({match}) AND (({in_title}) NOT ({begins}))",
+                begins,
+                f"({in_title}) NOT ({begins})",
                 f"({match}) NOT ({in_title})",
             )
         ),
@@ -217,12 +215,12 @@ def _has(query: str) -> ColumnElement[bool]:
     return WORDS.bool_op("@@")(sa.cast(sa.literal(query, sa.Text), TSQUERY))
 
 
-def _tiers_of_postgresql(select: sa.Select[Any], asked: Words) -> Tiers:
+def _tiers_of_postgresql(asked: Words) -> Tiers:
     found = words(asked.search)
     has_all, in_title = _has(_tsquery(asked)), _has(" & ".join(_terms(found, MARKS["title"])) or "'no such word'")
     begins = TITLE_WORDS.startswith(" ".join(_tokens(found)))
     exact = col(Book.title_key) == key_of(asked.search or "")
     return tuple(
-        (select.where(has_all, *more), col(Book.id))
+        (sa.select(col(Book.id)).where(has_all, *more), col(Book.id))
         for more in ((exact,), (~exact, begins), (~exact, ~begins, in_title), (~exact, ~begins, ~in_title))
     )

@@ -27,7 +27,7 @@ PRAGMAS = {
     "synchronous": "NORMAL",  # with WAL a power cut may cost the last commits, never the file
     "foreign_keys": "ON",  # off by default in SQLite; cascades and references rely on it
     "busy_timeout": "10000",  # ms that a writer waits for another process's transaction
-    "cache_size": "-8000",  # KiB a connection: enough for the inner pages of every index of a large catalogue
+    "cache_size": "-2000",  # KiB a connection, of which there may be twenty; the system keeps the file's pages, too
     "temp_store": "MEMORY",  # sorts of a page's worth of rows need no file
     "recursive_triggers": "ON",  # so that REPLACE, too, would tell the search index of the row it removes
 }
