@@ -9,19 +9,21 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import anyio.to_thread
-from alembic import command
-from alembic.config import Config
+import sqlalchemy as sa
 from sqlalchemy import Connection, Table
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session
 
-import postgresql
 import sqlite
-from postgresql import Postgresql
 from sqlite import Sqlite
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+    from postgresql import Postgresql
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -36,19 +38,29 @@ class _Open:
     """What exists only between `open_database` and `close_database`."""
 
     def __init__(self, url: str) -> None:
-        self.backend = Sqlite(url, to_json) if url.startswith("sqlite") else Postgresql(url, to_json)
+        self.backend: Sqlite | Postgresql
+        if url.startswith("sqlite"):
+            self.backend = Sqlite(url, to_json)
+        else:
+            self.backend = _postgresql().Postgresql(url, to_json)
         self.limiter = anyio.CapacityLimiter(self.backend.threads)
+
+
+def _postgresql() -> Any:
+    import postgresql  # noqa: PLC0415  # its driver takes 10 MB and a tenth of a second, which few need
+
+    return postgresql
 
 
 _open: _Open | None = None
 
 
-def backend() -> Sqlite | Postgresql:
+def backend() -> "Sqlite | Postgresql":
     return _database().backend
 
 
 def is_postgresql() -> bool:
-    return isinstance(backend(), Postgresql)
+    return backend().kind == "postgresql"
 
 
 def _database() -> _Open:
@@ -73,7 +85,7 @@ def close_database() -> None:
 async def read(query: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
     """A short read (by key, a page by an index), as one snapshot. On SQLite it runs inline."""
     where = backend()
-    if isinstance(where, Postgresql):
+    if not isinstance(where, Sqlite):
         return await scan(query, *args, **kwargs)
     with where.inline() as connection:
         return query(connection, *args, **kwargs)
@@ -139,16 +151,33 @@ def insert_many(
     backend().insert_many(session, table, rows, same or {})
 
 
+MIGRATIONS = Path(__file__).resolve().parent / "migrations"
+
+
 def migrate(url: str) -> None:
     """Run the migrations that are missing. Processes that start at once wait for the first of them."""
-    migrating = sqlite.migrating if url.startswith("sqlite") else postgresql.migrating
+    migrating = sqlite.migrating if url.startswith("sqlite") else _postgresql().migrating
     with migrating(url) as connection:
+        if _revision(connection) == max(path.stem[:4] for path in (MIGRATIONS / "versions").glob("0*.py")):
+            return
+        from alembic import command  # noqa: PLC0415  # as above
+
         command.upgrade(_alembic(connection), "head")
+        if connection.dialect.name == "sqlite":
+            sqlite.check_references(connection)
 
 
-def _alembic(connection: Connection) -> Config:
+def _revision(connection: Connection) -> str | None:
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def _alembic(connection: Connection) -> "Config":
+    from alembic.config import Config  # noqa: PLC0415  # as above
+
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).resolve().parent / "migrations"))
+    config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["connection"] = connection
     return config
 

@@ -221,11 +221,14 @@ def migrating(url: str) -> Iterator[Connection]:
     try:
         with engine.connect().execution_options(immediate=True) as connection, connection.begin():
             yield connection
-            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
-            if broken is not None:
-                raise RuntimeError(f"after the migrations a row refers to nothing: {tuple(broken)}")
     finally:
         engine.dispose()
+
+
+def check_references(connection: Connection) -> None:
+    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+    if broken is not None:
+        raise RuntimeError(f"after the migrations a row refers to nothing: {tuple(broken)}")
 
 
 def copy_to(source: str, target: Path) -> None:
