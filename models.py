@@ -548,6 +548,7 @@ class Book(BookBase, table=True):
         sa.Index(
             "ix_book_available",
             "id",
+            "available",
             sqlite_where=sa.text("available > 0"),
             postgresql_where=sa.text("available > 0"),
         ),

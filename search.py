@@ -64,8 +64,10 @@ def has_words() -> ColumnElement[bool]:
 def count_matches(conditions: Sequence[ColumnElement[bool]]) -> sa.Select[Any]:
     if database.is_postgresql():
         return sa.select(sa.func.count()).select_from(Book).where(has_words(), *conditions)
-    source = BOOKS_BY_WORDS if conditions else FTS
-    return sa.select(sa.func.count()).select_from(source).where(sa.text("book_fts MATCH :words"), *conditions)
+    if conditions:
+        # Not joined: SQLite might go through the books of a genre and search the index for each of them.
+        return sa.select(sa.func.count()).select_from(Book).where(has_words(), *conditions)
+    return sa.select(sa.func.count()).select_from(FTS).where(sa.text("book_fts MATCH :words"))
 
 
 def best_first(  # noqa: PLR0917  # they are what a walk consists of
@@ -82,7 +84,7 @@ def best_first(  # noqa: PLR0917  # they are what a walk consists of
     score from word statistics would not; and each is read from the index only as far as the page needs it. Books are
     given as their tier and id; `after` is the last one before.
     """
-    tiers = _tiers_of_postgresql(asked) if database.is_postgresql() else _tiers_of_sqlite(asked)
+    tiers = _tiers_of_postgresql(asked) if database.is_postgresql() else _tiers_of_sqlite(asked, bool(conditions))
     tier, last_id = after
     found: list[tuple[int, int]] = []
     for number in range(max(tier, 0), len(tiers)):
@@ -167,22 +169,24 @@ def _title_expressions(asked: Words) -> tuple[str, str]:
     return f"{more}{{title}} : ({_all_words(found)})", f'{more}{{title}} : ^"{" ".join(found)}"*'
 
 
-def _tiers_of_sqlite(asked: Words) -> Tiers:
+def _tiers_of_sqlite(asked: Words, filtered: bool) -> Tiers:
     match, (in_title, begins) = _fts5(asked), _title_expressions(asked)
     exact = col(Book.title_key) == key_of(asked.search or "")
     row_id = sa.literal_column("book_fts.rowid", sa.Integer)
-    by_words = sa.exists().where(sa.text("book_fts.rowid = book.id"), _matches(match)).select_from(FTS)
+    book_id = col(Book.id)
+    by_words = sa.select(row_id).select_from(FTS)
+
+    def matching(expression: str) -> tuple[sa.Select[Any], Any]:
+        if filtered:  # not joined, see above
+            return sa.select(book_id).where(book_id.in_(by_words.where(_matches(expression))), ~exact), book_id
+        return sa.select(row_id).select_from(BOOKS_BY_WORDS).where(_matches(expression), ~exact), row_id
+
     return (
         # By the index of titles, which few rows share, and not by the words, which half of all rows may.
-        (sa.select(col(Book.id)).where(exact, by_words), col(Book.id)),
-        *(
-            (sa.select(row_id).select_from(BOOKS_BY_WORDS).where(_matches(expression), ~exact), row_id)
-            for expression in (
-                begins,
-                f"({in_title}) NOT ({begins})",
-                f"({match}) NOT ({in_title})",
-            )
-        ),
+        (sa.select(book_id).where(exact, book_id.in_(by_words.where(_matches(match)))), book_id),
+        matching(begins),
+        matching(f"({in_title}) NOT ({begins})"),
+        matching(f"({match}) NOT ({in_title})"),
     )
 
 

@@ -19,7 +19,7 @@ def upgrade() -> None:
     language = "lower(language)" if op.get_bind().dialect.name == "sqlite" else "(lower(language))"
     op.create_index("ix_book_language", "book", [sa.text(language)])
     some = sa.text("available > 0")
-    op.create_index("ix_book_available", "book", ["id"], sqlite_where=some, postgresql_where=some)
+    op.create_index("ix_book_available", "book", ["id", "available"], sqlite_where=some, postgresql_where=some)
     op.create_index("ix_shelf_entry_user_id", "shelf_entry", ["user_id", "id"])
     for kind in ("genre", "language"):
         op.execute(f"INSERT INTO facet SELECT '{kind}', {kind}, count(*) FROM book WHERE {kind} IS NOT NULL GROUP BY 2")
