@@ -176,6 +176,7 @@ def records(text: TextIO, dialect: Dialect) -> Iterator[list[str] | Broken]:
 
 # What a spreadsheet would run (OWASP, "CSV Injection"). An apostrophe before it makes it text there; whoever reads it
 # back takes one away, and only from what looks so.
+SUSPECT = frozenset("'=+-@\t\r")
 FORMULA, GUARDED = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"''*[=+\-@\t\r]")
 
 
@@ -190,5 +191,8 @@ def unguard(text: str) -> str:
 def to_csv(rows: Iterable[Sequence[object]]) -> str:
     """Rows as RFC 4180 has them. Texts are guarded, numbers are not."""
     buffer = io.StringIO(newline="")
-    csv.writer(buffer).writerows([guard(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+    # Few cells begin so that it is worth to look closer.
+    csv.writer(buffer).writerows(
+        [guard(cell) if type(cell) is str and cell[:1] in SUSPECT else cell for cell in row] for row in rows
+    )
     return buffer.getvalue()

@@ -72,11 +72,14 @@ async def export_library(user: CurrentUser) -> StreamingResponse:
 
 def _batches(select: sa.Select[Any], order: Order) -> Iterator[Sequence[Any]]:
     """Each is a read of its own: a slow client holds neither a connection nor the write-ahead log."""
-    page = select.add_columns(*order.columns).order_by(*order.by()).limit(BATCH)
-    following = page
-    while rows := database.snapshot(_fetch, following):
-        yield rows
-        following = page.where(order.after(rows[-1][-len(order.columns) :]))
+    page = select.add_columns(*order.columns).limit(BATCH)
+    ahead = [page.order_by(*order.by())]
+    while ahead:
+        rows = database.snapshot(_fetch, ahead.pop(0))
+        if rows:
+            yield rows
+        if len(rows) == BATCH:
+            ahead = [page.where(step).order_by(*by) for step, by in order.steps(rows[-1][-len(order.columns) :])]
 
 
 def _fetch(connection: Connection, page: sa.Select[Any]) -> Sequence[Any]:

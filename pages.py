@@ -83,6 +83,19 @@ class Order:
             condition = and_(reached, or_(passed, condition))
         return condition
 
+    def steps(self, keys: Sequence[Key]) -> list[tuple[ColumnElement[bool], list[ColumnElement[Any]]]]:
+        """The same in parts that follow each other, each with the order of its own: the rows that share all keys but
+        the last, then those that share all but the last two, and so on.
+
+        However many share them (all books that nobody has rated do), an index is entered right where to go on.
+        """
+        (leading, *rest), (key, *rest_of_keys) = self.columns, keys
+        beyond = leading < key if self.reverse else leading > key
+        if not rest:
+            return [(beyond, self.by())]
+        sharing = Order(self.name, tuple(rest)).steps(rest_of_keys)
+        return [*((and_(leading == key, condition), order) for condition, order in sharing), (beyond, self.by())]
+
     def decode(self, cursor: str) -> list[Key]:
         try:
             name, *keys = json.loads(base64.urlsafe_b64decode(cursor.encode() + b"=="))
@@ -155,16 +168,20 @@ class Listing:
         self.select, self.condition = select, conditions
         self._page = functools.lru_cache(1000)(self._prepare)
 
-    def _prepare(self, asked: tuple[str, ...], order: Order, by_cursor: bool) -> Prepared:
-        keys: list[Any] = [bindparam(f"key{n}", type_=column.type) for n, column in enumerate(order.columns)]
+    def _prepare(self, asked: tuple[str, ...], order: Order, by_cursor: bool) -> list[Prepared]:
+        """The statements whose rows, one after the other's, are the page."""
         *_, row_id = order.columns
         page = self.select.where(*map(self.condition, asked))
-        page = page.where(order.after(keys)) if by_cursor else page.offset(bindparam("start", type_=Integer))
-        page = page.order_by(*order.by()).limit(bindparam("most", type_=Integer))
+        if by_cursor:
+            keys: list[Any] = [bindparam(f"key{n}", type_=column.type) for n, column in enumerate(order.columns)]
+            pages = [page.where(step).order_by(*by) for step, by in order.steps(keys)]
+        else:
+            pages = [page.order_by(*order.by()).offset(bindparam("start", type_=Integer))]
+        pages = [page.limit(bindparam("most", type_=Integer)) for page in pages]
         if asked:  # what must be sorted is sorted as ids: to make JSON of each row that is passed over takes far longer
-            chosen = page.with_only_columns(row_id, maintain_column_froms=True)
-            page = self.select.where(row_id.in_(chosen)).order_by(*order.by())
-        return Prepared(page.add_columns(*order.columns))
+            chosen = [page.with_only_columns(row_id, maintain_column_froms=True) for page in pages]
+            pages = [self.select.where(row_id.in_(ids)).order_by(*order.by()) for ids in chosen]
+        return [Prepared(page.add_columns(*order.columns)) for page in pages]
 
     def page(  # noqa: PLR0917
         self,
@@ -176,13 +193,15 @@ class Listing:
         total: int,
     ) -> JsonPage:
         """What meets the conditions that are asked for, as far as `query` wants it."""
-        keys = query.keys(order)
-        bound = {**values, "start": query.start, "most": query.limit + 1}
-        if keys is not None:
-            bound |= {f"key{n}": key for n, key in enumerate(keys)}
-        rows = self._page(asked, order, keys is not None).all(connection, bound)
+        keys, wanted = query.keys(order), query.limit + 1
+        bound = {**values, "start": query.start} | {f"key{n}": key for n, key in enumerate(keys or ())}
+        rows: list[Any] = []
+        for statement in self._page(asked, order, keys is not None):
+            rows += statement.all(connection, {**bound, "most": wanted - len(rows)})
+            if len(rows) == wanted:
+                break
         following = None
-        if len(rows) > query.limit:
+        if len(rows) == wanted:
             rows = rows[: query.limit]
             following = encode(order.name, rows[-1][-len(order.columns) :])
         return JsonPage([row[0] for row in rows], total, following)
