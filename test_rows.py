@@ -1,5 +1,6 @@
 """Hot reads: what the database renders is what the shapes say, and every list of the catalogue goes by an index."""
 
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -63,6 +64,58 @@ def test_books_and_shelves_are_what_their_shapes_say(
     shelf = admin.get("/my-library").json()
     assert shelf["items"] == [entry]
     assert shelf == as_declared(Page[EntryPublic], shelf)
+
+
+# --- what is counted as it changes ------------------------------------------------------------------------------
+
+
+def counted(connection: sa.Connection) -> tuple[set[Any], set[Any]]:
+    kept = connection.execute(sa.text("SELECT kind, name, count FROM facet")).all()
+    found: set[Any] = set()
+    for kind in ("genre", "language"):
+        rows = connection.execute(
+            sa.text(f"SELECT '{kind}', {kind}, count(*) FROM book WHERE {kind} IS NOT NULL GROUP BY {kind}")
+        )
+        found |= {tuple(row) for row in rows}
+    return {tuple(row) for row in kept}, found
+
+
+def test_genres_and_languages_are_counted_as_they_change(client: TestClient, admin: Person) -> None:
+    """However books come, change and go: by themselves, many in one file, or as one statement."""
+    chance = random.Random(5)
+    told: list[dict[str, Any]] = [
+        {"genre": genre, "language": language}
+        for genre in ("Novel", "novel", "Poetry", None)
+        for language in ("en", None)
+    ]
+    ids: list[int] = []
+    for number in range(40):
+        what = chance.choice(["add", "add", "patch", "put", "delete"])
+        if what == "add" or not ids:
+            ids.append(admin.add_book(title=f"{number}", **chance.choice(told))["id"])
+        elif what == "delete":
+            admin.delete(f"/books/{ids.pop(chance.randrange(len(ids)))}")
+        else:
+            body = chance.choice(told) | ({"title": "T", "author": "A"} if what == "put" else {})
+            assert admin.request(what.upper(), f"/books/{chance.choice(ids)}", json=body).status_code == 200
+        kept, found = database.snapshot(counted)
+        assert kept == found
+    rows = "".join(f"Book {n},Somebody,{chance.choice(['Novel', 'NOVEL', 'Poetry', ''])},de\n" for n in range(300))
+    assert admin.upload(f"title,author,genre,language\n{rows}")["status"] == "completed"
+    kept, found = database.snapshot(counted)
+    assert kept == found
+    for genre in client.get("/books/genres").json():
+        assert client.get("/books", params={"genre": genre["genre"].upper()}).json()["total"] == genre["count"]
+    assert client.get("/books", params={"genre": "none such"}).json()["total"] == 0
+    assert client.get("/books", params={"language": "DE"}).json()["total"] == 300
+
+    def clear(session: Session) -> None:
+        session.execute(sa.text("UPDATE book SET genre = 'Essay', language = NULL WHERE id % 2 = 0"))
+        session.execute(sa.text("DELETE FROM book WHERE id % 3 = 0"))
+
+    database.transact(clear)
+    kept, found = database.snapshot(counted)
+    assert kept == found
 
 
 # --- how much is read ---------------------------------------------------------------------------------------------
