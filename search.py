@@ -18,7 +18,7 @@ from stdnum import isbn as isbn_numbers
 
 import database
 from models import Book, fold, key_of
-from rows import Prepared
+from rows import Prepared, connection_of
 
 FTS = sa.table("book_fts")
 BOOKS_BY_WORDS = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
@@ -127,7 +127,7 @@ def index_books(session: Session, first: int, last: int) -> None:
     """Make new books, those with ids from `first` to `last`, searchable. Changes and deletions are the triggers'."""
     if database.is_postgresql():
         return  # where the column is generated
-    INDEX.all(session.connection(), {"first": first, "last": last})
+    INDEX.all(connection_of(session), {"first": first, "last": last})
 
 
 INDEX = Prepared(

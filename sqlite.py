@@ -87,6 +87,7 @@ class Sqlite:
                 return
             self.unchecked += 1
             with Session(self.kept_writer, expire_on_commit=False) as session, session.begin():
+                session.info["connection"] = session.connection()
                 yield session
 
     def checkpoint(self) -> None:
