@@ -47,6 +47,8 @@ class Routes(APIRouter):
 class ShortRoute(APIRoute):
     def __init__(self, path: str, endpoint: Handler, **more: Any) -> None:
         super().__init__(path, endpoint, **more)
+        if self.dependencies:
+            raise TypeError(f"{path}: the short way passes over dependencies that are not parameters")
         self.ordinary, self.app = self.app, self.answer
         self.readers: dict[str, Reader] = {}
         self.identified: dict[str, list[Handler]] = {}

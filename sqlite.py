@@ -94,7 +94,8 @@ class Sqlite:
         """Bring what was written inline into the file. Waits for the disk, but keeps neither readers nor writers."""
         self.unchecked = 0
         with self.loop_engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+            _busy, in_log, moved = connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
+        self.unchecked += moved < in_log  # as long as somebody reads what was before
 
     @staticmethod
     def insert_many(session: Session, table: Table, rows: Sequence[Mapping[str, Any]], same: Mapping[str, Any]) -> None:
