@@ -148,7 +148,7 @@ def count_books(connection: Connection, asked: Words, conditions: list[ColumnEle
     if asked:
         return count_matches(connection, asked, conditions)
     if not conditions:
-        return int(connection.execute(sa.select(Setting.value).where(col(Setting.key) == "book_count")).scalar_one())  # type: ignore[call-overload]
+        return int(connection.execute(sa.select(Setting.value).where(col(Setting.key) == "book_count")).scalar_one())  # type: ignore[call-overload]  # not a column to mypy
     counted = sa.select(sa.func.count()).select_from(Book).where(*conditions)
     return int(connection.execute(counted).scalar_one())
 
@@ -313,7 +313,7 @@ def _delete_book(session: Session, book_id: int, user: Principal, if_match: str 
     if not user.is_staff:
         if book.added_by != user.id:
             raise HTTPException(403, "Only who added a book, librarians and admins delete it.")
-        others = sa.select(ShelfEntry.id).where(col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id)  # type: ignore[call-overload]
+        others = sa.select(ShelfEntry.id).where(col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id)  # type: ignore[call-overload]  # not a column to mypy
         if session.execute(others.limit(1)).first() is not None:
             raise HTTPException(409, "Somebody else has this book on a shelf: only librarians and admins delete it.")
     if book.available < book.copies:

@@ -295,7 +295,7 @@ def code_in(letter: Letter) -> str:
 PASSWORD_HASH = auth.passwords.hash(PASSWORD)
 
 
-def make(client: TestClient, username: str, role: models.Role = models.Role.reader) -> Person:
+def make(client: httpx.Client, username: str, role: models.Role = models.Role.reader) -> Person:
     """Somebody who signed up, and in, before the test began."""
     new = models.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
 

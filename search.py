@@ -65,7 +65,7 @@ def count_matches(connection: Connection, asked: Words, conditions: Sequence[Col
     return int(connection.execute(counted).scalar_one())
 
 
-def best_first(  # noqa: PLR0917
+def best_first(  # noqa: PLR0917  # what one question is made of
     connection: Connection,
     select: sa.Select[Any],
     asked: Words,
@@ -125,7 +125,7 @@ def _all_words(found: list[str], *, prefixes: bool = True) -> str:
 
 
 def _matches(expression: str) -> ColumnElement[bool]:
-    return sa.text("book_fts MATCH :match").bindparams(match=expression)  # type: ignore[return-value]
+    return sa.text("book_fts MATCH :match").bindparams(match=expression)  # type: ignore[return-value]  # text that is a condition
 
 
 def _tiers_of_sqlite(select: sa.Select[Any], asked: Words) -> Tiers:

@@ -229,7 +229,7 @@ def test_who_follows_through_crashes_sees_the_log_as_it_is(serve: Callable[..., 
         log = log_of(viewer or servers[0].client, start)
         assert len(log) > 100
         with suppress(AssertionError):  # what is missing says more
-            wait_for(lambda follower=follower, log=log: follower.ids[-1:] == log[-1:] or None, 20)  # type: ignore[misc]
+            wait_for(lambda follower=follower, log=log: follower.ids[-1:] == log[-1:] or None, 20)  # type: ignore[misc]  # mypy gives a lambda's default no type
         follower.done.set()
         assert follower.ids == log, f"seed {seed}"
         assert follower.wrong == []
@@ -353,7 +353,7 @@ def test_streams_outlive_a_database_that_is_started_anew(quick: Callable[..., Se
         rita.post(f"/my-library/{rita.add_book(title=f'after {round_}')['id']}")
         for who, stream in ((None, back), *streams.items()):
             log = log_of(who or one.client, start)
-            wait_for(lambda stream=stream, log=log: ids_of(stream)[-1:] == log[-1:] or None, 20)  # type: ignore[misc]
+            wait_for(lambda stream=stream, log=log: ids_of(stream)[-1:] == log[-1:] or None, 20)  # type: ignore[misc]  # mypy gives a lambda's default no type
             assert ids_of(stream) == log
             assert stream.ended is None
     for server in (one, two):
@@ -497,7 +497,7 @@ def test_a_stream_ends_with_its_token(quick: Callable[..., Server]) -> None:
         stream = Stream(server.client, person, types="book.*")  # none of which is private
         assert stream.ended is None
         end()
-        wait_for(lambda stream=stream: stream.ended, SOON)  # type: ignore[misc]
+        wait_for(lambda stream=stream: stream.ended, SOON)  # type: ignore[misc]  # mypy gives a lambda's default no type
         assert stream.error is None, how
         again = httpx.get(server.client.base_url.join("/stream"), headers=stream.headers)
         assert again.status_code == 401, how
