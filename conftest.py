@@ -148,12 +148,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests about one database are no tests of the other: they are left out, not skipped."""
+    """Tests about one database are no tests of the other: they are left out, not skipped. The longest comes first."""
     other = {"sqlite": "postgresql", "postgresql": "sqlite"}[str(config.getoption("database"))]
     left_out = [item for item in items if item.get_closest_marker(other)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker(other)]
+    items.sort(key=lambda item: item.path.name != "test_soak.py")
 
 
 class Postgres:
