@@ -39,8 +39,8 @@ REFUSALS = {
     VERSIONS: ("PUT /books/{book_id}", "PATCH /books/{book_id}", "DELETE /books/{book_id}"),
     CODES: ("POST /auth/reset-password",),
 }
-# To delete an upload is to cancel it; what became of it can still be read.
-CANCELLED = ("GET /books/upload/{upload_id}", "GET /books/upload/{upload_id}/errors")
+# To delete an upload is to cancel it: what became of it can still be read, which a walk takes for a fault.
+NOT_WALKED = "DELETE /books/upload/{upload_id}"
 ALWAYS = ["2xx", "3xx", "401", "403", "404", "409", "429"]
 
 
@@ -52,8 +52,6 @@ def configuration() -> str:
         for operation in operations:
             lines += ["[[operations]]", f'include-name = "{operation}"']
             lines += [f"checks.positive_data_acceptance.expected-statuses = {list(dict.fromkeys(allowed))}"]
-    for operation in CANCELLED:
-        lines += ["[[operations]]", f'include-name = "{operation}"', "checks.use_after_free.enabled = false"]
     return "\n".join(lines)
 
 
@@ -83,7 +81,8 @@ def test_every_answer_is_one_that_the_docs_tell_of(
     own = {"MY_USER_ID": "2", "MY_SESSION_ID": str(session)}
     followed = 0
     for number in range(1 + ROUNDS):
-        phases = ["--phases", "stateful"] if number else []
+        walk = ["--phases", "stateful", "--exclude-name", NOT_WALKED]
+        phases = walk if number else ["--phases", "examples,coverage,fuzzing"]
         run = subprocess.run(
             [*command, "--seed", str(SEED + number), *phases],
             cwd=tmp_path,
@@ -95,6 +94,6 @@ def test_every_answer_is_one_that_the_docs_tell_of(
         )
         print(run.stdout[-20_000:], run.stderr[-5000:])
         assert run.returncode == 0, f"seed {SEED + number}"
-        followed += int(re.findall(r"API Links: +(\d+) covered", run.stdout)[0])
+        followed += sum(map(int, re.findall(r"API Links: +(\d+) covered", run.stdout)))
     assert followed > 10 * ROUNDS
     assert "Traceback" not in server.log.read_text()
