@@ -25,11 +25,12 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import parse_qs
 
@@ -427,7 +428,7 @@ class Bench:
 class Case(NamedTuple):
     name: str
     make: Callable[[], str] | None  # a path; None: POST /books
-    headers: dict[str, str] = {}  # noqa: RUF012
+    headers: Mapping[str, str] = MappingProxyType({})
     floor: bool = True
     signed_in: bool = False
 
@@ -529,7 +530,7 @@ def bench_routes(books: int, rounds: int, seconds: int, as_json: bool) -> None:
             told["memory_idle_mb"] = round(ours.memory_mb())
             ours.sign_in()
             for case in cases(bench):
-                told["figures"].append(measure(bench, case, ours, top, bottom if case.floor else None, rounds))
+                told["figures"].append(measure(bench, case, (ours, top, bottom) if case.floor else (ours, top), rounds))
             common = Case("a word that half the books share", lambda: "/books?search=shared")
             told["common_word_ms"] = statistics.median(bench.drive(ours, common, 1).p50 for _ in range(rounds))
             told["memory_after_mb"] = round(ours.memory_mb())
@@ -538,14 +539,15 @@ def bench_routes(books: int, rounds: int, seconds: int, as_json: bool) -> None:
     print(json.dumps(told, indent=2) if as_json else as_table(told))
 
 
-def measure(bench: Bench, case: Case, ours: "Served", top: "Served", bottom: "Served | None", rounds: int) -> Any:  # noqa: PLR0917
+def measure(bench: Bench, case: Case, servers: Sequence["Served"], rounds: int) -> dict[str, Any]:
+    """`servers`: the service, the ceiling and, where there is one for this, the floor."""
+    ours, top, *bottom = servers
     runs, above, below = [], [], []
     for _ in range(rounds):
         most = bench.drive(top, CEILING)
         runs.append(bench.drive(ours, case))
         above.append(runs[-1].rate / most.rate)
-        if bottom is not None:
-            below.append(runs[-1].rate / bench.drive(bottom, case).rate)
+        below += [runs[-1].rate / bench.drive(floor, case).rate for floor in bottom]
     return {
         "name": case.name,
         "per_second": round(statistics.median(run.rate for run in runs)),

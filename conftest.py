@@ -148,12 +148,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests about one database are no tests of the other: they are left out, not skipped."""
+    """Tests about one database are no tests of the other: they are left out, not skipped. The longest comes first."""
     other = {"sqlite": "postgresql", "postgresql": "sqlite"}[str(config.getoption("database"))]
     left_out = [item for item in items if item.get_closest_marker(other)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker(other)]
+    items.sort(key=lambda item: item.path.name != "test_soak.py")
 
 
 class Postgres:
@@ -295,7 +296,7 @@ def code_in(letter: Letter) -> str:
 PASSWORD_HASH = auth.passwords.hash(PASSWORD)
 
 
-def make(client: TestClient, username: str, role: models.Role = models.Role.reader) -> Person:
+def make(client: httpx.Client, username: str, role: models.Role = models.Role.reader) -> Person:
     """Somebody who signed up, and in, before the test began."""
     new = models.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
 
@@ -507,3 +508,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 @pytest.fixture
 def server(serve: Callable[..., Server]) -> Server:
     return serve()
+
+
+def resident_mb(pid: int, kind: str = "VmRSS") -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(kind))) / 1024

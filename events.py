@@ -40,7 +40,7 @@ class Logged(NamedTuple):
 
 def record(
     session: Session,
-    type: str,  # noqa: A002
+    type: str,  # noqa: A002  # as in the table
     data: dict[str, Any],
     owner: int | None = None,
     *,
@@ -102,7 +102,7 @@ def after(connection: Connection, cursor: int, limit: int = BATCH) -> list[Logge
     ]
 
 
-def frame(id: int, type: str, data: str) -> bytes:  # noqa: A002
+def frame(id: int, type: str, data: str) -> bytes:  # noqa: A002  # as in the table
     """As Server-Sent Events have it. JSON text as it is stored has no line breaks."""
     return f"id: {id}\nevent: {type}\ndata: {data}\n\n".encode()
 

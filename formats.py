@@ -174,9 +174,8 @@ class Row:
 
 
 # The fields and rules of a new book, without SQLModel's own constructor, which takes longer than all of them.
-FileBook: Any = create_model(
-    "FileBook", **{name: (info.annotation, info) for name, info in BookBase.model_fields.items()}
-)  # type: ignore[call-overload]
+FILE_BOOK: dict[str, Any] = {name: (info.annotation, info) for name, info in BookBase.model_fields.items()}
+FileBook: Any = create_model("FileBook", **FILE_BOOK)
 
 
 class Reader:

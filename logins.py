@@ -327,7 +327,7 @@ async def _mail_link_again(user_id: int) -> None:
 
 
 def _ask_again(session: Session, user_id: int) -> mail.Letter | None:
-    lately = sa.select(OneTimeCode.id).where(  # type: ignore[call-overload]
+    lately = sa.select(col(OneTimeCode.id)).where(
         col(OneTimeCode.user_id) == user_id,
         col(OneTimeCode.purpose) == CodePurpose.verify_email,
         col(OneTimeCode.created_at) > models.now() - LINK_AGAIN_AFTER,

@@ -359,7 +359,7 @@ def openapi() -> dict[str, Any]:
     return plain_openapi()
 
 
-app.openapi = openapi  # type: ignore[method-assign]
+app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's manual has it
 
 
 @app.get("/", include_in_schema=False)

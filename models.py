@@ -84,7 +84,7 @@ class AsText(sa.ColumnElement[str]):
     """A moment as text that sorts as it does: what a cursor can hold."""
 
     inherit_cache = True
-    _traverse_internals = [("moment", InternalTraversal.dp_clauseelement)]  # noqa: RUF012
+    _traverse_internals = [("moment", InternalTraversal.dp_clauseelement)]  # noqa: RUF012  # as SQLAlchemy has it
     type = sa.String()
 
     def __init__(self, moment: Any) -> None:
@@ -845,7 +845,7 @@ class LoanPublic(BaseModel):
     returned_at: datetime | None
     renewals: int
 
-    @computed_field(description="Exactly one of these; `overdue` is open and past `due_at`.")  # type: ignore[prop-decorator]
+    @computed_field(description="Exactly one of these; `overdue` is open and past `due_at`.")  # type: ignore[prop-decorator]  # mypy takes none
     @property
     def status(self) -> LoanStatus:
         return status_of(self.due_at, self.returned_at)

@@ -124,7 +124,7 @@ async def resume_uploads() -> None:
 
 async def prune_events() -> None:
     if await database.write(take_turn, "pruning", timedelta(seconds=50)):
-        while await database.write(events.prune):  # noqa: ASYNC110
+        while await database.write(events.prune):  # noqa: ASYNC110  # there is nothing to wait for
             await anyio.sleep(0.05)  # others write, too
 
 

@@ -183,7 +183,7 @@ class Listing:
             pages = [self.select.where(row_id.in_(ids)).order_by(*order.by()) for ids in chosen]
         return [Prepared(page.add_columns(*order.columns)) for page in pages]
 
-    def page(  # noqa: PLR0917
+    def page(  # noqa: PLR0917  # what one page is made of
         self,
         connection: Connection,
         asked: tuple[str, ...],

@@ -158,7 +158,7 @@ def _all_words(found: Sequence[str], *, prefixes: bool = True) -> str:
 
 
 def _matches(expression: str) -> ColumnElement[bool]:
-    return sa.text("book_fts MATCH :match").bindparams(match=expression)  # type: ignore[return-value]
+    return sa.text("book_fts MATCH :match").bindparams(match=expression)  # type: ignore[return-value]  # text that is a condition
 
 
 def _title_expressions(asked: Words) -> tuple[str, str]:

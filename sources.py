@@ -152,25 +152,25 @@ def isbn_13_first(known: GoogleId) -> bool:
 
 class GoogleCovers(BaseModel):
     thumbnail: Text = None
-    smallThumbnail: Text = None  # noqa: N815
+    smallThumbnail: Text = None
 
 
 class GoogleInfo(BaseModel):
     title: Text = None
     authors: Texts = []
     publisher: Text = None
-    publishedDate: Text = None  # noqa: N815
+    publishedDate: Text = None
     description: Text = None
-    industryIdentifiers: Annotated[list[GoogleId], Those] = []  # noqa: N815
-    pageCount: Number = None  # noqa: N815
+    industryIdentifiers: Annotated[list[GoogleId], Those] = []
+    pageCount: Number = None
     categories: Texts = []
-    imageLinks: Annotated[GoogleCovers | None, Lenient] = None  # noqa: N815
+    imageLinks: Annotated[GoogleCovers | None, Lenient] = None
     language: Text = None
 
 
 class GoogleVolume(BaseModel):
     id: str
-    volumeInfo: GoogleInfo  # noqa: N815
+    volumeInfo: GoogleInfo
 
     def candidate(self) -> Candidate | None:
         info, covers = self.volumeInfo, self.volumeInfo.imageLinks or GoogleCovers()
@@ -191,7 +191,7 @@ class GoogleVolume(BaseModel):
 
 
 class GoogleVolumes(BaseModel):
-    totalItems: Annotated[int, Field(ge=0)]  # noqa: N815
+    totalItems: Annotated[int, Field(ge=0)]
     items: Annotated[list[GoogleVolume], Those] = []
 
     def found(self) -> Found:
@@ -300,7 +300,7 @@ class OpenWork(BaseModel):
 
 
 class OpenWorks(BaseModel):
-    numFound: Annotated[int, Field(ge=0)]  # noqa: N815
+    numFound: Annotated[int, Field(ge=0)]
     docs: Annotated[list[OpenWork], Those] = []
 
     def found(self) -> Found:

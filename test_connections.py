@@ -10,8 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from conftest import HERE, Person, Server
-from test_soak import resident_mb
+from conftest import HERE, Person, Server, resident_mb
 
 HALF = 10_000
 BEGUN = b"GET /books HTTP/1.1\r\nHost: books.example\r\nX-Slow: "

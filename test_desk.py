@@ -140,6 +140,6 @@ class LendingDesk(RuleBasedStateMachine):
 
 def test_whatever_is_done_at_the_desk_no_copy_is_lost(tmp_path: Path) -> None:
     with service(tmp_path / "desk.db") as admin:
-        LendingDesk.people = [admin, make(admin.client, "Rita"), make(admin.client, "Oskar")]  # type: ignore[arg-type]
+        LendingDesk.people = [admin, make(admin.client, "Rita"), make(admin.client, "Oskar")]
         how = settings(max_examples=40, stateful_step_count=40, deadline=None)
         run_state_machine_as_test(LendingDesk, settings=how)

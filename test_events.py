@@ -216,7 +216,7 @@ def test_a_place_that_is_not_in_the_log_is_reset(server: Server, rita: Person) -
     oldest, head = rita.get("/events").json()["items"][0]["id"], server.client.get("/events").json()["next"]
     for ahead, reason in ((-head, "expired"), (-1000, "expired"), (1, "future"), (2**63 - 1 - head, "future")):
         stream = Stream(server.client, since=min(head + ahead, 2**63 - 1))
-        reset = wait_for(lambda stream=stream: stream.frames[1] if len(stream.frames) > 1 else None)  # type: ignore[misc]
+        reset = wait_for(lambda stream=stream: stream.frames[1] if len(stream.frames) > 1 else None)  # type: ignore[misc]  # mypy gives a lambda's default no type
         assert reset["event"] == "reset"
         assert "id" not in reset
         assert json.loads(reset["data"]) == {"reason": reason, "oldest": oldest, "head": head}
@@ -288,7 +288,7 @@ def test_sigterm_ends_open_streams_cleanly_and_soon(server: Server, rita: Person
         stream.wait(1)
     assert server.stop() < 5
     for stream in streams:
-        wait_for(lambda stream=stream: stream.ended)  # type: ignore[misc]
+        wait_for(lambda stream=stream: stream.ended)  # type: ignore[misc]  # mypy gives a lambda's default no type
         assert stream.error is None, "closed in the middle of a chunk"
     log = server.log.read_text()
     assert "Traceback" not in log

@@ -152,7 +152,12 @@ def test_only_so_many_wait_for_other_catalogues(
 ) -> None:
     monkeypatch.setattr(external, "AT_ONCE", 1)
     let_go = threading.Event()
-    others.faults = [lambda handler: (let_go.wait(5), send(handler, {"totalItems": 0}))]  # type: ignore[func-returns-value, list-item]
+
+    def late(handler: BaseHTTPRequestHandler) -> None:
+        let_go.wait(5)
+        send(handler, {"totalItems": 0})
+
+    others.faults = [late]
     with ThreadPoolExecutor() as threads:
         first = threads.submit(look, reader, q="slow")
         wait_for(lambda: others.asked or None)

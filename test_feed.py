@@ -24,11 +24,13 @@ import database
 import events
 import feed
 import postgresql
-from conftest import HERE, Person, Postgres, Server, service, sign_up, wait_for
+from conftest import HERE, Person, Postgres, Server, resident_mb, service, sign_up, wait_for
 from test_events import Stream
 
 # The same service, quicker to find out who is gone, with room for few, and with a way to have many events at once.
 QUICK = """
+import socket
+from fastapi import Request
 from sqlmodel import Session
 import database, events, feed, main
 feed.HEARTBEAT_SECONDS, feed.SEND_SECONDS, feed.STREAMS, feed.STREAMS_OF_ADDRESS = 0.5, 1, 15, 10
@@ -45,6 +47,11 @@ async def fill(count: int, size: int = 10) -> None:
 @app.get("/open")
 async def open_streams() -> int:
     return feed.feed.streams.total()
+
+@app.get("/patience")
+async def patience(request: Request) -> int:
+    connection = request.scope["books.transport"].get_extra_info("socket")
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 """
 # Its tokens live for three seconds.
 FLEETING = (
@@ -229,7 +236,7 @@ def test_who_follows_through_crashes_sees_the_log_as_it_is(serve: Callable[..., 
         log = log_of(viewer or servers[0].client, start)
         assert len(log) > 100
         with suppress(AssertionError):  # what is missing says more
-            wait_for(lambda follower=follower, log=log: follower.ids[-1:] == log[-1:] or None, 20)  # type: ignore[misc]
+            wait_for(lambda follower=follower, log=log: follower.ids[-1:] == log[-1:] or None, 20)  # type: ignore[misc]  # mypy gives a lambda's default no type
         follower.done.set()
         assert follower.ids == log, f"seed {seed}"
         assert follower.wrong == []
@@ -353,7 +360,7 @@ def test_streams_outlive_a_database_that_is_started_anew(quick: Callable[..., Se
         rita.post(f"/my-library/{rita.add_book(title=f'after {round_}')['id']}")
         for who, stream in ((None, back), *streams.items()):
             log = log_of(who or one.client, start)
-            wait_for(lambda stream=stream, log=log: ids_of(stream)[-1:] == log[-1:] or None, 20)  # type: ignore[misc]
+            wait_for(lambda stream=stream, log=log: ids_of(stream)[-1:] == log[-1:] or None, 20)  # type: ignore[misc]  # mypy gives a lambda's default no type
             assert ids_of(stream) == log
             assert stream.ended is None
     for server in (one, two):
@@ -361,11 +368,6 @@ def test_streams_outlive_a_database_that_is_started_anew(quick: Callable[..., Se
 
 
 # --- clients that are slow ------------------------------------------------------------------------------------------
-
-
-def memory_mb(server: Server) -> float:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
 
 
 def whole_ids(got: bytes) -> list[int]:
@@ -386,13 +388,13 @@ def test_a_client_that_takes_nothing_is_closed_and_gets_the_rest_when_it_comes_b
 
     fill(15)  # as much as the feed itself keeps
     time.sleep(1)
-    start, before = head_of(server), memory_mb(server)
+    start, before = head_of(server), resident_mb(server.process.pid)
     slow = [Wire(server, window=4096) for _ in range(8)]
     for wire in slow:
         assert b" 200 " in wire.socket.recv(20)
     fill(20)
     wait_for(lambda: server.log.read_text().count("closed a stream whose client took nothing for 1 s") == 8 or None, 20)
-    assert memory_mb(server) - before < 25, "20 MB that each did not take"
+    assert resident_mb(server.process.pid) - before < 25, "20 MB that each did not take"
     log = log_of(server.client, start)
     assert len(log) == 2000
     for wire in slow:
@@ -406,6 +408,14 @@ def test_a_client_that_takes_nothing_is_closed_and_gets_the_rest_when_it_comes_b
             assert had + ids_of(back) == log
     assert server.stop() < 5
     assert "ERROR" not in server.log.read_text()
+
+
+def test_who_falls_silent_is_not_waited_for_without_end(quick: Callable[..., Server]) -> None:
+    """The system gives up the connection, which ends the stream; by itself it would try for a quarter of an hour."""
+    client = quick().client
+    assert client.get("/patience").json() == 0
+    assert client.get("/stream", params={"seconds": 0.1}).status_code == 200
+    assert client.get("/patience").json() == feed.SILENCE_SECONDS * 1000, "on the same connection"
 
 
 # --- clients that are many ------------------------------------------------------------------------------------------
@@ -497,7 +507,7 @@ def test_a_stream_ends_with_its_token(quick: Callable[..., Server]) -> None:
         stream = Stream(server.client, person, types="book.*")  # none of which is private
         assert stream.ended is None
         end()
-        wait_for(lambda stream=stream: stream.ended, SOON)  # type: ignore[misc]
+        wait_for(lambda stream=stream: stream.ended, SOON)  # type: ignore[misc]  # mypy gives a lambda's default no type
         assert stream.error is None, how
         again = httpx.get(server.client.base_url.join("/stream"), headers=stream.headers)
         assert again.status_code == 401, how

@@ -36,7 +36,7 @@ class Inbox:
         self.accounts: list[tuple[str, str]] = []
         self.tries = self.port = 0
 
-    async def handle_DATA(self, _server: Any, session: Any, envelope: Envelope) -> str:  # noqa: N802
+    async def handle_DATA(self, _server: Any, session: Any, envelope: Envelope) -> str:  # noqa: N802  # aiosmtpd's name
         self.tries += 1
         if self.refusals:
             return self.refusals.pop(0)

@@ -140,7 +140,7 @@ def test_405_names_every_method_of_the_path(client: TestClient) -> None:
 
 def test_a_bug_is_500_and_tells_nothing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("events.head", lambda _connection: 1 / 0)
-    client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]
+    client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]  # of Starlette's client
     answer = client.get("/health")
     assert answer.status_code == 500
     assert answer.json()["detail"] == "Something went wrong here; it is in the server's log."
@@ -192,7 +192,7 @@ def test_every_answer_tells_browsers_to_be_careful(
     if path == "/bug":
         monkeypatch.setattr("events.head", lambda _connection: 1 / 0)
         path = "/health"
-    client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]
+    client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]  # of Starlette's client
     plain = {
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",

@@ -19,7 +19,9 @@ from sqlmodel import Session
 
 import database
 import events
+import feed
 import operations
+import uploads
 from conftest import HERE, Clock, Person, Server, sign_up, wait_for
 from settings import settings
 
@@ -174,3 +176,23 @@ def test_what_heroku_reads_is_what_there_is() -> None:
     graceful = int(re.findall(r"--timeout-graceful-shutdown (\d+)", procfile)[0])
     assert keep_alive > 90, "the router uses idle connections again for 90 s"
     assert graceful < 30, "30 s after SIGTERM comes SIGKILL"
+
+
+def flags(command: str) -> dict[str, str]:
+    return dict(re.findall(r"--([a-z-]+) (\S+)", command))
+
+
+def test_what_the_readme_says_of_a_machine_of_your_own_goes_together() -> None:
+    readme = (HERE / "README.md").read_text()
+    unit, nginx, caddy = (
+        re.findall(rf"```{kind}\n(.*?)```", readme, re.DOTALL)[-1] for kind in ("ini", "nginx", "caddy")
+    )
+    started = flags(re.findall("^ExecStart=(.*)$", unit, re.MULTILINE)[0])
+    local = {"host": "127.0.0.1", "port": "8000", "forwarded-allow-ips": "127.0.0.1"}
+    assert started == flags((HERE / "Procfile").read_text()) | local
+    assert int(re.findall(r"TimeoutStopSec=(\d+)", unit)[0]) > int(started["timeout-graceful-shutdown"])
+    for proxy in (nginx, caddy):
+        assert "127.0.0.1:8000" in proxy
+    assert int(re.findall(r"proxy_read_timeout (\d+)s", nginx)[0]) > 2 * feed.HEARTBEAT_SECONDS
+    assert int(re.findall(r"client_max_body_size (\d+)m", nginx)[0]) << 20 > uploads.UPLOAD_MAX
+    assert int(re.findall(r"keepalive (\d+)s", caddy)[0]) < int(started["timeout-keep-alive"])

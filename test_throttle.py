@@ -87,7 +87,7 @@ def test_many_addresses_do_not_help_for_long(limited: TestClient) -> None:
     """Ten guesses from each of ten addresses, and the account is closed to all but who has its mail."""
     answers = []
     for address in range(11):
-        limited._transport.client = (f"203.0.113.{address}", 1)  # type: ignore[attr-defined]
+        limited._transport.client = (f"203.0.113.{address}", 1)  # type: ignore[attr-defined]  # of Starlette's client
         answers += attempts(limited, "/login", WRONG, 10)
     assert answers == [401] * 100 + [429] * 10
 

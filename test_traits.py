@@ -18,12 +18,12 @@ class Told(NamedTuple):
     """What a file is expected to come to. Each row that is not refused is inserted, but for those skipped."""
 
     books: list[tuple[str, str]]  # title and author
-    refused: Problems = []  # noqa: RUF012
-    warned: Problems = []  # noqa: RUF012
+    refused: Problems = []  # noqa: RUF012  # nobody changes it
+    warned: Problems = []  # noqa: RUF012  # nobody changes it
     skipped: int = 0
     encoding: str = "utf-8"
     delimiter: str = ","
-    first: dict[str, Any] = {}  # noqa: RUF012  # of the first book
+    first: dict[str, Any] = {}  # noqa: RUF012  # nobody changes it; of the first book
 
 
 def ab(*letters: str) -> list[tuple[str, str]]:
