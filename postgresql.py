@@ -70,11 +70,13 @@ class Postgresql:
                     listener = await psycopg.AsyncConnection.connect(
                         address, autocommit=True, connect_timeout=10, **KEEPALIVES
                     )
-                async with listener:
+                try:
                     await listener.execute(f"LISTEN {CHANNEL}")
                     nudge()
                     async for _ in listener.notifies():
                         nudge()
+                finally:  # its own `async with` rolls back first, which can't be done when this is cancelled
+                    await listener.close()
             except psycopg.OperationalError as error:
                 log.error("lost the connection that listens for changes: %s", error)
             await asyncio.sleep(0.5)
