@@ -68,7 +68,7 @@ class Load(NamedTuple):
 class Bench:
     """A folder with a database, `wrk`'s script, and the servers that were started on it."""
 
-    def __init__(self, folder: Path, books: int, seconds: float) -> None:
+    def __init__(self, folder: Path, books: int, seconds: int) -> None:
         self.folder, self.books, self.seconds = folder, books, seconds
         self.chance, self.next_isbn = random.Random(2), 500_000_000
         self.script = folder / "wrk.lua"
@@ -100,12 +100,15 @@ class Bench:
         return file
 
     def drive(self, served: "Served", case: "Case", clients: int = 32) -> Load:
-        lines = self.bodies(int(6000 * self.seconds)) if case.make is None else self.paths(case.name, case.make)
+        # Longer for writes: the first request of each client waits until all are connected, and is to be none of a
+        # hundred.
+        seconds = self.seconds if case.make else 4 * self.seconds
+        lines = self.paths(case.name, case.make) if case.make else self.bodies(3000 * seconds)
         headers = [
             part for pair in ({**case.headers, **(served.headers if case.signed_in else {})}).items() for part in pair
         ]
         method = ["POST", "/books"] if case.make is None else ["GET", "-"]
-        command = ["wrk", "-t1", f"-c{clients}", f"-d{self.seconds}s", "--timeout=10s", f"-s{self.script}", served.url]
+        command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout=10s", f"-s{self.script}", served.url]
         command += ["--", str(lines), *method, *headers]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         told = json.loads(done.stdout.splitlines()[-1])

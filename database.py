@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from postgresql import Postgresql
 
+# Some 25 ms. A short change of another process is done in one; but an import writes for longer.
+INLINE_TRIES = 200
+CHECKPOINT_AFTER = 50  # changes, of some 80 KB each in the write-ahead log
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -106,19 +109,22 @@ async def write(change: Callable[Concatenate[Session, P], T], *args: P.args, **k
 
 
 async def put(change: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`write` for a change of a row or two. On SQLite it runs inline, unless somebody else is writing just now."""
+    """`write` for a change of a row or two. On SQLite it runs inline, unless somebody else writes for long."""
     where = backend()
     if isinstance(where, Sqlite):
-        with where.inline_transaction() as session:
-            if session is not None:
-                return change(session, *args, **kwargs)
+        async with where.turns:  # in the order of their coming
+            for turn in range(INLINE_TRIES):
+                with where.inline_transaction() as session:
+                    if session is not None:
+                        return change(session, *args, **kwargs)
+                await anyio.sleep(0 if turn % 10 else 0.001)
     return await write(change, *args, **kwargs)
 
 
 async def tidy() -> None:
-    """What changes that ran inline have left to do; to be called every second or so."""
+    """What changes that ran inline have left to do; to be called several times a second."""
     where = backend()
-    if isinstance(where, Sqlite) and where.unchecked:
+    if isinstance(where, Sqlite) and where.unchecked >= CHECKPOINT_AFTER:
         await anyio.to_thread.run_sync(where.checkpoint, limiter=_database().limiter)
 
 

@@ -58,6 +58,7 @@ class Sqlite:
         driver: Any = self.kept_writer.connection.dbapi_connection
         driver.execute("PRAGMA wal_autocheckpoint=0")
         self.unchecked = 0  # transactions since the last checkpoint
+        self.turns = asyncio.Lock()
         self.write_lock = WriteLock(f"{self.engine.url.database}-lock")
 
     def close(self) -> None:
@@ -91,11 +92,13 @@ class Sqlite:
                 yield session
 
     def checkpoint(self) -> None:
-        """Bring what was written inline into the file. Waits for the disk, but keeps neither readers nor writers."""
+        """Bring what was written inline into the file, so that the log begins anew; where it grows large, every read
+        takes longer. Most of it while others write, the rest while nobody does."""
         self.unchecked = 0
         with self.loop_engine.connect() as connection:
-            _busy, in_log, moved = connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
-        self.unchecked += moved < in_log  # as long as somebody reads what was before
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+            with self.write_lock:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
 
     @staticmethod
     def insert_many(session: Session, table: Table, rows: Sequence[Mapping[str, Any]], same: Mapping[str, Any]) -> None:
