@@ -27,10 +27,11 @@ PRAGMAS = {
     "synchronous": "NORMAL",  # with WAL a power cut may cost the last commits, never the file
     "foreign_keys": "ON",  # off by default in SQLite; cascades and references rely on it
     "busy_timeout": "10000",  # ms that a writer waits for another process's transaction
-    "cache_size": "-2000",  # KiB a connection, of which there may be twenty; the system keeps the file's pages, too
+    "cache_size": "-2000",  # KiB a connection, of which there may be a dozen; the system keeps the file's pages, too
     "temp_store": "MEMORY",  # sorts of a page's worth of rows need no file
     "recursive_triggers": "ON",  # so that REPLACE, too, would tell the search index of the row it removes
 }
+WRITERS_CACHE = "-16000"  # KiB
 POLL_SECONDS = 0.1  # how often other processes' commits are looked for: 3 µs each time
 
 
@@ -38,16 +39,21 @@ class Sqlite:
     kind = "sqlite"
     # How many threads may be inside the database at once. It is also the pool's size, so that no thread ever waits
     # for a connection, and a burst of slow searches leaves threads for everybody else.
-    threads = 16
+    threads = 8
 
     def __init__(self, url: str, to_json: Callable[[object], str]) -> None:
         self.engine = create_engine(url, pool_size=self.threads, max_overflow=4, json_serializer=to_json)
         event.listen(self.engine, "connect", on_connect)
         event.listen(self.engine, "begin", on_begin)
         self.reader = self.engine
-        # The same pool; its transactions take the write lock at their start. A deferred one that reads first and
-        # writes later either fails at once ("database is locked") or, with SQLAlchemy's defaults, loses updates.
-        self.writer = self.engine.execution_options(immediate=True)
+        # There is one writer at a time, in a thread or inline, with a cache that holds what a batch of an import
+        # changes. A transaction takes the write lock at its start: a deferred one that reads first and writes later
+        # either fails at once ("database is locked") or, with SQLAlchemy's defaults, loses updates.
+        self.writer_engine = create_engine(url, pool_size=2, max_overflow=0, json_serializer=to_json)
+        event.listen(self.writer_engine, "connect", on_connect)
+        event.listen(self.writer_engine, "connect", lambda c, _record: c.execute(f"PRAGMA cache_size={WRITERS_CACHE}"))
+        event.listen(self.writer_engine, "begin", on_begin)
+        self.writer = self.writer_engine.execution_options(immediate=True)
         # The event loop's own connection for short reads; AUTOCOMMIT because `inline` brackets it itself, at a
         # twentieth of the price of SQLAlchemy's begin and rollback.
         self.loop_engine = create_engine(url, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
@@ -66,6 +72,7 @@ class Sqlite:
         self.kept.close()
         self.kept_writer.close()
         self.loop_engine.dispose()
+        self.writer_engine.dispose()
         self.engine.dispose()
 
     @contextmanager

@@ -22,7 +22,7 @@ KILLS = (0.1, 0.2, 0.3, 0.4)  # parts of that time, of one worker and of all in 
 WARM_UP = 10  # seconds of that calm in which memory is not yet looked at, at least
 ROWS = 200  # of each upload
 # The service with small page caches: those of SQLite's connections fill over an hour, which would hide a leak.
-SOAKED = "import sqlite\nsqlite.PRAGMAS['cache_size'] = '-200'\nfrom main import app\n"
+SOAKED = "import sqlite\nsqlite.PRAGMAS['cache_size'] = sqlite.WRITERS_CACHE = '-200'\nfrom main import app\n"
 
 
 class Soak:
