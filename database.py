@@ -1,7 +1,8 @@
 """The one door to the database: transactions, and what runs inline or in a thread.
 
 On SQLite a thread hop costs more than a point read, so short reads run on the event loop's own thread, over one
-kept connection, with no `await` while it is in use. Everything else, and all on PostgreSQL, goes to threads.
+kept connection, with no `await` while it is in use; likewise changes of a row or two, where nobody else is writing.
+Everything else, and all on PostgreSQL, goes to threads.
 """
 
 import functools

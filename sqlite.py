@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Table, create_engine, event, insert
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlmodel import Session, SQLModel
 
 if sys.platform != "win32":
@@ -63,6 +63,7 @@ class Sqlite:
         self.kept_writer = self.writer.connect()
         driver: Any = self.kept_writer.connection.dbapi_connection
         driver.execute("PRAGMA wal_autocheckpoint=0")
+        driver.execute("PRAGMA busy_timeout=0")  # it must not keep the event loop waiting for whoever else has the file
         self.unchecked = 0  # transactions since the last checkpoint
         self.turns = asyncio.Lock()
         self.write_lock = WriteLock(f"{self.engine.url.database}-lock")
@@ -89,14 +90,15 @@ class Sqlite:
     @contextmanager
     def inline_transaction(self) -> Iterator[Session | None]:
         """For a change on the event loop with no `await` in it; None where it would have to wait for another writer."""
-        with self.write_lock.if_free() as free:
-            if not free:
+        with self.write_lock.if_free() as free, Session(self.kept_writer, expire_on_commit=False) as session:
+            connection = _begun(session) if free else None
+            if connection is None:
                 yield None
                 return
             self.unchecked += 1
-            with Session(self.kept_writer, expire_on_commit=False) as session, session.begin():
-                session.info["connection"] = session.connection()
-                yield session
+            session.info["connection"] = connection
+            yield session
+            session.commit()  # without which it is rolled back
 
     def checkpoint(self) -> None:
         """Bring what was written inline into the file, so that the log begins anew; where it grows large, every read
@@ -162,6 +164,16 @@ class Sqlite:
         # The write-ahead log's index is mapped memory: where there is no room for it to grow, it is an I/O error.
         name = getattr(error, "sqlite_errorname", "")
         return name == "SQLITE_FULL" or name in ("SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE")
+
+
+def _begun(session: Session) -> Connection | None:
+    """The connection of its transaction; None where a stranger (Litestream, a shell) is writing."""
+    try:
+        return session.connection()
+    except OperationalError as error:
+        if getattr(error.orig, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
+            return None
+        raise
 
 
 class WriteLock:

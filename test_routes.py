@@ -214,6 +214,26 @@ def test_a_short_change_waits_for_another_without_keeping_readers(client: TestCl
 
 
 @pytest.mark.sqlite
+def test_a_short_change_waits_for_a_stranger_without_keeping_readers(client: TestClient, reader: Person) -> None:
+    """Litestream, say, or somebody in SQLite's own shell: they know nothing of the service's lock."""
+    backend: Any = database.backend()
+    stranger = sqlite3.connect(backend.engine.url.database, isolation_level=None)
+    stranger.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(reader.add_book, title=f"Late {number}", author="B") for number in range(3)]
+        for _ in range(5):
+            began = time.monotonic()
+            assert client.get("/books").json()["total"] == 0
+            assert time.monotonic() - began < 1
+            time.sleep(0.1)
+        assert not any(one.done() for one in waiting)
+        stranger.execute("COMMIT")
+        assert {one.result(10)["title"] for one in waiting} == {"Late 0", "Late 1", "Late 2"}
+    stranger.close()
+    assert client.get("/books").json()["total"] == 3
+
+
+@pytest.mark.sqlite
 def test_what_was_written_inline_gets_into_the_file(reader: Person) -> None:
     """So that the write-ahead log does not grow for ever."""
     backend: Any = database.backend()
