@@ -281,6 +281,43 @@ def test_refused_rows_are_shown_with_their_reasons(server: Server, visit: Visit)
     expect(page.locator("img")).to_have_count(0)
 
 
+def test_a_dropped_file_shows_its_progress_and_its_refused_rows(server: Server, visit: Visit) -> None:
+    staff(server)
+    page = visit(server)
+    sign_in(page, "Lydia")
+    go(page, "Import")
+    expect(page.locator("#job")).to_be_hidden()
+    rows = [f"Volume {i},Somebody,{i}" for i in range(1, 20_001)] + [",Nobody,1", "Emma,Jane Austen,cheap"]
+    dropped = page.evaluate_handle(
+        """rows => {
+            const dropped = new DataTransfer();
+            dropped.items.add(new File(['title,author,pages\\n' + rows.join('\\n')], 'box.csv', {type: 'text/csv'}));
+            return dropped;
+        }""",
+        rows,
+    )
+    page.evaluate(
+        """() => {
+            window.progress = [];
+            const bar = document.querySelector('progress');
+            new MutationObserver(() => progress.push(bar.value)).observe(bar, {attributes: true});
+        }"""
+    )
+    page.locator("#view-import h2").dispatch_event("drop", {"dataTransfer": dropped})
+    expect(page.locator("#job-name")).to_have_text("box.csv")
+    expect(page.locator("#job-state")).to_have_text("Done.")
+    expect(page.locator("#job-counts")).to_contain_text("20,002 rows · 20000 new")
+    seen = page.evaluate("progress")
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+    assert [value for value in seen if 0 < value < 1]
+    table = page.get_by_role("table", name="Rows with problems")
+    expect(table.get_by_role("row", name=re.compile("^20002 refused title"))).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the refused rows as CSV").click()
+    assert "Nobody" in Path(download.value.path()).read_text("utf-8")
+
+
 def test_what_one_does_another_sees_at_once(server: Server, visit: Visit) -> None:
     staff(server)
     sign_up(server.client, "Rita")
