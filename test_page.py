@@ -343,6 +343,8 @@ def test_what_one_does_another_sees_at_once(server: Server, visit: Visit) -> Non
     expect(theirs.locator("#book-reviews")).to_contain_text("Sandy.")
     expect(theirs.locator("#book-info")).to_contain_text("5.0 (1)")
     expect(second.locator(".ticker")).not_to_contain_text("shelf")
+    Person(server.client, "Lydia").add_book(title="Two\N{LINE SEPARATOR}lines")  # ends no line of the stream
+    expect(second.locator(".ticker")).to_contain_text(re.compile("Two.lines", re.DOTALL))
 
 
 def test_the_ticker_survives_a_restart(serve: Callable[..., Server], tmp_path: Path, visit: Visit) -> None:
