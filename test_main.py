@@ -434,6 +434,11 @@ def test_imports_run_downward_only() -> None:
         assert not wrong, f"{name}.py imports {wrong}"
 
 
+def test_the_tour_of_the_code_shows_every_module() -> None:
+    tour = (HERE / "README.md").read_text().split("## The code, in reading order")[1]
+    assert [name for name in LAYERS if f"[{name}.py]" not in tour] == []
+
+
 def test_the_procfile_and_python_version_name_what_is_there() -> None:
     procfile = (HERE / "Procfile").read_text()
     assert "uvicorn main:app" in procfile
