@@ -394,6 +394,7 @@ def test_a_token_that_is_too_old_is_refreshed_once(server: Server, visit: Visit)
             route.fallback()
 
     page.route("**/*", refuse)
+    expect(page.locator("main .cards button").first).to_be_visible()
     page.evaluate(
         "filters.requestSubmit(); document.querySelector('main .cards button').click()"
     )  # two requests at once
