@@ -64,6 +64,7 @@ class Sqlite:
         driver: Any = self.kept_writer.connection.dbapi_connection
         driver.execute("PRAGMA wal_autocheckpoint=0")
         driver.execute("PRAGMA busy_timeout=0")  # it must not keep the event loop waiting for whoever else has the file
+        self.kept_driver = driver
         self.unchecked = 0  # transactions since the last checkpoint
         self.turns = asyncio.Lock()
         self.write_lock = WriteLock(f"{self.engine.url.database}-lock")
@@ -90,15 +91,20 @@ class Sqlite:
     @contextmanager
     def inline_transaction(self) -> Iterator[Session | None]:
         """For a change on the event loop with no `await` in it; None where it would have to wait for another writer."""
-        with self.write_lock.if_free() as free, Session(self.kept_writer, expire_on_commit=False) as session:
-            connection = _begun(session) if free else None
-            if connection is None:
+        with self.write_lock.if_free() as free:
+            if not free:
                 yield None
                 return
-            self.unchecked += 1
-            session.info["connection"] = connection
-            yield session
-            session.commit()  # without which it is rolled back
+            try:
+                with Session(self.kept_writer, expire_on_commit=False) as session:
+                    session.info["connection"] = _begun(session)
+                    yield session if session.info["connection"] else None
+                    session.commit()  # without which it is rolled back
+                self.unchecked += 1
+            finally:
+                # After a commit that failed, a session leaves a connection that was given to it as it is.
+                self.kept_writer.rollback()
+                self.kept_driver.rollback()
 
     def checkpoint(self) -> None:
         """Bring what was written inline into the file, so that the log begins anew; where it grows large, every read

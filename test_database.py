@@ -1,10 +1,12 @@
 """The file underneath: writers wait for each other, migrations make what the models say, failures are told apart."""
 
 import multiprocessing
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -226,6 +228,25 @@ def test_violations_name_their_field(client: TestClient, statement: str, expecte
     with pytest.raises(IntegrityError) as failure:
         database.transact(lambda session: session.execute(sa.text(statement)))
     assert database.violation(failure.value) == expected
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("way", [database.put, database.write], ids=["inline", "in a thread"])
+def test_a_change_that_fails_at_its_commit_is_over(client: TestClient, reader: Person, way: Any) -> None:
+    """As it does where the disk is full, or as here where a reference is looked at last."""
+
+    def entry_of_nobody(session: Session) -> None:
+        session.execute(sa.text("PRAGMA defer_foreign_keys=ON"))
+        session.execute(sa.text(VIOLATIONS["an entry of nobody"][0]))
+
+    assert client.portal is not None
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match="FOREIGN KEY"):
+            client.portal.call(way, entry_of_nobody)
+    assert reader.add_book(title="Dune")["id"] == 1
+    with sqlite3.connect(database.backend().engine.url.database, timeout=0) as stranger:  # type: ignore[arg-type]  # SQLite's is a path
+        stranger.execute("BEGIN IMMEDIATE")  # nobody is writing any more
+    stranger.close()
 
 
 def test_a_read_sees_one_moment(client: TestClient, admin: Person) -> None:
