@@ -456,14 +456,18 @@ class Server:
         limits = {"RATE_LIMITS": "false"}  # but for the tests that are about them
         nowhere = {"GOOGLE_BOOKS_URL": NOWHERE, "OPEN_LIBRARY_URL": NOWHERE}
         database_url = {"DATABASE_URL": url_of(self.file)}
-        environment = {**os.environ, **database_url, **limits, **nowhere, **self.environment}
+        patience = {"UVICORN_TIMEOUT_WORKER_HEALTHCHECK": "60"}  # as in Procfile: other tests keep the machine busy
+        environment = {**os.environ, **database_url, **limits, **nowhere, **patience, **self.environment}
         command = [sys.executable, "-m", "uvicorn", self.app, "--port", str(self.port), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, cwd=HERE, env=environment, stdout=log, stderr=log, start_new_session=True
             )
         self.client = httpx.Client(base_url=self.url, timeout=30)
-        wait_for(self._up, seconds=30)
+        try:
+            wait_for(self._up, seconds=120)
+        except AssertionError:
+            raise AssertionError(f"the server did not start: {self.log.read_text()[-5000:]}") from None
 
     def _up(self) -> bool | None:
         assert self.process.poll() is None, self.log.read_text()
