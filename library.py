@@ -22,6 +22,7 @@ from models import (
     EntryPublic,
     EntryUpdate,
     GenreCount,
+    Id,
     Principal,
     ShelfEntry,
     ShelfStats,
@@ -52,6 +53,7 @@ ORDERS = {
 CONDITIONS: dict[str, ColumnElement[bool]] = {
     "mine": col(ShelfEntry.user_id) == sa.bindparam("user_id"),
     "status": col(ShelfEntry.status) == sa.bindparam("status"),
+    "book_id": col(ShelfEntry.book_id) == sa.bindparam("book_id"),
 }
 ENTRIES = Listing(
     sa.select(AsJson({**ENTRY, "book": AsJson(PUBLIC)})).join_from(
@@ -59,15 +61,16 @@ ENTRIES = Listing(
     ),
     CONDITIONS.__getitem__,
 )
-COUNT_ENTRIES = {
+COUNT_ENTRIES: dict[tuple[str, ...], Prepared] = {
     asked: Prepared(sa.select(sa.func.count()).select_from(ShelfEntry).where(*map(CONDITIONS.__getitem__, asked)))
-    for asked in (("mine",), ("mine", "status"))
+    for asked in (("mine",), ("mine", "status"), ("mine", "book_id"), ("mine", "status", "book_id"))
 }
 Sort = Literal["added", "updated", "title", "author", "rating", "-added", "-updated", "-title", "-author", "-rating"]
 
 
 class ShelfQuery(PageQuery):
     status: ShelfStatus | None = None
+    book_id: Id | None = None
     sort: Sort = Field(default="-added")
 
 
@@ -83,8 +86,9 @@ async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser,
 
 
 def _find_entries(connection: Connection, user_id: int, query: ShelfQuery) -> tuple[JsonPage, int]:
-    asked = ("mine",) if query.status is None else ("mine", "status")
-    values = {"user_id": user_id, "status": query.status}
+    filters = {"status": query.status, "book_id": query.book_id}
+    asked = ("mine", *(name for name, value in filters.items() if value is not None))
+    values = {"user_id": user_id, **filters}
     total = COUNT_ENTRIES[asked].first(connection, values)[0]
     return ENTRIES.page(connection, asked, values, ORDERS[query.sort], query, total), events.head(connection)
 

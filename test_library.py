@@ -150,7 +150,10 @@ def test_my_shelf_by_status_and_order(clock: Clock, reader: Person) -> None:
     assert titles(sort="-rating") == ["gamma", "beta", "Alpha"]
     assert titles(sort="-updated") == ["gamma", "Alpha", "beta"]
     assert titles(sort="added") == ["beta", "Alpha", "gamma"]
+    assert titles(book_id="2") == titles(book_id="2", status="reading") == ["Alpha"]
+    assert titles(book_id="2", status="completed") == titles(book_id="99") == []
     assert reader.get("/my-library?status=lost").status_code == 422
+    assert reader.get("/my-library?book_id=two").status_code == 422
 
 
 def test_reviews_are_what_has_a_rating_or_a_text(client: TestClient, reader: Person, other_reader: Person) -> None:

@@ -61,6 +61,7 @@ GOOD = {
     "blanks": "/books?genre=&search=%20&cursor=",
     "plus for a space": "/books?search=du+",
     "my shelf": "/my-library?status=wishlist",
+    "one of it": "/my-library?book_id=1",
     "not UTF-8": "/books?search=%ff",
     "half a pair": "/books?search=%ed%a0%80",
 }
@@ -79,6 +80,7 @@ REFUSED = {
     "a cursor and an offset": "/books?cursor=WyJpZCIsMV0&offset=2",
     "mine, and nobody is there": "/books?added_by=me",
     "no such status": "/my-library?status=lost",
+    "no such id": "/my-library?book_id=0",
 }
 
 
@@ -132,6 +134,7 @@ def test_tokens_are_looked_at_as_ever(
 def test_whatever_is_asked_is_answered_alike(reader: Person, both_ways: Callable[[Send], Any]) -> None:
     chance = random.Random(8)
     names = "search genre author publisher language year_from year_to available added_by sort limit offset skip cursor"
+    names += " status book_id"  # of the shelf
     values = ["", " ", "0", "1", "2", "-1", "01", "1.0", "true", "no", "me", "id", "-title", "Novel", "é", "a" * 600]
     for _ in range(300):
         pairs = [(chance.choice([*names.split(), "size"]), chance.choice(values)) for _ in range(chance.randrange(4))]
