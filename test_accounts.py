@@ -54,6 +54,7 @@ def test_names_and_addresses_are_unique_whatever_their_case(
     assert answer.json()["errors"][0]["loc"] == ["body", taken]
 
 
+@pytest.mark.slow
 def test_twenty_registrations_of_one_name_make_one_account(server: Server) -> None:
     def register(number: int) -> int:
         new = {**NEW, "email": f"rita{number}@example.com"}
@@ -239,6 +240,7 @@ def test_a_reset_that_is_not_in_form_costs_no_try(client: TestClient, code: str,
     assert reset(client, code) == 204
 
 
+@pytest.mark.slow
 def test_twenty_resets_at_once_with_one_code_set_one_password(serve: Callable[..., Server]) -> None:
     server = serve()
     sign_up(server.client, "rita")

@@ -138,6 +138,7 @@ def test_an_isbn_is_there_once(reader: Person, other_reader: Person) -> None:
     assert answer.json()["errors"][0]["loc"] == ["body", "isbn"]
 
 
+@pytest.mark.slow
 def test_one_isbn_added_twenty_times_at_once_is_there_once(server: Server) -> None:
     reader = sign_up(server.client, "rita")
     with ThreadPoolExecutor(20) as pool:
@@ -194,6 +195,7 @@ def test_a_rating_changes_the_etag_too(client: TestClient, reader: Person) -> No
     assert client.get(path, headers={"If-None-Match": etag}).json()["rating"] == 5.0
 
 
+@pytest.mark.slow
 def test_thirty_changes_at_once_with_one_etag_change_it_once(server: Server) -> None:
     reader = sign_up(server.client, "rita")
     path = f"/books/{reader.add_book()['id']}"
@@ -530,6 +532,7 @@ def test_times_are_utc_and_updates_show(client: TestClient, clock: Clock, reader
 # --- many at once -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sixty_four_readers_at_once_do_not_freeze_it(server: Server) -> None:
     reader = sign_up(server.client, "rita")
     for number in range(30):

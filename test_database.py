@@ -174,6 +174,7 @@ def test_several_processes_start_at_once_on_an_empty_file(serve: Callable[..., S
         assert admin.get("/users/me").json()["id"] == 1
 
 
+@pytest.mark.slow
 def test_workers_of_one_server_share_the_file(serve: Callable[..., Server]) -> None:
     server = serve("--workers", "2")
     admin = Person(server.client, "admin", "admin")

@@ -226,6 +226,7 @@ def test_a_place_that_is_not_in_the_log_is_reset(server: Server, rita: Person) -
         head = server.client.get("/events").json()["next"]
 
 
+@pytest.mark.slow
 def test_two_processes_tell_each_others_changes_in_one_order(serve: Callable[..., Server]) -> None:
     one, two = serve(), serve()
     sign_up(one.client, "rita")

@@ -489,6 +489,7 @@ def test_a_thousand_streams_are_all_told(serve: Callable[..., Server]) -> None:
 # --- clients whose token is no good any more ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stream_ends_with_its_token(quick: Callable[..., Server]) -> None:
     server, fleeting = quick(), quick("fleeting")
     admin, rita, oskar = (

@@ -40,6 +40,7 @@ def test_a_book_is_shelved_once(client: TestClient, clock: Clock, reader: Person
     assert client.post(f"/my-library/{book['id']}").status_code == 401
 
 
+@pytest.mark.slow
 def test_twenty_times_at_once_is_once(server: Server) -> None:
     reader = sign_up(server.client, "rita")
     book = reader.add_book()
@@ -204,6 +205,7 @@ def test_the_figures_of_a_book_stay_those_of_its_ratings(
         assert shown["rating"] == (sum(given) / len(given) if given else None)
 
 
+@pytest.mark.slow
 def test_thirty_ratings_at_once_all_count(server: Server) -> None:
     book = sign_up(server.client, "rita").add_book()["id"]
     people = [sign_up(server.client, f"reader{number}") for number in range(10)]

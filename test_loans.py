@@ -390,6 +390,7 @@ def on_loan(book: int) -> int:
     return int(database.snapshot(lambda connection: connection.execute(query, {"book": book}).scalar_one()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("borrowers", "copies"), [pytest.param(50, 3, id="fifty for three"), pytest.param(30, 10, id="thirty for ten")]
 )
@@ -417,6 +418,7 @@ def test_at_many_desks_at_once_a_loan_is_renewed_twice_and_returned_once(crowd: 
     assert stock_of(librarian, book) == (10, 10, 0)
 
 
+@pytest.mark.slow
 def test_copies_are_not_removed_while_they_are_taken(crowd: Crowd, librarian: Person) -> None:
     book = stocked(librarian, 10)
     people = crowd(16)

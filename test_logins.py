@@ -155,6 +155,7 @@ def test_a_refresh_token_lasts_two_weeks_from_its_last_use(client: TestClient, c
     assert client.post("/auth/refresh", json={"refresh_token": answer.json()["refresh_token"]}).status_code == 401
 
 
+@pytest.mark.slow
 def test_twenty_refreshes_of_one_token_at_once_give_one_line_of_successors(server: Server) -> None:
     reader = sign_up(server.client, "rita")
 

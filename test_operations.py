@@ -28,6 +28,7 @@ from settings import settings
 # --- backup and restore -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_a_backup_is_whole_while_writes_go_on(server: Server, tmp_path: Path) -> None:
     admin = Person(server.client, "admin", "admin")
@@ -152,6 +153,7 @@ def test_the_log_of_changes_is_kept_bounded(
 # --- the log ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_log_can_go_to_a_file_that_workers_share(serve: Callable[..., Server], tmp_path: Path) -> None:
     file = tmp_path / "log" / "books.log"
     file.parent.mkdir()

@@ -275,6 +275,7 @@ def test_an_admin_who_can_not_sign_in_is_none(admin: Person, monkeypatch: pytest
     assert admin.patch("/users/1", json={"role": "reader"}).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", ["demoted", "switched off", "deleted"])
 def test_twenty_at_once_leave_one_admin(server: Server, gone: str) -> None:
     admin = Person(server.client, "admin", "admin")
