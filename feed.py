@@ -109,9 +109,13 @@ class Feed:
                 await asyncio.wait_for(self._nudged.wait(), LOOK_SECONDS)
             self._nudged.clear()
             try:
-                while events := await database.read(after, self.head):
+                while events := await database.read(_kept_after, self.head):
                     self._append(events)
                     await self._breathe()
+                if events is None:  # pruned before they were read: streams that are not past them will notice
+                    self.buffer.clear()
+                    self.start = self.head = await database.read(floor)
+                    self._nudged.set()
             except OperationalError as error:  # it may be better in a while; what was missed is still in the log
                 log.error("can't read the change log: %s", error)
                 await asyncio.sleep(1)
@@ -143,12 +147,14 @@ class Feed:
         await self.closing.wait()
         self._tell_streams()
 
-    async def since(self, cursor: int) -> Sequence[Logged]:
-        """What follows `cursor`: from the buffer, or from the log where the buffer no longer reaches back."""
+    async def since(self, cursor: int) -> Sequence[Logged] | None:
+        """What follows `cursor`: from the buffer, or from the log where the buffer no longer reaches back; None where
+        the log no longer does."""
         if cursor >= self.head:
             return ()
         if cursor < self.start:
-            return [event for event in await database.read(after, cursor) if event.id <= self.head]
+            kept = await database.read(_kept_after, cursor)
+            return kept and [event for event in kept if event.id <= self.head]
         # From the newest end: a stream that keeps up looks at no more than what is new to it.
         new: deque[Logged] = deque()
         for event in reversed(self.buffer):
@@ -191,6 +197,8 @@ class Feed:
         while not self.closing.is_set():
             changed = self._changed  # taken before reading: what comes in between is not slept through
             events = await _patiently(self.since, at)
+            if events is None:
+                return  # the client comes back, and is told that it has lost its place
             chunk, size = [], 0
             for event in events:
                 at = event.id
@@ -232,6 +240,11 @@ def control(event: str, data: dict[str, Any], retry: int | None = None) -> bytes
 
 
 feed = Feed()
+
+
+def _kept_after(connection: Connection, cursor: int) -> Sequence[Logged] | None:
+    """What follows `cursor`; None where some of it was pruned."""
+    return after(connection, cursor) if cursor >= floor(connection) else None
 
 
 class Position(NamedTuple):

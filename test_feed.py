@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -18,6 +19,7 @@ from typing import Any
 import httpx2 as httpx
 import psycopg
 import pytest
+from fastapi.testclient import TestClient
 from sqlmodel import Session
 
 import database
@@ -25,6 +27,7 @@ import events
 import feed
 import postgresql
 from conftest import HERE, Person, Postgres, Server, resident_mb, service, sign_up, wait_for
+from settings import settings
 from test_events import Stream
 
 # The same service, quicker to find out who is gone, with room for few, and with a way to have many events at once.
@@ -516,3 +519,39 @@ def test_a_stream_ends_with_its_token(quick: Callable[..., Server]) -> None:
     assert visitor.wait(1)[-1]["event"] == "book.created"
     wait_for(lambda: "book.created" in [event["event"] for event in stays.events] or None)
     assert (visitor.ended, stays.ended) == (None, None)
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["between two chunks", "before anybody read it"])
+def test_a_stream_that_the_pruning_has_overtaken_ends_and_is_told_so_when_it_comes_back(
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    monkeypatch.setattr(settings, "event_retention", 10)
+    start = int(client.get("/books").headers["X-Event-Cursor"])
+
+    def fill(session: Session) -> None:
+        for number in range(2 * feed.BUFFER):
+            events.record(session, "book.updated", {"number": number, "title": "x" * 400})
+        while at_once and events.prune(session):
+            pass
+
+    async def follow() -> list[bytes]:
+        stream = feed.feed.follow(events.Filter(None), start, None, 10)
+        told = [await anext(stream)]
+        await database.write(fill)
+        told += [await anext(stream)] if not at_once else []
+        while await database.write(events.prune):
+            pass
+        return told + [chunk async for chunk in stream]
+
+    assert client.portal is not None
+    began = time.monotonic()
+    frames = b"".join(client.portal.call(follow)).decode()
+    assert time.monotonic() - began < 9, "it ended by itself"
+    ids = [int(number) for number in re.findall(r"^id: (\d+)$", frames, re.MULTILINE)]
+    assert ids == list(range(start + 1, start + 1 + len(ids)))
+    assert len(ids) < feed.BUFFER
+    back = client.get("/stream", params={"since": (ids or [start])[-1], "seconds": 0.2}).text
+    assert '"reason": "expired"' in back
+    now = client.get("/events", params={"limit": 100}).json()["next"]
+    reader.add_book(title="After it")
+    assert "After it" in client.get("/stream", params={"since": now, "limit": 1}).text
