@@ -73,10 +73,11 @@ class Batch:
         self._insert(new)
         good = [(row, key) for row, key in good if row.book is not None]
         inserted = {id(row) for row in new.values()}
-        updated = self._update_books([(row, key) for row, key in good if id(row) not in inserted])
-        if self.upload.shelve:
-            shelved, moved = self._shelve(good)
-            inserted, updated = inserted | shelved, updated | moved
+        shelved, moved = self._shelve(good) if self.upload.shelve else (set(), set())
+        # What the shelf has refused changes no book either.
+        changing = [(row, key) for row, key in good if row.book is not None and id(row) not in inserted]
+        updated = self._update_books(changing) | moved
+        inserted |= shelved
         for row in rows:
             kinds = ("failed", row.book is None), ("inserted", id(row) in inserted), ("updated", id(row) in updated)
             self.outcomes[next((name for name, it_is in kinds if it_is), "skipped")] += 1

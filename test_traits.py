@@ -187,6 +187,17 @@ def test_the_same_export_again_changes_nothing_and_keeps_what_was_changed_here(r
     assert reader.get("/books/2").json()["publisher"] == "Little, Brown and Company"
 
 
+def test_a_row_that_the_shelf_refuses_changes_no_book(client: TestClient, reader: Person) -> None:
+    columns = "Book Id,Title,Author,Author l-f,ISBN,ISBN13,My Rating,Publisher,Exclusive Shelf,Bookshelves,My Review\n"
+    row = "1,Emma,Jane Austen,,,,{},{},{},,\n"
+    reader.upload(columns + row.format(5, "Penguin", "read"), path="/my-library/import")
+    book, entry = client.get("/books/1").json(), reader.get("/my-library/1").json()
+    moved = columns + row.format(0, "Vintage", "currently-reading")
+    refused = reader.upload(moved, path="/my-library/import", on_duplicate="update")
+    assert (refused["updated"], refused["failed"], refused["errors"][0]["field"]) == (0, 1, "rating")
+    assert (client.get("/books/1").json(), reader.get("/my-library/1").json()) == (book, entry)
+
+
 def test_older_exports_of_goodreads_go_by_name(reader: Person) -> None:
     upload = reader.upload((FILES / "goodreads_31_columns.csv").read_bytes(), path="/my-library/import")
     assert (upload["format"], upload["inserted"], upload["errors"]) == ("goodreads", 1, [])
