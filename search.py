@@ -29,9 +29,16 @@ def words(text: str | None) -> tuple[str, ...]:
     """What there is to search for: the words, or the ISBN that they spell, in the form it is kept in."""
     if text is None:
         return ()
-    if isbn_numbers.is_valid(text):
-        return (isbn_numbers.to_isbn13(isbn_numbers.compact(text)),)
-    return tuple(word for word in text.replace('"', " ").split() if any(map(str.isalnum, word)))
+    if isbn_numbers.is_valid(text):  # with spaces in it, maybe
+        return (_as_kept(text),)
+    return tuple(_as_kept(word) for word in text.replace('"', " ").split() if any(map(str.isalnum, word)))
+
+
+def _as_kept(word: str) -> str:
+    if isbn_numbers.is_valid(word):
+        return str(isbn_numbers.to_isbn13(isbn_numbers.compact(word)))
+    begun = re.fullmatch(r"97[89](-\d+)+-?", word)
+    return word.replace("-", "") if begun else word
 
 
 @dataclass(frozen=True)
