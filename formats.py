@@ -310,7 +310,7 @@ class Reader:
             first = error.errors(include_url=False, include_context=False)[0]
             name = str(first["loc"][0])
             raise BadValue(name, told.get(name, ""), reason(first["msg"], "x")) from None
-        return Entry(status, rating, checked.review, checked.tags, **moments)
+        return Entry(status, rating, checked.review, checked.tags or [], **moments)
 
     def _rating(self, row: Row, text: str) -> int | None:
         if not text:

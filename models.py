@@ -683,7 +683,7 @@ class EntryUpdate(Shape):
     status: ShelfStatus = ShelfStatus.wishlist
     rating: Annotated[int, Number, Limit(ge=1, le=5)] | None = None
     review: Annotated[LongText | None, BlankIsNull] = None
-    tags: Annotated[list[Tag], Limit(max_length=50)] = []
+    tags: Annotated[list[Tag], Limit(max_length=50)] | None = []
     started_at: Moment | None = None
     finished_at: Moment | None = None
 
@@ -722,7 +722,7 @@ class ShelfEntry(SQLModel, table=True):
         """Apply the fields that `change` names. Raises DomainError where a rule of the shelf is broken."""
         named = change.model_dump(exclude_unset=True)
         if "tags" in named:
-            named["tags"] = list(dict.fromkeys(named["tags"]))
+            named["tags"] = list(dict.fromkeys(named["tags"] or ()))
         finishes = named.get("status") == ShelfStatus.completed != self.status
         if finishes and "finished_at" not in named:
             named["finished_at"] = now()

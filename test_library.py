@@ -71,6 +71,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "a blank review is none": ({"status": "completed", "review": "  "}, {"review": None}),
     "tags, each once": ({"tags": ["sf", " desert ", "sf"]}, {"tags": ["sf", "desert"]}),
+    "no tags": ({"tags": None}, {"tags": []}),
     "nothing": ({}, {"status": "wishlist"}),
 }
 
@@ -94,7 +95,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "half a star": ({"status": "completed", "rating": 3.5}, "rating"),
     "an unknown status": ({"status": "lost"}, "status"),
     "no status": ({"status": None}, "status"),
-    "no tags": ({"tags": None}, "tags"),
     "a blank tag": ({"tags": [" "]}, "tags"),
     "a tag that is a tale": ({"tags": ["x" * 51]}, "tags"),
     "too many tags": ({"tags": [str(n) for n in range(51)]}, "tags"),
