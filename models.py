@@ -64,6 +64,11 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def iso(moment: datetime) -> str:
+    """As all answers have it: ISO 8601, with `Z`."""
+    return moment.isoformat().replace("+00:00", "Z")
+
+
 # --- kinds of value -----------------------------------------------------------------------------------------------
 
 

@@ -148,5 +148,7 @@ def test_my_shelf_is_mine(client: TestClient, reader: Person, other_reader: Pers
     book = reader.add_book(**DUNE)
     reader.post(f"/my-library/{book['id']}")
     assert len(rows_of(reader.get("/my-library/export").text)) == 1
+    entry = reader.get(f"/my-library/{book['id']}").json()
+    assert rows_of(reader.get("/my-library/export").text)[0]["Added At"] == entry["added_at"]
     assert rows_of(other_reader.get("/my-library/export").text) == []
     assert client.get("/my-library/export").status_code == 401

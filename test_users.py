@@ -129,6 +129,7 @@ def test_all_that_is_stored_of_me_is_one_file(client: TestClient, reader: Person
     answer = reader.get("/users/me/export")
     assert answer.headers["Content-Disposition"] == 'attachment; filename="books-api-Rita.json"'
     stored = answer.json()
+    assert stored["exported_at"].endswith("Z")
     assert stored["account"] == reader.get("/users/me").json()
     assert stored["shelf"] == reader.get("/my-library").json()["items"]
     assert stored["loans"] == []

@@ -199,7 +199,7 @@ async def export_me(user: CurrentUser) -> StreamingResponse:
 def _export(user: Principal) -> Iterator[str]:
     """A piece at a time: somebody's uploads may have explained a million rows."""
     account = UserPublic.model_validate(database.snapshot(find_user, user.id))
-    yield f'{{"exported_at": "{models.now().isoformat()}",\n"account": {account.model_dump_json()}'
+    yield f'{{"exported_at": "{models.iso(models.now())}",\n"account": {account.model_dump_json()}'
     for name, part in _parts(user).items():
         yield f',\n"{name}": ['
         last, separator = 0, "\n"
