@@ -13,6 +13,7 @@ from sqlmodel import Session, col
 
 import database
 import events
+import models
 from auth import Contributor, CurrentUser, Viewer, not_signed_in
 from manual import FOLLOWED_PAGE, answers
 from models import (
@@ -286,6 +287,17 @@ def _tell(session: Session, event_type: str, book: Book | dict[str, Any]) -> Boo
     # A description can be long, and the log keeps many events.
     events.record(session, event_type, shown.model_dump(mode="json", exclude={"description"}))
     return shown
+
+
+def disown_books(session: Session, user_id: int) -> None:
+    """Their account is about to go. The books stay, and what they show of who added them changes."""
+    theirs = sa.update(Book).where(col(Book.added_by) == user_id)
+    change = {"added_by": None, "version": col(Book.version) + 1, "updated_at": models.now()}
+    ids = session.scalars(theirs.values(change).returning(col(Book.id))).all()
+    told = AsJson({name: column for name, column in PUBLIC.items() if name != "description"})
+    for some in (ids[start : start + 1000] for start in range(0, len(ids), 1000)):
+        rows = sa.select(told).where(col(Book.id).in_(some)).order_by(col(Book.id))
+        events.record_each(session, "book.updated", rows)
 
 
 @router.put("/{book_id:id}", responses=CHANGED)

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlmodel import Session, col
 
+import database
 import models
 from models import Event, Principal, Role, Setting
 from rows import Insert, Prepared
@@ -56,6 +57,18 @@ def record(
     session.info["recorded"] = True
 
 
+def record_each(session: Session, type: str, rows: sa.Select[Any]) -> None:  # noqa: A002  # as in the table
+    """Log a public change for each of these rows, whose only column is its data as JSON."""
+    data: Any = rows.selected_columns[0]
+    if database.is_postgresql():
+        data = sa.cast(data, sa.JSON)
+    moment = sa.literal(models.now(), models.UtcDateTime)
+    columns = ("at", "type", "data", "private")
+    told = rows.with_only_columns(moment, sa.literal(type), data, sa.false(), maintain_column_froms=True)
+    session.execute(sa.insert(Event).from_select(columns, told))
+    session.info["recorded"] = True
+
+
 def forget_reviewer(session: Session, username: str) -> None:
     """Take a name out of the log: its owner is gone, and another may come to have it."""
     theirs = sa.and_(col(Event.type).startswith("review."), Event.data["username"].as_string() == username)
@@ -67,14 +80,17 @@ def forget_reviewer(session: Session, username: str) -> None:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def floor(connection: Connection) -> int:
-    """Ids up to this one are not in the log, or no longer."""
-    return int(connection.execute(sa.select(_floor_query())).scalar_one())
-
-
 def _floor_query() -> sa.ScalarSelect[int]:
     value = sa.cast(Setting.value, sa.BigInteger)
     return sa.select(value).where(col(Setting.key) == "event_floor").scalar_subquery()
+
+
+FLOOR = Prepared(sa.select(_floor_query()))
+
+
+def floor(connection: Connection) -> int:
+    """Ids up to this one are not in the log, or no longer."""
+    return int(FLOOR.first(connection)[0])
 
 
 HEAD = Prepared(sa.select(sa.func.coalesce(sa.select(sa.func.max(col(Event.id))).scalar_subquery(), _floor_query())))

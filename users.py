@@ -20,7 +20,7 @@ import models
 import throttle
 from accounts import change_address, create_account, find_user, still_me, with_password
 from auth import Admin, CurrentUser, audit
-from books import SELECT_BOOKS, as_book
+from books import SELECT_BOOKS, as_book, disown_books
 from logins import end_sessions
 from mail import Letter
 from manual import PAGE, answers
@@ -148,9 +148,7 @@ def _delete_account(session: Session, user_id: int, by: Principal) -> Letter:
     _keep_an_admin(admins, user_id)
     loans.refuse_while_borrowing(session, user_id)
     library.withdraw_reviews(session, user)
-    # What a book shows changes with who added it.
-    added = sa.update(Book).where(col(Book.added_by) == user_id)
-    session.execute(added.values(added_by=None, version=col(Book.version) + 1, updated_at=models.now()))
+    disown_books(session, user_id)
     events.forget_reviewer(session, user.username)
     session.delete(user)
     session.flush()
