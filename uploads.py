@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
 import database
-from auth import Contributor, CurrentUser
+from auth import Contributor, CurrentUser, bad_body
 from cells import printable
 from csvfiles import to_csv
 from formats import REASON
@@ -102,7 +102,7 @@ async def _take(
     form: ShelfForm, user: Principal, tasks: BackgroundTasks, response: Response, *, shelve: bool, enrich: bool
 ) -> UploadPublic:
     if not form.file.size:
-        raise HTTPException(422, "The file is empty.")
+        raise bad_body("file", "is empty")
     if form.file.size > settings.max_upload_mb << 20:
         raise HTTPException(413, f"The largest file that is taken has {settings.max_upload_mb} MiB.")
     upload = await database.write(_store_file, form, user.id, shelve=shelve, enrich=enrich)
