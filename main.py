@@ -2,10 +2,13 @@
 
     settings.py   what can be set, and what is refused
     database.py   the file, its transactions, and what runs inline or in a thread
+    sqlite.py     one writer at a time, short reads and changes inline
+    postgresql.py the same promises on a server
     models.py     tables, shapes and the rules of each noun
     rows.py       statements compiled once, rows as JSON
     manual.py     what /docs says beside what FastAPI knows
     pages.py      lists: cursors, offsets, links
+    search.py     words: what is looked up, and what matches best
     events.py     the change log
     mail.py       letters, and how they are sent
     throttle.py   rate limits
@@ -212,6 +215,11 @@ NO_STORE = (b"cache-control", b"no-store")
 # Where HEAD is not GET without a body: a stream would never end, and a link in a mail is used up by following it.
 VERIFY_LINK = "/auth/verify-email/"
 NO_HEAD = ("/stream", VERIFY_LINK)
+# What FastAPI's body limit and Starlette's CORS answer by themselves, in plain text.
+PLAIN = {
+    413: "The request is larger than this path takes.",
+    400: "Another site may not call it so: its address, the method or a header is not among those that may.",
+}
 
 
 class Manners:
@@ -224,6 +232,7 @@ class Manners:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, status, told = time.perf_counter(), 0, not access_log.isEnabledFor(logging.INFO)
+        replaced = False
         request_id = secrets.token_hex(8)
         # A copy: the server must still see HEAD to know that it sends no body.
         root = scope.get("root_path", "").rstrip("/")
@@ -242,21 +251,20 @@ class Manners:
             access_log.info("%s %s %d %.1f ms %s", scope["method"], shown, status, milliseconds, request_id)
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, replaced
+            if replaced:
+                return
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and is_plain(message):
-                    # FastAPI's body limit answers by itself, in plain text.
-                    too_large = problem(413, "The request is larger than this path takes.")
-                    return await too_large(scope, receive, answer)
+                if status in PLAIN and is_plain(message):
+                    await problem(status, PLAIN[status])(scope, receive, answer)
+                    replaced = True
+                    return
                 message["headers"] = [*message["headers"], *headers_of_every_answer(scope, path, message)]
                 message["headers"].append((b"x-request-id", request_id.encode()))
-            elif status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and message.get("body") == b"Content Too Large":
-                return None
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body") and not told:
                 tell()  # here, not at the end: background tasks run on after the answer
-            return None
 
         try:
             await self.app(inner, receive, answer)

@@ -257,6 +257,8 @@ def test_sites_that_are_set_may(serve: Callable[..., Server]) -> None:
     assert server.client.options("/books/1", headers=asked).status_code == 200
     other = server.client.options("/books/1", headers={**asked, "Origin": "https://evil.example"})
     assert "Access-Control-Allow-Origin" not in other.headers
+    assert (other.status_code, other.headers["Content-Type"]) == (400, "application/problem+json")
+    assert other.json()["detail"].startswith("Another site may not")
 
 
 # --- the docs -----------------------------------------------------------------------------------------------------
@@ -437,6 +439,8 @@ def test_imports_run_downward_only() -> None:
 def test_the_tour_of_the_code_shows_every_module() -> None:
     tour = (HERE / "README.md").read_text().split("## The code, in reading order")[1]
     assert [name for name in LAYERS if f"[{name}.py]" not in tour] == []
+    of_main = ast.get_docstring(ast.parse((HERE / "main.py").read_text()), clean=False) or ""
+    assert [name for name in LAYERS[:-1] if f"\n    {name}.py " not in of_main] == []
 
 
 def test_the_procfile_and_python_version_name_what_is_there() -> None:
