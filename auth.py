@@ -108,7 +108,7 @@ def verify(kind: str, token: str) -> Claims | None:
         return None
     try:
         claims = _claims(token, _Key.value)
-    except (JWTError, ValidationError):
+    except (JWTError, ValidationError, RecursionError):
         return None
     now = models.now().timestamp()
     issued_later = claims.iat > now + 60  # a minute, for clocks that differ

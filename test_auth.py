@@ -46,6 +46,10 @@ def signed_with_rsa(client: TestClient) -> str:
     return forged(client, key=pem.decode(), algorithm="RS256")
 
 
+def b64url(text: bytes) -> str:
+    return base64.urlsafe_b64encode(text).decode().rstrip("=")
+
+
 def of_somebody_deleted(client: TestClient) -> str:
     gone = make(client, "gone")
     assert gone.request("DELETE", "/users/me", json={"password": PASSWORD}).status_code == 204
@@ -83,6 +87,7 @@ FORGERIES: dict[str, Callable[[TestClient], str]] = {
     "no user": lambda client: forged(client, sub=None),
     "nobody": lambda client: forged(client, sub="0"),
     "a user who is deleted": of_somebody_deleted,
+    "a header deeper than Python": lambda client: f"{b64url(b'[' * 2900)}.e30.AAAA",
     "100 KB": lambda client: forged(client, jti="x" * 100_000),
     "100 KB of nothing": lambda client: "x" * 100_000,
 }
