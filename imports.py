@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from sqlmodel import Session, SQLModel, col
 
 import catalogues
@@ -153,6 +154,9 @@ class Job:
     told_at: float = 0
 
 
+INTERRUPTIONS = (OperationalError, NoConnection)
+
+
 class Stopped(Exception):
     """The upload was cancelled, is gone with its owner, or another job has taken over."""
 
@@ -166,7 +170,7 @@ def run_upload(upload_id: int) -> None:
         _run(job)
     except Stopped as why:
         log.info("upload %s stopped: %s", upload_id, why)
-    except OperationalError as error:  # a full disk, a lost connection: when its lease runs out, it is taken up again
+    except INTERRUPTIONS as error:  # a full disk, a lost connection: when its lease runs out, it is taken up again
         log.error("upload %s interrupted: %s", upload_id, error)
 
 
@@ -176,8 +180,11 @@ def _run(job: Job) -> None:
         database.transact(_describe, job, table)
         memory, rows = Memory(table.columns.ours), table.rows(job.done)
         if memory.ours:
-            for row, _ in islice(table.rows(0), job.done):  # what this job did before it was stopped
+            # What this job did before it was stopped. A long file takes longer than its lease.
+            for count, (row, _) in enumerate(islice(table.rows(0), job.done)):
                 memory.see(row)
+                if count % BATCH == 0:
+                    database.transact(_keep, job)
         enricher = Enricher(lambda: database.transact(_keep, job)) if job.enrich else None
         while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
             if enricher and not enricher.fill_in([row for row, _ in batch]):
@@ -190,7 +197,7 @@ def _run(job: Job) -> None:
         database.transact(_finish, job, None)
     except UnreadableFile as error:
         database.transact(_finish, job, str(error))
-    except (Stopped, OperationalError):
+    except (Stopped, *INTERRUPTIONS):
         raise
     except Exception:
         # The last line of defence of a job that nobody waits for: it must end in a state that its owner can see.
@@ -253,7 +260,7 @@ def _describe(session: Session, job: Job, table: Table) -> None:
     if upload.shelve and not columns.format.has_shelf:
         raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {seen(columns.header)}")
     upload.format, upload.encoding, upload.delimiter = columns.format, table.encoding, table.dialect.delimiter
-    upload.header = [cell[:CELL_MAX] for cell in columns.header]
+    upload.header = [storable(cell[:CELL_MAX]) for cell in columns.header]
     upload.ignored_columns = columns.ignored
 
 

@@ -19,7 +19,9 @@ from sqlmodel import Session, select
 import database
 import events
 import imports
-from conftest import DUNE, HERE, REAL_BOOKS, Person, Postgres, Server, sign_up, wait_for
+import placing
+from conftest import DUNE, HERE, REAL_BOOKS, Clock, Person, Postgres, Server, sign_up, wait_for
+from formats import Row
 from models import UploadChunk, User
 from settings import settings
 
@@ -62,6 +64,12 @@ GOOD: dict[str, tuple[str | bytes, Counts, dict[str, Any]]] = {
     "accents make another book": ("title,author\nPeche,A\nPêche,A\n", (2, 2, 0, 0), {}),
     "only a header": ("title,author\n", (0, 0, 0, 0), {}),
 }
+
+
+def test_a_byte_without_meaning_in_the_header_is_one_sign_of_a_name(reader: Person) -> None:
+    upload = reader.upload(b"title,author,\xc3\xa9tag\x81re\nA,\xc3\xa9,1\n")
+    assert (upload["status"], upload["inserted"]) == ("completed", 1)
+    assert upload["ignored_columns"] == ["étag\N{REPLACEMENT CHARACTER}re"]
 
 
 @pytest.mark.parametrize(("content", "counts", "book"), GOOD.values(), ids=GOOD)
@@ -494,6 +502,31 @@ def outcome(person: Person, upload: dict[str, Any]) -> tuple[Any, ...]:
     if Postgres.current:  # which does not give out again the ids of a transaction that was cut off
         spans = [(count, 0, last - first) for count, first, last in spans]
     return counts, errors, spans, person.get("/books/export").text
+
+
+def test_an_export_that_is_taken_up_again_stays_with_who_took_it(
+    reader: Person, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done before is read again, which takes longer than a lease."""
+    for number in range(60):
+        reader.add_book(title=f"Book {number}", author="B")
+    exported = reader.get("/books/export").content
+    monkeypatch.setattr(imports, "BATCH", 20)
+    stopping = iter([False, True])
+    monkeypatch.setattr(events, "server_is_stopping", lambda: next(stopping, False))
+    where = reader.post("/books/upload", files={"file": ("books.csv", exported)}).headers["Location"]
+    wait_for(lambda: reader.get(where).json()["rows"] == 40 or None)
+    thieves = []
+
+    def see(self: placing.Memory, row: Row) -> None:
+        clock.advance(seconds=imports.LEASE.total_seconds() / 30)
+        thieves.append(database.transact(imports._claim, int(where.rsplit("/", 1)[1])))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(placing.Memory, "see", see)
+        imports.run_upload(int(where.rsplit("/", 1)[1]))
+    assert thieves == [None] * 40
+    assert reader.get(where).json()["rows"] == 60
 
 
 @pytest.mark.slow
