@@ -226,7 +226,7 @@ def _retry_after(answer: httpx2.Response) -> float:
         return float(text[:9])
     try:
         return max(0.0, (parsedate_to_datetime(text) - models.now()).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return 0.0
 
 

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import anyio
+import httpx2 as httpx
 import pytest
 from fastapi.testclient import TestClient
 
@@ -166,6 +167,11 @@ def test_only_so_many_wait_for_other_catalogues(
         assert (second.status_code, second.headers["Retry-After"]) == (503, "5")
         assert first.result()["total"] == 0
     assert look(reader, q="emma")["total"] == 4
+
+
+def test_a_pause_that_no_calendar_has_is_none() -> None:
+    answer = httpx.Response(503, headers={"Retry-After": "Mon, 01 Jan 2024 00:00:00 +99999999999999"})
+    assert catalogues._retry_after(answer) == 0
 
 
 DATES: dict[str, tuple[str | None, str | None, int | None]] = {
