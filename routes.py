@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request, params
 from fastapi.routing import APIRoute
 from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import TypeAdapter
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 import auth
@@ -70,10 +71,12 @@ class ShortRoute(APIRoute):
                     return await self.ordinary(scope, receive, send)
                 name, validate = self.body
                 text = await Request(scope, receive).body()
-                receive = _again(text)
+                receive = _again(text, receive)
                 values[name] = validate(json.loads(text))
         except (ValueError, RecursionError):  # pydantic's ValidationError among them
             return await self.ordinary(scope, receive, send)
+        except ClientDisconnect:
+            return None
         for name, checks in self.identified.items():
             values[name] = await auth.identify(_token(scope))
             for check in checks:
@@ -117,11 +120,13 @@ def _is_plain_json(scope: Scope) -> bool:
     return known and _header(scope, b"content-type") == "application/json"
 
 
-def _again(body: bytes) -> Receive:
-    async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
+def _again(body: bytes, receive: Receive) -> Receive:
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    return receive
+    async def again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return again
 
 
 def _header(scope: Scope, name: bytes) -> str | None:
