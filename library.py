@@ -81,7 +81,9 @@ def as_entry(row: Any) -> dict[str, Any]:
 @router.short("GET", "", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My shelf, the newest first. `X-Event-Cursor` is the id of the last change that the page contains."""
-    page, cursor = await database.read(_find_entries, user.id, query)
+    # Newest or oldest first is the order of an index; anything else may have to sort all of a shelf.
+    how = database.scan if query.start or query.sort not in ("added", "-added") else database.read
+    page, cursor = await how(_find_entries, user.id, query)
     return json_answer(page, request, cursor)
 
 
