@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Some 25 ms. A short change of another process is done in one; but an import writes for longer.
 INLINE_TRIES = 200
 CHECKPOINT_AFTER = 50  # changes, of some 80 KB each in the write-ahead log
+WRITERS, WORKERS = 2, 2  # threads; one transaction writes at a time
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -47,7 +48,10 @@ class _Open:
             self.backend = Sqlite(url, to_json)
         else:
             self.backend = _postgresql().Postgresql(url, to_json)
-        self.limiter = anyio.CapacityLimiter(self.backend.threads)
+        self.readers = anyio.CapacityLimiter(self.backend.threads)
+        # Of their own: who waits to write must keep nobody from reading.
+        self.writers = anyio.CapacityLimiter(WRITERS)
+        self.workers = anyio.CapacityLimiter(WORKERS)
 
 
 def _postgresql() -> Any:
@@ -98,15 +102,20 @@ async def read(query: Callable[Concatenate[Connection, P], T], *args: P.args, **
 async def scan(query: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
     """A read that may take long (search, counts, facets), as one snapshot, in a thread."""
     return await anyio.to_thread.run_sync(
-        functools.partial(snapshot, query, *args, **kwargs), limiter=_database().limiter
+        functools.partial(snapshot, query, *args, **kwargs), limiter=_database().readers
     )
 
 
 async def write(change: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
     """One write transaction: commits when `change` returns, rolls back when it raises. In a thread."""
     return await anyio.to_thread.run_sync(
-        functools.partial(transact, change, *args, **kwargs), limiter=_database().limiter
+        functools.partial(transact, change, *args, **kwargs), limiter=_database().writers
     )
+
+
+async def work(job: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    """A long job in a thread, with transactions of its own. Of many, few run at once."""
+    await anyio.to_thread.run_sync(functools.partial(job, *args, **kwargs), limiter=_database().workers)
 
 
 async def put(change: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -126,7 +135,7 @@ async def tidy() -> None:
     """What changes that ran inline have left to do; to be called several times a second."""
     where = backend()
     if isinstance(where, Sqlite) and where.unchecked >= CHECKPOINT_AFTER:
-        await anyio.to_thread.run_sync(where.checkpoint, limiter=_database().limiter)
+        await anyio.to_thread.run_sync(where.checkpoint, limiter=_database().writers)
 
 
 def snapshot(query: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -116,7 +116,8 @@ class Feed:
                     self.buffer.clear()
                     self.start = self.head = await database.read(floor)
                     self._nudged.set()
-            except OperationalError as error:  # it may be better in a while; what was missed is still in the log
+            except Exception as error:
+                # Whatever it is, it may be better in a while; what was missed is still in the log.
                 log.error("can't read the change log: %s", error)
                 await asyncio.sleep(1)
                 self._nudged.set()

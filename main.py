@@ -49,6 +49,7 @@ import json
 import logging
 import re
 import secrets
+import signal
 import sqlite3
 import sys
 import time
@@ -60,7 +61,8 @@ from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse
 from fastapi_offline import FastAPIOffline
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
@@ -107,6 +109,13 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         throttle.open_counters()
         async with feed.feed.running(), operations.running_jobs():
             yield
+    except Exception:
+        # Without its lifespan the server would go on and answer everything with 500: it is better stopped, for whoever
+        # runs it to start it anew.
+        log.exception("the service can't go on")
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            signal.raise_signal(signal.SIGTERM)
+        raise
     finally:
         database.close_database()
 
@@ -129,6 +138,8 @@ def problem(
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == 400 and isinstance(error.__cause__, OSError):  # an upload that is kept in a file meanwhile
+        error = operations.no_room(error.__cause__)
     headers = dict(error.headers or {})
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(allowed_methods(request))
@@ -179,6 +190,8 @@ def field_error(field: str, message: str, kind: str) -> dict[str, Any]:
 
 
 async def on_unavailable(_request: Request, error: Exception) -> Response:
+    if isinstance(error, ProgrammingError | DataError):
+        raise error  # that is us
     log.error("the database refused: %s", error)
     if database.is_full(error):
         return problem(507, "The disk is full: nothing can be written. What is here can still be read.")
@@ -190,7 +203,8 @@ HANDLERS: Any = {
     RequestValidationError: on_invalid_request,
     DomainError: on_broken_rule,
     IntegrityError: on_violation,
-    OperationalError: on_unavailable,
+    DatabaseError: on_unavailable,
+    NoConnection: on_unavailable,
     sqlite3.OperationalError: on_unavailable,  # from a backup
 }
 

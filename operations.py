@@ -1,5 +1,6 @@
 """Running it: the log, work that recurs, /health and the backup."""
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -103,6 +104,9 @@ async def every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
             await work()
         except OperationalError as error:  # a full disk, a locked file: it may be better in a while
             log.error("%s: %s", work.__name__, error)
+        except Exception:
+            # Whatever it is, it must not take the service with it.
+            log.exception("%s failed", work.__name__)
         await anyio.sleep(seconds)
 
 
@@ -119,7 +123,7 @@ def take_turn(session: Session, work: str, span: timedelta) -> bool:
 async def resume_uploads() -> None:
     """Take up the uploads of processes that died, this one's earlier life included."""
     for upload_id in await database.scan(imports.abandoned_uploads):
-        await anyio.to_thread.run_sync(imports.run_upload, upload_id)
+        await database.work(imports.run_upload, upload_id)
 
 
 async def prune_events() -> None:
@@ -135,11 +139,13 @@ async def sweep_logins() -> None:
 
 # --- is it well? --------------------------------------------------------------------------------------------------
 
+PROBE_PATIENCE = 15  # longer than a writer waits for others
 PROBE_SECONDS = 5  # how long the answer is taken to be true: asking must not be a way to keep the disk busy
 
 
 class _Probe:
     at = float("-inf")
+    running: asyncio.Task[None] | None = None
 
 
 class Health(BaseModel):
@@ -154,12 +160,19 @@ async def health() -> Health:
     try:
         await database.read(events.head)
     except DBAPIError as error:
-        raise _unwell("read", error) from None
+        raise _unwell("read", error.orig) from None
     if time.monotonic() - _Probe.at > PROBE_SECONDS:
+        # One for all that ask; and whoever holds the lock, the answer must come.
+        if _Probe.running is None or _Probe.running.done():
+            _Probe.running = asyncio.create_task(database.write(_probe))
+        probe = _Probe.running
+        done, _ = await asyncio.wait([probe], timeout=PROBE_PATIENCE)
+        if not done:
+            raise _unwell("written", TimeoutError(f"for {PROBE_PATIENCE} s somebody else has been writing"))
         try:
-            await database.write(_probe)
+            probe.result()
         except DBAPIError as error:
-            raise _unwell("written", error) from None
+            raise _unwell("written", error.orig) from None
         _Probe.at = time.monotonic()
     return Health(status="ok", version=VERSION, database=database.backend().kind)
 
@@ -168,9 +181,15 @@ def _probe(session: Session) -> None:
     session.merge(Setting(key="probed", value=models.now().isoformat()))
 
 
-def _unwell(what: str, error: DBAPIError) -> HTTPException:
-    log.error("the database can't be %s: %s", what, error.orig)
+def _unwell(what: str, error: BaseException | None) -> HTTPException:
+    log.error("the database can't be %s: %s", what, error)
     return HTTPException(503, f"The database can't be {what}.", {"Retry-After": "5"})
+
+
+def no_room(error: OSError) -> HTTPException:
+    """What to answer where the system has no place for a file."""
+    log.error("no place for a file: %s", error)
+    return HTTPException(507, "The disk is full, or can't be written: this needs room for a file.")
 
 
 # --- backup -------------------------------------------------------------------------------------------------------
@@ -187,7 +206,10 @@ async def back_up(admin: Admin) -> StreamingResponse:
     where = database.backend()
     if not isinstance(where, Sqlite):
         raise HTTPException(409, "This service keeps its data in PostgreSQL: back it up with pg_dump.")
-    copy = await anyio.to_thread.run_sync(_copy, str(where.engine.url.database))
+    try:
+        copy = await anyio.to_thread.run_sync(_copy, str(where.engine.url.database))
+    except OSError as error:
+        raise no_room(error) from None
     name = f"books-{models.now():%Y%m%d-%H%M%S}.db"
     headers = {
         "Content-Disposition": f'attachment; filename="{name}"',

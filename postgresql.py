@@ -29,14 +29,14 @@ KEEPALIVES: dict[str, Any] = {"keepalives_idle": 15, "keepalives_interval": 5, "
 
 class Postgresql:
     kind = "postgresql"
-    threads = 8  # the smallest plans of hosts allow 20 connections, and there are two workers
+    threads = 5  # beside two that write and two of jobs: the smallest plans allow 20 connections, for two processes
 
     def __init__(self, url: str, to_json: Callable[[object], str]) -> None:
         self.url = url
         self.engine = create_engine(
             url,
             pool_size=self.threads,
-            max_overflow=1,
+            max_overflow=4,
             pool_pre_ping=True,  # a server that was restarted is no error to whoever asks next
             json_serializer=to_json,
             connect_args={"options": OPTIONS, "connect_timeout": 10, **KEEPALIVES},
@@ -77,7 +77,7 @@ class Postgresql:
                         nudge()
                 finally:  # its own `async with` rolls back first, which can't be done when this is cancelled
                     await listener.close()
-            except psycopg.OperationalError as error:
+            except psycopg.Error as error:
                 log.error("lost the connection that listens for changes: %s", error)
             await asyncio.sleep(0.5)
 

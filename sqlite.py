@@ -22,11 +22,12 @@ if sys.platform != "win32":
 
 log = logging.getLogger("books.sqlite")
 
+PATIENCE = 10  # seconds
 PRAGMAS = {
     "journal_mode": "WAL",  # readers never wait for the writer, nor it for them
     "synchronous": "NORMAL",  # with WAL a power cut may cost the last commits, never the file
     "foreign_keys": "ON",  # off by default in SQLite; cascades and references rely on it
-    "busy_timeout": "10000",  # ms that a writer waits for another process's transaction
+    "busy_timeout": f"{PATIENCE}000",  # ms that a writer waits for another process's transaction
     "cache_size": "-2000",  # KiB a connection, of which there may be a dozen; the system keeps the file's pages, too
     "temp_store": "MEMORY",  # sorts of a page's worth of rows need no file
     "recursive_triggers": "ON",  # so that REPLACE, too, would tell the search index of the row it removes
@@ -86,7 +87,8 @@ class Sqlite:
         try:
             yield self.kept
         finally:
-            cursor.execute("ROLLBACK")
+            if cursor.in_transaction:  # after an I/O error SQLite has ended it by itself
+                cursor.execute("ROLLBACK")
 
     @contextmanager
     def inline_transaction(self) -> Iterator[Session | None]:
@@ -140,7 +142,7 @@ class Sqlite:
             while True:
                 try:
                     version = driver.execute("PRAGMA data_version").fetchone()
-                except sqlite3.OperationalError as error:  # it may be better in a while
+                except sqlite3.Error as error:  # it may be better in a while
                     log.error("can't look for changes: %s", error)
                 else:
                     if version != seen:
@@ -194,7 +196,8 @@ class WriteLock:
         self.file = open(path, "a")  # noqa: SIM115  # kept open for as long as the database is
 
     def __enter__(self) -> None:
-        self.threads.acquire()
+        if not self.threads.acquire(timeout=PATIENCE):
+            raise OperationalError("BEGIN IMMEDIATE", None, sqlite3.OperationalError("database is locked"))
         self._flock(0)
 
     def __exit__(self, *_error: object) -> None:

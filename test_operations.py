@@ -1,10 +1,12 @@
 """Running it: backup and restore, work that recurs, the log, the state of health."""
 
+import errno
 import json
 import re
 import signal
 import sqlite3
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -12,17 +14,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
+from sqlalchemy.exc import DatabaseError, OperationalError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from sqlmodel import Session
 
 import database
 import events
 import feed
 import operations
+import sqlite
 import uploads
 from conftest import HERE, Clock, Person, Server, sign_up, wait_for
+from main import app
 from settings import settings
 
 # --- backup and restore -------------------------------------------------------------------------------------------
@@ -107,6 +116,89 @@ def test_health_fails_where_the_database_can_not_be_written(serve: Callable[...,
     assert server.client.get("/health").status_code == 200
 
 
+@pytest.mark.sqlite
+def test_who_waits_to_write_keeps_nobody_from_reading_nor_waits_for_ever(
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader.add_book(title="Dune", genre="Novel")
+    monkeypatch.setattr(operations, "PROBE_PATIENCE", 0.2)
+    monkeypatch.setattr(operations._Probe, "at", float("-inf"))
+    backend: Any = database.backend()
+    with ThreadPoolExecutor(12) as pool:
+        with backend.write_lock:
+            monkeypatch.setattr(sqlite, "PATIENCE", 3)
+            waiting = [pool.submit(reader.patch, "/books/1", json={"pages": number}) for number in range(1, 13)]
+            time.sleep(0.5)
+            began = time.monotonic()
+            assert client.get("/books/genres").json() == [{"genre": "Novel", "count": 1}]
+            assert client.get("/books?search=dune").json()["total"] == 1
+            assert client.get("/health").status_code == 503
+            assert time.monotonic() - began < 2
+            first = wait_for(lambda: next((one.result() for one in waiting if one.done()), None))
+            assert (first.status_code, first.json()["detail"]) == (503, "The database can't do this now. Try again.")
+        assert {one.result().status_code for one in waiting} == {200, 503}
+    assert wait_for(lambda: client.get("/health").status_code == 200 or None)
+
+
+@pytest.mark.sqlite
+def test_an_error_of_the_disk_is_told_and_passes(client: TestClient, admin: Person) -> None:
+    """SQLite ends the transaction by itself then."""
+    admin.add_book(title="Dune")
+
+    def fail(connection: sa.Connection) -> None:
+        connection.connection.dbapi_connection.execute("ROLLBACK")  # type: ignore[union-attr]  # there is one
+        raise OperationalError("SELECT", None, sqlite3.OperationalError("disk I/O error"))
+
+    assert client.portal is not None
+    with pytest.raises(OperationalError, match="disk I/O error"):
+        client.portal.call(database.read, fail)
+    assert client.get("/books/1").json()["title"] == "Dune"
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+UNAVAILABLE: dict[str, tuple[str, Exception, str, int]] = {
+    "no connection is free": ("database.scan", NoConnection("QueuePool limit"), "/books/genres", 503),
+    "a damaged page": (
+        "database.scan",
+        DatabaseError("", None, sqlite3.DatabaseError("malformed")),
+        "/books/genres",
+        503,
+    ),
+    "a statement that is wrong": (
+        "database.scan",
+        ProgrammingError("", None, Exception("syntax")),
+        "/books/genres",
+        500,
+    ),
+    "no room for a backup": ("operations._copy", FULL, "/admin/backup", 507),
+}
+
+
+@pytest.mark.parametrize("case", UNAVAILABLE.values(), ids=UNAVAILABLE)
+@pytest.mark.sqlite
+def test_what_fails_underneath_is_told(
+    admin: Person, monkeypatch: pytest.MonkeyPatch, case: tuple[str, Exception, str, int]
+) -> None:
+    where, error, path, status = case
+
+    def fail(*_: object) -> None:
+        raise error
+
+    admin.client = TestClient(app, raise_server_exceptions=False)
+    monkeypatch.setattr(where, fail)
+    answer = admin.get(path)
+    assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json")
+
+
+def test_an_upload_that_finds_no_room_on_its_way_in_is_507(reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise FULL
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", fail)
+    answer = reader.post("/books/upload", files={"file": ("books.csv", b"title,author\n" + b"A,B\n" * 500_000)})
+    assert (answer.status_code, answer.headers["Content-Type"]) == (507, "application/problem+json")
+
+
 # --- work that recurs ---------------------------------------------------------------------------------------------
 
 
@@ -120,6 +212,64 @@ def test_of_all_that_ask_one_is_told_to_do_the_work(client: TestClient, clock: C
         clock.advance(minutes=59)
         assert ask(0) is False
         clock.advance(minutes=1)
+
+
+def test_a_job_that_fails_is_tried_again(client: TestClient) -> None:
+    asked: list[int] = []
+
+    async def fail() -> None:
+        asked.append(len(asked))
+        raise ZeroDivisionError("whatever it is")
+
+    async def for_a_while() -> None:
+        with anyio.move_on_after(0.2):
+            await operations.every(0.01, fail)
+
+    assert client.portal is not None
+    client.portal.call(for_a_while)
+    assert len(asked) > 1
+
+
+def test_few_of_many_jobs_run_at_once(client: TestClient) -> None:
+    running, most = [], []
+
+    def job() -> None:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+
+    async def all_at_once() -> None:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(10):
+                tasks.start_soon(database.work, job)
+
+    assert client.portal is not None
+    client.portal.call(all_at_once)
+    assert (len(most), max(most)) == (10, database.WORKERS)
+
+
+# What nobody thought of: the part that reads the log dies.
+BROKEN = """
+import asyncio
+import feed
+
+async def die(self):
+    await asyncio.sleep(1)
+    raise ZeroDivisionError("nobody thought of it")
+
+feed.Feed._tail = die
+from main import app
+"""
+
+
+@pytest.mark.slow
+def test_a_service_that_can_not_go_on_stops(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """It would answer all with 500; stopped, it is started anew by whoever runs it."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    server = serve("--app-dir", str(HERE), app="broken:app", PYTHONPATH=str(tmp_path))
+    server.process.wait(30)
+    assert "the service can't go on" in server.log.read_text()
 
 
 def test_the_log_of_changes_is_kept_bounded(
