@@ -15,7 +15,17 @@ import database
 import mail
 import models
 import throttle
-from auth import CurrentUser, audit, bad_body, hash_password, not_signed_in, refuse_weak, seal, verify_password
+from auth import (
+    NOBODYS_HASH,
+    CurrentUser,
+    audit,
+    bad_body,
+    hash_password,
+    not_signed_in,
+    refuse_weak,
+    seal,
+    verify_password,
+)
 from logins import ask_to_confirm, end_sessions, make_link
 from mail import Letter
 from manual import answers
@@ -73,11 +83,20 @@ def _make(
 
 
 def add_user(session: Session, new: UserCreate, password_hash: str, role: Role) -> User:
-    said = new.model_dump(include={"username", "email", "full_name"})
-    user = User(**said, password_hash=password_hash, role=role)
+    said = new.model_dump(include={"username", "full_name"})
+    user = User(**said, email=_free(session, new.email), password_hash=password_hash, role=role)
     session.add(user)
     session.flush()
     return user
+
+
+def _free(session: Session, email: str, user_id: int = 0) -> str:
+    """This address for this account. One that somebody else can still take back is no more free than one in use: in its
+    stead comes the one that they have now, for the constraint to refuse, so that the answer is the same to the letter.
+    """
+    held = sa.select(col(User.email)).join_from(OneTimeCode, User, col(OneTimeCode.user_id) == col(User.id))
+    links = sa.and_(col(OneTimeCode.purpose) == CodePurpose.verify_email, col(OneTimeCode.email) == email, _is_good())
+    return session.scalars(held.where(links, col(User.id) != user_id).limit(1)).first() or email
 
 
 # --- confirming the address ---------------------------------------------------------------------------------------
@@ -91,7 +110,7 @@ class Confirmed(BaseModel):
 A_PAGE = {"content": {"text/plain": {"schema": {"type": "string"}}}}  # for browsers
 
 
-@router.get("/auth/verify-email/{token}", response_model=Confirmed, responses=answers(507) | {200: A_PAGE})
+@router.get("/auth/verify-email/{token}", response_model=Confirmed, responses=answers(409, 507) | {200: A_PAGE})
 async def verify_email(token: Annotated[str, Path(max_length=100), Storable], request: Request) -> Response:
     """Follow the link that was mailed: the address is confirmed. The link works once, for 24 hours."""
     confirmed = await database.write(_confirm, token)
@@ -114,9 +133,13 @@ def _confirm(session: Session, token: str) -> Confirmed | None:
         # Sent with the news that this confirmed address was replaced: its owner takes it back.
         audit(session, user.id, "email_restored", old=user.email, new=code.email)
         user.email, user.email_verified_at = str(code.email), None
-        cancel_codes(session, user.id, *CodePurpose)
+        user.password_hash = NOBODYS_HASH  # whoever replaced the address may know the password, or have set it
+        cancel_codes(session, user.id, CodePurpose.reset_password)
         end_sessions(session, user.id, sa.true())
-    session.execute(sa.delete(OneTimeCode).where(_links_of(user)))
+    # Whoever had an address first has the last word: links that went to later ones since are no good any more.
+    first = sa.select(sa.func.min(col(OneTimeCode.id))).where(_links_of(user), _is_good()).scalar_subquery()
+    links = sa.and_(col(OneTimeCode.user_id) == user.id, col(OneTimeCode.purpose) == CodePurpose.verify_email)
+    session.execute(sa.delete(OneTimeCode).where(links, col(OneTimeCode.id) >= first))
     _mark_confirmed(session, user)
     return Confirmed(email=user.email, email_verified_at=user.email_verified_at or models.now())
 
@@ -130,14 +153,20 @@ def _links_of(user: User) -> ColumnElement[bool]:
 def change_address(session: Session, user: User, new: str, by: int) -> list[Letter]:
     """Give the account another address, to be confirmed. The old one is told; if it was a confirmed one, its owner can
     take the change back: it may be somebody else who has made it."""
-    old, was_confirmed = user.email, user.email_verified_at is not None
-    session.execute(sa.delete(OneTimeCode).where(_links_of(user)))
+    old, undo = user.email, None
+    if user.email_verified_at is not None:
+        undo = make_link(session, user, UNDO_LIFETIME)
+    else:
+        session.execute(sa.delete(OneTimeCode).where(_links_of(user)))
     cancel_codes(session, user.id, CodePurpose.reset_password)
-    undo = make_link(session, user, UNDO_LIFETIME) if was_confirmed else None
-    user.email, user.email_verified_at = new, None
+    user.email, user.email_verified_at = _free(session, new, user.id), None
     session.flush()
     audit(session, user.id, "email_changed", old=old, new=new, by=by)
-    return [mail.address_changed(old, user.username, new, undo), ask_to_confirm(session, user)]
+    letters = [mail.address_changed(old, user.username, new, undo)]
+    if session.scalars(sa.select(OneTimeCode).where(_links_of(user), _is_good())).first() is None:
+        return [*letters, ask_to_confirm(session, user)]
+    _mark_confirmed(session, user)  # it has such a link from before: it was confirmed within the week
+    return letters
 
 
 def _mark_confirmed(session: Session, user: User) -> None:

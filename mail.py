@@ -130,8 +130,8 @@ def address_changed(to: str, username: str, new: str, undo: str | None) -> Lette
     text = f'The e-mail address of the account "{username}" was changed to {new}.\n'
     if undo is not None:
         link = f"{settings.public_url}/auth/verify-email/{undo}"
-        text += "If it was not you, open this link within 7 days: it takes the change back and ends all sessions.\n\n"
-        text += f"{link}\n"
+        text += "If it was not you, open this link within 7 days: it takes the change back, ends all sessions and\n"
+        text += f"makes the password useless. Then have a code mailed to you for a new one.\n\n{link}\n"
     return _notice(to, "Your e-mail address was changed", text)
 
 

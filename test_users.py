@@ -1,13 +1,17 @@
 """The accounts themselves: my profile, all that is stored of me, and what admins may do."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from conftest import DUNE, NEW, PASSWORD, Clock, Person, Server, sign_up, token_in
+import database
+from conftest import DUNE, NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in
 from mail import Letter
+from models import User
 from settings import settings
 
 # --- my account ---------------------------------------------------------------------------------------------------
@@ -48,24 +52,162 @@ def test_a_new_address_is_confirmed_anew_and_the_old_one_is_told(client: TestCli
     assert client.post("/login", json={"username": "rita@example.com", "password": PASSWORD}).status_code == 401
 
 
-def test_a_thief_of_a_session_does_not_get_away_with_the_account(
-    client: TestClient, clock: Clock, mailbox: list[Letter]
-) -> None:
-    """The owner of the address that was confirmed takes the change back, by the link in the news of it."""
+@pytest.fixture
+def confirmed(client: TestClient, mailbox: list[Letter]) -> Person:
+    """Rita, whose address is a confirmed one."""
     rita = sign_up(client, "rita")
     client.get(f"/auth/verify-email/{token_in(mailbox.pop())}")
+    return rita
+
+
+def last_to(address: str, mailbox: list[Letter]) -> Letter:
+    return [letter for letter in mailbox if letter.to == address][-1]
+
+
+def reset(client: TestClient, mailbox: list[Letter], email: str, password: str) -> int:
+    client.post("/auth/forgot-password", json={"email": email})
+    body = {"email": email, "otp": code_in(last_to(email, mailbox)), "new_password": password}
+    return client.post("/auth/reset-password", json=body).status_code
+
+
+def test_a_thief_of_a_session_does_not_get_away_with_the_account(
+    client: TestClient, clock: Clock, confirmed: Person, mailbox: list[Letter]
+) -> None:
+    """The owner of the address that was confirmed takes the change back, by the link in the news of it."""
     thief = Person(client, "rita")
     for address in ("thief@example.com", "thief2@example.com"):
         thief.patch("/users/me", json={"email": address})
-    undo = token_in(next(letter for letter in mailbox if letter.to == "rita@example.com"))
+    undo = token_in(last_to("rita@example.com", mailbox))
     client.get(f"/auth/verify-email/{token_in(mailbox[-1])}")
     clock.advance(days=6)
     assert client.get(f"/auth/verify-email/{undo}").json()["email"] == "rita@example.com"
-    for person in (rita, thief):
+    for person in (confirmed, thief):
         assert person.get("/users/me").status_code == 401
-    again = Person(client, "rita@example.com").get("/users/me").json()
-    assert (again["email"], again["email_verified_at"] is not None) == ("rita@example.com", True)
     assert client.get(f"/auth/verify-email/{undo}").status_code == 404
+    assert client.post("/login", json={"username": "rita", "password": PASSWORD}).status_code == 401, "the thief's, too"
+    assert reset(client, mailbox, "rita@example.com", "Rita's new one") == 204
+    again = Person(client, "rita@example.com", "Rita's new one").get("/users/me").json()
+    assert (again["email"], again["email_verified_at"] is not None) == ("rita@example.com", True)
+
+
+def test_a_thief_who_set_a_password_is_out_with_it(
+    client: TestClient, confirmed: Person, mailbox: list[Letter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
+    confirmed.patch("/users/me", json={"email": "thief@example.com"})
+    assert reset(client, mailbox, "thief@example.com", "the thief's own") == 204
+    thief = Person(client, "rita", "the thief's own")
+    client.post("/auth/forgot-password", json={"email": "thief@example.com"})
+    code = code_in(last_to("thief@example.com", mailbox))
+    client.get(f"/auth/verify-email/{token_in(last_to('rita@example.com', mailbox))}")
+    assert thief.get("/users/me").status_code == 401
+    assert client.post("/auth/refresh", json={"refresh_token": thief.tokens["refresh_token"]}).status_code == 401
+    assert client.post("/login", json={"username": "rita", "password": "the thief's own"}).status_code == 401
+    for email in ("thief@example.com", "rita@example.com"):
+        body = {"email": email, "otp": code, "new_password": "the thief's next"}
+        assert client.post("/auth/reset-password", json=body).status_code == 400
+    assert reset(client, mailbox, "rita@example.com", "Rita's new one") == 204
+
+
+ROUNDABOUT = {
+    "back and away again": ["thief@example.com", "rita@example.com", "thief2@example.com"],
+    "round and round": ["thief@example.com", "rita@example.com", "thief@example.com", "thief2@example.com"],
+}
+
+
+@pytest.mark.parametrize("which", [0, -1], ids=["the first link", "the last link"])
+@pytest.mark.parametrize("addresses", ROUNDABOUT.values(), ids=ROUNDABOUT)
+def test_whoever_had_an_address_first_has_the_last_word(
+    client: TestClient, confirmed: Person, mailbox: list[Letter], addresses: list[str], which: int
+) -> None:
+    """Neither a change there and back makes the link of the owner useless, nor a link that went to the thief."""
+    thief = Person(client, "rita")
+    for address in addresses:
+        thief.patch("/users/me", json={"email": address})
+        if mailbox[-1].to == "thief@example.com":
+            client.get(f"/auth/verify-email/{token_in(mailbox[-1])}")
+    links = {
+        whose: [token_in(one) for one in mailbox if one.to == f"{whose}@example.com" and "verify-email" in one.text]
+        for whose in ("rita", "thief")
+    }
+    assert client.get(f"/auth/verify-email/{links['rita'][which]}").json()["email"] == "rita@example.com"
+    assert {client.get(f"/auth/verify-email/{link}").status_code for link in links["thief"]} == {404}
+
+
+def test_a_link_of_the_thief_leaves_that_of_the_owner(
+    client: TestClient, confirmed: Person, mailbox: list[Letter]
+) -> None:
+    confirmed.patch("/users/me", json={"email": "thief@example.com"})
+    client.get(f"/auth/verify-email/{token_in(mailbox[-1])}")
+    confirmed.patch("/users/me", json={"email": "thief2@example.com"})
+    for address in ("thief@example.com", "rita@example.com"):
+        undo = token_in(last_to(address, mailbox))
+        assert client.get(f"/auth/verify-email/{undo}").json()["email"] == address
+
+
+def test_an_address_that_was_mine_is_confirmed_when_i_come_back_to_it(confirmed: Person, mailbox: list[Letter]) -> None:
+    confirmed.patch("/users/me", json={"email": "new@example.com"})
+    assert confirmed.patch("/users/me", json={"email": "rita@example.com"}).json()["email_verified_at"] is not None
+    assert [letter.to for letter in mailbox[2:]] == ["new@example.com"], "it is told, and nothing is to be confirmed"
+
+
+TAKERS: dict[str, Callable[[dict[str, Person], str], httpx.Response]] = {
+    "who signs up": lambda cast, email: cast["Oskar"].client.post(
+        "/auth/register", json={**NEW, "username": "squat", "email": email}
+    ),
+    "who signs up by a name that is taken": lambda cast, email: cast["Oskar"].client.post(
+        "/auth/register", json={**NEW, "username": "oskar", "email": email}
+    ),
+    "who has an account": lambda cast, email: cast["Oskar"].patch("/users/me", json={"email": email}),
+    "an admin, for somebody new": lambda cast, email: cast["admin"].post(
+        "/users", json={**NEW, "username": "squat", "email": email}
+    ),
+    "an admin, for somebody": lambda cast, email: cast["admin"].patch("/users/3", json={"email": email}),
+}
+
+
+@pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS)
+def test_an_address_that_can_be_taken_back_is_taken(
+    confirmed: Person,
+    admin: Person,
+    other_reader: Person,
+    mailbox: list[Letter],
+    take: Callable[[dict[str, Person], str], httpx.Response],
+) -> None:
+    """Whoever changed it must not keep its owner from coming back, by giving it to another account."""
+    cast = {"admin": admin, "Oskar": other_reader}
+    confirmed.patch("/users/me", json={"email": "thief@example.com"})
+    held, in_use = take(cast, "rita@example.com"), take(cast, "thief@example.com")
+    assert (held.status_code, held.text) == (409, in_use.text), "nobody can tell them apart"
+    undo = token_in(last_to("rita@example.com", mailbox))
+    assert confirmed.client.get(f"/auth/verify-email/{undo}").json()["email"] == "rita@example.com"
+
+
+@pytest.mark.parametrize(("days", "status"), [(6.9, 409), (7.1, 201)], ids=["as long as that", "no longer"])
+def test_an_address_is_held_for_a_week(clock: Clock, confirmed: Person, days: float, status: int) -> None:
+    confirmed.patch("/users/me", json={"email": "new@example.com"})
+    clock.advance(days=days)
+    assert confirmed.client.post("/auth/register", json={**NEW, "username": "another"}).status_code == status
+
+
+def test_an_address_that_is_in_use_after_all_is_not_taken_back(
+    client: TestClient, confirmed: Person, mailbox: list[Letter]
+) -> None:
+    """The operator gave it to the first admin, say."""
+    confirmed.patch("/users/me", json={"email": "new@example.com"})
+    database.transact(lambda session: session.add(User(username="root", email="rita@example.com", password_hash="")))
+    undo = f"/auth/verify-email/{token_in(last_to('rita@example.com', mailbox))}"
+    assert client.get(undo).json()["detail"] == "This email is taken."
+    assert "409" in client.get("/openapi.json").json()["paths"]["/auth/verify-email/{token}"]["get"]["responses"]
+
+
+def test_an_address_that_was_taken_back_is_in_use_again(
+    client: TestClient, confirmed: Person, other_reader: Person, mailbox: list[Letter]
+) -> None:
+    confirmed.patch("/users/me", json={"email": "thief@example.com"})
+    client.get(f"/auth/verify-email/{token_in(last_to('rita@example.com', mailbox))}")
+    assert other_reader.patch("/users/me", json={"email": "rita@example.com"}).status_code == 409
+    assert other_reader.patch("/users/me", json={"email": "thief@example.com"}).status_code == 200
 
 
 def test_the_same_address_again_changes_nothing(client: TestClient, mailbox: list[Letter]) -> None:
