@@ -87,10 +87,10 @@ class Credentials(BaseModel):
 
 
 async def credentials(request: Request) -> Credentials:
-    """The two fields, from a form (as OAuth2's password grant sends them) or from JSON."""
+    """The two fields, from a form (as OAuth2's password grant sends them, with others) or from JSON."""
     try:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
-            return Credentials.model_validate_json(await request.body())
+            return Credentials.model_validate_json(await request.body(), extra="forbid")
         return Credentials.model_validate({k: v for k, v in (await request.form()).items() if isinstance(v, str)})
     except ValidationError as error:
         found = error.errors(include_input=False, include_url=False)
@@ -101,8 +101,8 @@ LOGIN_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            kind: {"schema": Credentials.model_json_schema()}
-            for kind in ("application/x-www-form-urlencoded", "application/json")
+            "application/x-www-form-urlencoded": {"schema": Credentials.model_json_schema()},
+            "application/json": {"schema": {**Credentials.model_json_schema(), "additionalProperties": False}},
         },
     }
 }

@@ -69,6 +69,17 @@ def test_login_without_its_two_fields_is_422(client: TestClient, body: dict[str,
     assert client.post("/login", **body).status_code == 422
 
 
+@pytest.mark.parametrize("path", ["/login", "/auth/token"])
+def test_json_has_no_other_fields_and_a_form_may_have_those_of_oauth2(client: TestClient, path: str) -> None:
+    client.post("/auth/register", json=NEW)
+    right = {"username": "rita", "password": PASSWORD}
+    answer = client.post(path, json={**right, "x": 1})
+    assert answer.status_code == 422
+    assert [error["loc"] for error in answer.json()["errors"]] == [["body", "x"]]
+    form = {**right, "grant_type": "password", "scope": "", "client_id": "a phone", "client_secret": ""}
+    assert client.post(path, data=form).status_code == 200
+
+
 def test_a_password_that_was_right_a_moment_ago_opens_no_session(client: TestClient, reader: Person) -> None:
     """It is verified before the transaction: meanwhile it may have been changed, or the account switched off."""
     account = database.snapshot(logins._find_account, "rita")
