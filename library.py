@@ -6,6 +6,7 @@ import sqlalchemy as sa
 from fastapi import HTTPException, Query, Request, Response
 from pydantic import Field
 from sqlalchemy import ColumnElement, Connection
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
 import database
@@ -129,6 +130,12 @@ def _shelve(session: Session, book_id: int, user: Principal, new: EntryCreate) -
     entry = ShelfEntry(user_id=user.id, book_id=book_id, status=ShelfStatus.wishlist)
     entry.revise(EntryUpdate.model_validate(new.model_dump()))
     session.add(entry)
+    try:
+        session.flush()
+    except IntegrityError as error:
+        if database.violation(error).kind == "unique":  # `book_id`, which is no field of what was sent
+            raise HTTPException(409, "This book is on your shelf already.") from None
+        raise
     return _keep(session, entry, book, user, "shelf.created", was_review=False)
 
 

@@ -35,7 +35,9 @@ def test_a_book_is_shelved_once(client: TestClient, clock: Clock, reader: Person
             "book": book,
         }
     )
-    assert reader.post(f"/my-library/{book['id']}").status_code == 409
+    again = reader.post(f"/my-library/{book['id']}")
+    assert (again.status_code, again.json()["detail"]) == (409, "This book is on your shelf already.")
+    assert "errors" not in again.json(), "no field of the body is at fault"
     assert reader.post("/my-library/999").status_code == 404
     assert client.post(f"/my-library/{book['id']}").status_code == 401
 
