@@ -8,7 +8,6 @@ import logging
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import sqlalchemy as sa
@@ -27,7 +26,7 @@ import events
 import models
 from models import Email, Id, LoginSession, Principal, Role, Setting, User, Username
 from rows import Prepared
-from settings import settings
+from settings import COMMON_PASSWORDS, settings
 
 log = logging.getLogger("books.auth")
 TOKEN_MAX = 4000  # characters; ours have some 300
@@ -54,10 +53,6 @@ async def verify_password(password: str, password_hash: str) -> tuple[bool, str 
     verify = passwords.verify_and_update
     right, new_hash = await asyncio.get_running_loop().run_in_executor(hashers, verify, password, password_hash)
     return right, new_hash
-
-
-# As OWASP's ASVS 5.0 asks (6.2.4): at least the 3,000 most common ones that are long enough.
-COMMON_PASSWORDS = frozenset(Path(__file__).with_name("common_passwords.txt").read_text().splitlines()[1:])
 
 
 def refuse_weak(field: str, password: str, *names: str) -> None:

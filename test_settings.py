@@ -13,6 +13,18 @@ REFUSED = {
         {"SECRET_KEY": LONG_KEY, "ADMIN_PASSWORD": "admin"},
         "ADMIN_PASSWORD",
     ),
+    "the name for a password": (
+        {"SECRET_KEY": LONG_KEY, "ADMIN_USERNAME": "head-librarian", "ADMIN_PASSWORD": "Head-Librarian"},
+        "ADMIN_PASSWORD must not be ADMIN_USERNAME or ADMIN_EMAIL",
+    ),
+    "the address for a password": (
+        {"SECRET_KEY": LONG_KEY, "ADMIN_EMAIL": "Me@example.com", "ADMIN_PASSWORD": "me@example.com"},
+        "ADMIN_PASSWORD must not be ADMIN_USERNAME or ADMIN_EMAIL",
+    ),
+    "a common password": (
+        {"SECRET_KEY": LONG_KEY, "ADMIN_PASSWORD": "Password123"},
+        "ADMIN_PASSWORD is one of the most common",
+    ),
     "a short password": ({"ADMIN_PASSWORD": "1234567"}, "ADMIN_PASSWORD"),
     "a database that vanishes": ({"DATABASE_URL": "sqlite:///:memory:"}, "DATABASE_URL"),
     "a database that nobody knows": ({"DATABASE_URL": "mysql://localhost/books"}, "DATABASE_URL"),
