@@ -5,6 +5,7 @@ import functools
 import hashlib
 import hmac
 import logging
+import multiprocessing
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -18,7 +19,7 @@ from jose import JWTError, jwt
 from passlib.context import CryptContext
 from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 from sqlalchemy import Connection
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlmodel import Session, col
 
 import database
@@ -214,6 +215,8 @@ def audit(session: Session, /, user_id: int | None, what: str, **data: object) -
 def prepare() -> None:
     """Set the signing key, and on the first start make the first admin. Safe in several processes at once."""
     database.transact(_prepare)
+    if settings.development:
+        _tell_of_development_mode()
 
 
 def _prepare(session: Session) -> None:
@@ -249,9 +252,32 @@ def _prepare(session: Session) -> None:
         field = database.violation(error).field
         raise RuntimeError(f"can't make the first admin: somebody else has this {field}. Set another one") from None
     if password == "admin":
-        log.warning("Development mode: SECRET_KEY is not set. Sign in as %s / admin.", admin.username)
+        session.merge(Setting(key="open_hash", value=admin.password_hash))
     else:
         log.info("Made the first admin: %s.", admin.username)
+
+
+def _tell_of_development_mode() -> None:
+    """At each start, by one of its workers."""
+    try:
+        first, open_to_all = database.transact(_look_around)
+    except OperationalError:  # a full disk: nothing can be kept
+        first, open_to_all = True, None
+    if first:
+        hint = f" Sign in as {open_to_all} / admin." if open_to_all else ""
+        log.warning("Development mode: SECRET_KEY is not set.%s", hint)
+
+
+def _look_around(session: Session) -> tuple[bool, str | None]:
+    """Whether no other worker has told of this start, and which admin still has the password `admin`: the one whose
+    hash is the one that was made of it."""
+    start = hash_secret(multiprocessing.current_process().authkey.hex())  # random, and the same for all its workers
+    kept = session.get(Setting, "last_start") or Setting(key="last_start", value="")
+    first, kept.value = kept.value != start, start
+    session.add(kept)
+    made = sa.select(col(Setting.value)).where(col(Setting.key) == "open_hash").scalar_subquery()
+    theirs = sa.select(col(User.username)).where(col(User.password_hash) == made, col(User.is_active))
+    return first, session.scalars(theirs).first()
 
 
 def _replace_development_passwords(session: Session, password: str | None) -> None:

@@ -314,7 +314,7 @@ def is_plain(message: Message) -> bool:
 # --- the front page -----------------------------------------------------------------------------------------------
 
 FRONT_PAGE = (HERE / "index.html").read_text("utf-8")
-if settings.development:
+if settings.makes_admin_admin:
     FRONT_PAGE = FRONT_PAGE.replace("<body>", '<body data-hint="In development mode: admin / admin.">')
 FRONT_ETAG = f'"{hashlib.sha256(FRONT_PAGE.encode()).hexdigest()[:32]}"'
 

@@ -459,7 +459,8 @@ class OneTimeCode(SQLModel, table=True):
 
 class Setting(SQLModel, table=True):
     """What a database knows of itself: `book_count`, `event_floor` (ids up to it are not in the
-    log, or no longer), `harvest_due` (when the daily job is), and in development mode `secret_key`."""
+    log, or no longer), `harvest_due` (when the daily job is), and in development mode `secret_key`, `open_hash` (of the
+    password `admin`) and `last_start` (which was told of)."""
 
     __tablename__ = "setting"
 

@@ -174,5 +174,11 @@ class Settings(BaseSettings):
     def development(self) -> bool:
         return self.secret_key is None
 
+    @property
+    def makes_admin_admin(self) -> bool:
+        """Whether the first account is `admin` / `admin`."""
+        given = self.admin_password.get_secret_value() if self.admin_password else "admin"
+        return self.development and (self.admin_username, given) == ("admin", "admin")
+
 
 settings = Settings()

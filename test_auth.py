@@ -195,9 +195,24 @@ def test_development_mode_says_so_and_keeps_its_key(serve: Callable[..., Server]
     server = serve(SECRET_KEY="")
     admin = Person(server.client, "admin", "admin")
     assert "Development mode: SECRET_KEY is not set. Sign in as admin / admin." in server.log.read_text()
+    assert "data-hint" in server.client.get("/").text
     server.restart()
     admin.client = server.client
     assert admin.get("/users/me").json()["role"] == "admin"
+    assert server.log.read_text().count("SECRET_KEY is not set. Sign in as admin / admin.") == 2, "at each start"
+    change = {"current_password": "admin", "new_password": PASSWORD}
+    assert admin.post("/auth/change-password", json=change).status_code == 204
+    server.restart()
+    told = server.log.read_text()
+    assert (told.count("Development mode: "), told.count("Sign in as")) == (3, 2), "that is true no longer"
+
+
+def test_development_mode_does_not_say_what_is_not_true(serve: Callable[..., Server]) -> None:
+    server = serve(SECRET_KEY="", ADMIN_USERNAME="root", ADMIN_PASSWORD="long enough")
+    told = server.log.read_text()
+    assert ("Development mode: SECRET_KEY is not set." in told, "Sign in as" in told) == (True, False)
+    assert "data-hint" not in server.client.get("/").text
+    assert Person(server.client, "root", "long enough").get("/users/me").status_code == 200
 
 
 KEY = "an-example-key-of-forty-characters-or-so"
