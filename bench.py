@@ -206,14 +206,16 @@ def bench_routes(books: int, rounds: int, seconds: int, as_json: bool) -> None:
         sys.exit("This needs wrk: apt-get install -y wrk")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), books, seconds)
-        empty, file = bench.folder / "empty.db", bench.folder / "books.db"
-        with bench.serve("main:app", empty) as fresh:
-            start = fresh.start_seconds
+        file = bench.folder / "books.db"
+        starts = []
+        for number in range(rounds):
+            with bench.serve("main:app", bench.folder / f"empty{number}.db") as fresh:
+                starts.append(fresh.start_seconds)
         make_database(file, books)
         floor_file = bench.folder / "floor.db"
         shutil.copy(file, floor_file)
         told: dict[str, Any] = {"books": books, "bytes_per_book": round(file.stat().st_size / books), "figures": []}
-        told["seconds_to_first_answer"] = round(start, 2)
+        told["seconds_to_first_answer"] = round(statistics.median(starts), 2)
         with (
             bench.serve("main:app", file) as ours,
             bench.serve("bench_apps:ceiling", file) as top,
