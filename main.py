@@ -104,16 +104,18 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     # What was made so far stays: the collector need not look at it again and again, for 50 ms each time.
     gc.freeze()
     database.open_database(settings.database_url)
+    serving = False
     try:
         auth.prepare()
         throttle.open_counters()
         async with feed.feed.running(), operations.running_jobs():
+            serving = True
             yield
     except Exception:
-        # Without its lifespan the server would go on and answer everything with 500: it is better stopped, for whoever
-        # runs it to start it anew.
-        log.exception("the service can't go on")
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        # A server ends by itself where the start fails, but not later: without its lifespan it would go on and answer
+        # everything with 500. It is better stopped, for whoever runs it to start it anew.
+        if serving and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            log.exception("the service can't go on")
             signal.raise_signal(signal.SIGTERM)
         raise
     finally:
@@ -229,7 +231,7 @@ NO_STORE = (b"cache-control", b"no-store")
 # Where HEAD is not GET without a body: a stream would never end, and a link in a mail is used up by following it.
 VERIFY_LINK = "/auth/verify-email/"
 NO_HEAD = ("/stream", VERIFY_LINK)
-# What FastAPI's body limit and Starlette's CORS answer by themselves, in plain text.
+# What FastAPI's body limit and Starlette's CORS answer by themselves, in plain text: nothing else does with these.
 PLAIN = {
     413: "The request is larger than this path takes.",
     400: "Another site may not call it so: its address, the method or a header is not among those that may.",
