@@ -118,7 +118,7 @@ class Feed:
                     self._nudged.set()
             except Exception as error:
                 # Whatever it is, it may be better in a while; what was missed is still in the log.
-                log.error("can't read the change log: %s", error)
+                log.error("can't read the change log: %s", error, exc_info=not isinstance(error, OperationalError))
                 await asyncio.sleep(1)
                 self._nudged.set()
 
