@@ -22,7 +22,7 @@ if sys.platform != "win32":
 
 log = logging.getLogger("books.sqlite")
 
-PATIENCE = 10  # seconds
+PATIENCE = 10  # seconds that a writer waits for the others of this process, and for those of another
 PRAGMAS = {
     "journal_mode": "WAL",  # readers never wait for the writer, nor it for them
     "synchronous": "NORMAL",  # with WAL a power cut may cost the last commits, never the file
@@ -99,10 +99,14 @@ class Sqlite:
                 return
             try:
                 with Session(self.kept_writer, expire_on_commit=False) as session:
-                    session.info["connection"] = _begun(session)
-                    yield session if session.info["connection"] else None
+                    connection = _begun(session)
+                    if connection is None:
+                        yield None
+                        return
+                    self.unchecked += 1
+                    session.info["connection"] = connection
+                    yield session
                     session.commit()  # without which it is rolled back
-                self.unchecked += 1
             finally:
                 # After a commit that failed, a session leaves a connection that was given to it as it is.
                 self.kept_writer.rollback()
