@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Some 25 ms. A short change of another process is done in one; but an import writes for longer.
 INLINE_TRIES = 200
 CHECKPOINT_AFTER = 50  # changes, of some 80 KB each in the write-ahead log
-WRITERS, WORKERS = 2, 2  # threads; one transaction writes at a time
+WRITERS, JOBS = 2, 2  # threads; one transaction writes at a time
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -51,7 +51,7 @@ class _Open:
         self.readers = anyio.CapacityLimiter(self.backend.threads)
         # Of their own: who waits to write must keep nobody from reading.
         self.writers = anyio.CapacityLimiter(WRITERS)
-        self.workers = anyio.CapacityLimiter(WORKERS)
+        self.jobs = anyio.CapacityLimiter(JOBS)
 
 
 def _postgresql() -> Any:
@@ -113,9 +113,9 @@ async def write(change: Callable[Concatenate[Session, P], T], *args: P.args, **k
     )
 
 
-async def work(job: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+async def run_job(job: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
     """A long job in a thread, with transactions of its own. Of many, few run at once."""
-    await anyio.to_thread.run_sync(functools.partial(job, *args, **kwargs), limiter=_database().workers)
+    await anyio.to_thread.run_sync(functools.partial(job, *args, **kwargs), limiter=_database().jobs)
 
 
 async def put(change: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -123,7 +123,7 @@ def take_turn(session: Session, work: str, span: timedelta) -> bool:
 async def resume_uploads() -> None:
     """Take up the uploads of processes that died, this one's earlier life included."""
     for upload_id in await database.scan(imports.abandoned_uploads):
-        await database.work(imports.run_upload, upload_id)
+        await database.run_job(imports.run_upload, upload_id)
 
 
 async def prune_events() -> None:

@@ -242,11 +242,11 @@ def test_few_of_many_jobs_run_at_once(client: TestClient) -> None:
     async def all_at_once() -> None:
         async with anyio.create_task_group() as tasks:
             for _ in range(10):
-                tasks.start_soon(database.work, job)
+                tasks.start_soon(database.run_job, job)
 
     assert client.portal is not None
     client.portal.call(all_at_once)
-    assert (len(most), max(most)) == (10, database.WORKERS)
+    assert (len(most), max(most)) == (10, database.JOBS)
 
 
 # What nobody thought of: the part that reads the log dies.

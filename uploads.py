@@ -106,7 +106,7 @@ async def _take(
     if form.file.size > settings.max_upload_mb << 20:
         raise HTTPException(413, f"The largest file that is taken has {settings.max_upload_mb} MiB.")
     upload = await database.write(_store_file, form, user.id, shelve=shelve, enrich=enrich)
-    tasks.add_task(database.work, run_upload, upload.id)
+    tasks.add_task(database.run_job, run_upload, upload.id)
     response.headers["Location"] = f"/books/upload/{upload.id}"
     return upload
 
