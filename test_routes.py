@@ -204,6 +204,36 @@ def test_a_body_is_read_as_ever(
     assert unknown.status_code in (401, 422)
 
 
+def test_who_breaks_off_a_body_is_let_go(client: TestClient, reader: Person) -> None:
+    sent: list[object] = []
+    headers = {
+        "content-type": "application/json",
+        "content-length": "30",
+        "authorization": f"Bearer {reader.tokens['access_token']}",
+    }
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/books",
+        "raw_path": b"/books",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b'{"title": ', "more_body": True}]
+
+    async def receive() -> Any:
+        return messages.pop()
+
+    async def send(message: object) -> None:
+        sent.append(message)
+
+    assert client.portal is not None
+    client.portal.call(app, scope, receive, send)
+    assert sent == []
+    assert client.get("/books").json()["total"] == 0
+
+
 @pytest.mark.sqlite
 def test_a_short_change_waits_for_another_without_keeping_readers(client: TestClient, reader: Person) -> None:
     with ThreadPoolExecutor() as pool:
