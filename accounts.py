@@ -13,8 +13,8 @@ from sqlmodel import Session, col
 
 import database
 import mail
-import models
 import throttle
+import values
 from auth import (
     NOBODYS_HASH,
     CurrentUser,
@@ -29,7 +29,7 @@ from auth import (
 from logins import ask_to_confirm, end_sessions, make_link
 from mail import Letter
 from manual import answers
-from models import (
+from people import (
     CodePurpose,
     Email,
     LoginSession,
@@ -37,13 +37,12 @@ from models import (
     Password,
     Principal,
     Role,
-    Shape,
-    Storable,
     User,
     UserCreate,
     UserPublic,
 )
 from routes import Routes
+from values import Shape, Storable
 
 router = Routes(tags=["Accounts"])
 
@@ -141,7 +140,7 @@ def _confirm(session: Session, token: str) -> Confirmed | None:
     links = sa.and_(col(OneTimeCode.user_id) == user.id, col(OneTimeCode.purpose) == CodePurpose.verify_email)
     session.execute(sa.delete(OneTimeCode).where(links, col(OneTimeCode.id) >= first))
     _mark_confirmed(session, user)
-    return Confirmed(email=user.email, email_verified_at=user.email_verified_at or models.now())
+    return Confirmed(email=user.email, email_verified_at=user.email_verified_at or values.now())
 
 
 def _links_of(user: User) -> ColumnElement[bool]:
@@ -171,12 +170,12 @@ def change_address(session: Session, user: User, new: str, by: int) -> list[Lett
 
 def _mark_confirmed(session: Session, user: User) -> None:
     if user.email_verified_at is None:
-        user.email_verified_at = models.now()
+        user.email_verified_at = values.now()
         audit(session, user.id, "email_verified", email=user.email)
 
 
 def _is_good() -> ColumnElement[bool]:
-    return sa.and_(col(OneTimeCode.expires_at) > models.now(), col(OneTimeCode.attempts) < CODE_TRIES)
+    return sa.and_(col(OneTimeCode.expires_at) > values.now(), col(OneTimeCode.attempts) < CODE_TRIES)
 
 
 def cancel_codes(session: Session, user_id: int, *purposes: CodePurpose) -> None:
@@ -241,7 +240,7 @@ def _start_reset(session: Session, email: str) -> Letter | None:
             purpose=CodePurpose.reset_password,
             email=user.email,
             code_hash=seal(CodePurpose.reset_password, user.id, code),
-            expires_at=models.now() + CODE_LIFETIME,
+            expires_at=values.now() + CODE_LIFETIME,
         )
     )
     return mail.reset_code(user.email, user.username, code)

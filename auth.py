@@ -24,10 +24,12 @@ from sqlmodel import Session, col
 
 import database
 import events
-import models
-from models import Email, Id, LoginSession, Principal, Role, Setting, User, Username
+import values
+from people import Email, LoginSession, Principal, Role, User, Username
+from records import Setting
 from rows import Prepared
 from settings import COMMON_PASSWORDS, settings
+from values import Id
 
 log = logging.getLogger("books.auth")
 TOKEN_MAX = 4000  # characters; ours have some 300
@@ -106,7 +108,7 @@ def verify(kind: str, token: str) -> Claims | None:
         claims = _claims(token, _Key.value)
     except (JWTError, ValidationError, RecursionError):
         return None
-    now = models.now().timestamp()
+    now = values.now().timestamp()
     issued_later = claims.iat > now + 60  # a minute, for clocks that differ
     return None if claims.typ != kind or issued_later or claims.exp <= now else claims
 
@@ -163,7 +165,7 @@ async def identify(token: Annotated[str | None, Depends(bearer)]) -> Principal |
 async def is_still(principal: Principal) -> bool:
     """Whether the token is still good, and its owner still who they were: for answers that take long."""
     now = await database.read(_find_principal, principal.id, principal.session_id, principal.expires_at)
-    return now == principal and models.now().timestamp() < principal.expires_at
+    return now == principal and values.now().timestamp() < principal.expires_at
 
 
 async def current_user(principal: Annotated[Principal | None, Depends(identify)]) -> Principal:
@@ -243,7 +245,7 @@ def _prepare(session: Session) -> None:
         email=TypeAdapter(Email).validate_python(settings.admin_email),
         password_hash=passwords.hash(password),
         role=Role.admin,
-        email_verified_at=models.now(),
+        email_verified_at=values.now(),
     )
     session.add(admin)
     try:

@@ -13,14 +13,12 @@ from sqlmodel import Session, col
 
 import database
 import events
-import models
+import values
 from auth import Contributor, CurrentUser, Viewer, not_signed_in
 from manual import FOLLOWED_PAGE, answers
 from models import (
-    FIRST_YEAR,
     SCORE,
     UNKNOWN_YEAR,
-    BlankIsNull,
     Book,
     BookBase,
     BookCreate,
@@ -28,18 +26,15 @@ from models import (
     BookUpdate,
     Facet,
     GenreCount,
-    Id,
-    Name,
-    Principal,
-    Setting,
-    Shape,
     ShelfEntry,
-    Title,
 )
 from pages import JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, named
+from people import Principal
+from records import Setting
 from routes import Routes
 from rows import AsJson, Insert, Prepared
 from search import AMONG, FEW, Words, best_first, count_matches, few_best_first, has_words, index_books
+from values import FIRST_YEAR, BlankIsNull, Id, Name, Shape, Title
 
 router = Routes(prefix="/books", tags=["Catalogue"])
 
@@ -292,7 +287,7 @@ def _tell(session: Session, event_type: str, book: Book | dict[str, Any]) -> Boo
 def disown_books(session: Session, user_id: int) -> None:
     """Their account is about to go. The books stay, and what they show of who added them changes."""
     theirs = sa.update(Book).where(col(Book.added_by) == user_id)
-    change = {"added_by": None, "version": col(Book.version) + 1, "updated_at": models.now()}
+    change = {"added_by": None, "version": col(Book.version) + 1, "updated_at": values.now()}
     ids = session.scalars(theirs.values(change).returning(col(Book.id))).all()
     told = AsJson({name: column for name, column in PUBLIC.items() if name != "description"})
     for some in (ids[start : start + 1000] for start in range(0, len(ids), 1000)):

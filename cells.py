@@ -7,7 +7,7 @@ from datetime import date
 
 from stdnum import isbn as isbn_numbers
 
-import models
+import values
 
 
 class BadValue(Exception):
@@ -26,7 +26,7 @@ def reason(message: str, value: str) -> str:
 
 def mend_isbn(text: str) -> str | None:
     """The ISBN as 13 digits: also one that lost its leading zeros to a spreadsheet, if its check digit then fits."""
-    if models.is_isbn13(text):
+    if values.is_isbn13(text):
         return text
     if re.fullmatch(r"[\d.]+e\+?\d+", text, re.IGNORECASE):  # 9.78043902348e+12 has lost its last digits
         return None

@@ -32,7 +32,8 @@ import catalogues
 import database
 import logins
 import mail
-import models
+import people
+import values
 from mail import Letter
 from main import app
 from settings import settings
@@ -269,7 +270,7 @@ def other_reader(client: TestClient) -> Person:
 
 @pytest.fixture
 def librarian(client: TestClient) -> Person:
-    return make(client, "Lydia", models.Role.librarian)
+    return make(client, "Lydia", people.Role.librarian)
 
 
 @pytest.fixture
@@ -296,9 +297,9 @@ def code_in(letter: Letter) -> str:
 PASSWORD_HASH = auth.passwords.hash(PASSWORD)
 
 
-def make(client: httpx.Client, username: str, role: models.Role = models.Role.reader) -> Person:
+def make(client: httpx.Client, username: str, role: people.Role = people.Role.reader) -> Person:
     """Somebody who signed up, and in, before the test began."""
-    new = models.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
+    new = people.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
 
     def sign_up_and_in(session: Session) -> dict[str, Any]:
         return sign_in(session, accounts.add_user(session, new, PASSWORD_HASH, role).id)
@@ -308,15 +309,15 @@ def make(client: httpx.Client, username: str, role: models.Role = models.Role.re
 
 def sign_in(session: Session, user_id: int) -> dict[str, Any]:
     """The tokens of a new login, without the time that a password takes."""
-    user = session.get_one(models.User, user_id)
+    user = session.get_one(people.User, user_id)
     account = logins.Account(user.id, user.password_hash, is_active=True, email_verified_at=None)
     pair = logins.start_session(session, account, logins.Device("testclient", None), None)
     assert pair is not None
     return pair.model_dump()
 
 
-def user_named(session: Session, username: str) -> models.User:
-    return session.exec(select(models.User).where(col(models.User.username) == username)).one()
+def user_named(session: Session, username: str) -> people.User:
+    return session.exec(select(people.User).where(col(people.User.username) == username)).one()
 
 
 class Clock:
@@ -334,7 +335,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Time stands still, but for `clock.advance(minutes=31)`."""
     frozen = Clock()
-    monkeypatch.setattr(models, "now", frozen.read)
+    monkeypatch.setattr(values, "now", frozen.read)
     return frozen
 
 

@@ -13,8 +13,8 @@ from fastapi import HTTPException
 import catalogues
 import events
 from formats import LOOKED_UP, FileBook, Problem, Row
-from models import OF_CELLS
 from sources import Candidate, Source
+from values import OF_CELLS
 
 log = logging.getLogger("books.enrichment")
 

@@ -11,10 +11,11 @@ import database
 from auth import Contributor, CurrentUser, bad_body
 from books import add_book, etag_of
 from manual import answers
-from models import BlankIsNull, BookPublic, Isbn, Shape, Title
+from models import BookPublic
 from pages import bad_query
 from routes import Routes
 from sources import REFS, Candidate, Source
+from values import BlankIsNull, Isbn, Shape, Title
 
 AT_ONCE = 20  # requests of this process that wait for another catalogue
 

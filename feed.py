@@ -33,8 +33,9 @@ import throttle
 from auth import Viewer, is_still
 from events import EVENT_ID_MAX, Filter, Logged, after, floor, head
 from manual import answers
-from models import BlankIsNull, Event, EventPublic, Shape
+from records import Event, EventPublic
 from routes import Routes
+from values import BlankIsNull, Shape
 
 T = TypeVar("T")
 P = ParamSpec("P")

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError, create_model
 
-import models
 from cells import BadValue, decimal_point, from_html, mend_isbn, printable, read_date, reason
 from csvfiles import UnreadableFile, unguard
-from models import OF_CELLS, BookBase, EntryUpdate, ShelfStatus
+from models import BookBase, EntryUpdate, ShelfStatus
+from values import OF_CELLS, is_isbn13
 
 # --- columns ------------------------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ class Reader:
         return value
 
     def _mend_isbn(self, row: Row, cells: Sequence[str], values: dict[str, Any]) -> None:
-        if models.is_isbn13(values["isbn"]):
+        if is_isbn13(values["isbn"]):
             return
         isbns = [cells[i] for i in self.columns.fields["isbn"] if cells[i]]
         values.pop("isbn")

@@ -13,8 +13,10 @@ import catalogues
 import database
 import events
 import models
+import values
 from books import add_book
-from models import Role, Setting, User
+from people import Role, User
+from records import Setting
 from settings import settings
 from sources import Source
 
@@ -56,7 +58,7 @@ def _is_due(connection: Connection) -> bool:
 
 def _stamp(later: timedelta = timedelta(0)) -> str:
     """A time whose order is that of its letters."""
-    return (models.now() + later).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return (values.now() + later).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 async def _claim() -> bool:

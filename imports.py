@@ -24,21 +24,14 @@ from sqlmodel import Session, SQLModel, col
 import catalogues
 import database
 import events
-import models
+import values
 from cells import printable, storable, which_comes_first
 from csvfiles import MEANINGLESS, Broken, Dialect, UnreadableFile, detect_dialect, detect_encoding, records
 from enrichment import Enricher
 from formats import Columns, Reader, Row, known_columns, read_header, seen
-from models import (
-    Principal,
-    Upload,
-    UploadChunk,
-    UploadError,
-    UploadPublic,
-    UploadStatus,
-    User,
-)
+from people import Principal, User
 from placing import Batch, Memory
+from records import Upload, UploadChunk, UploadError, UploadPublic, UploadStatus
 
 log = logging.getLogger("books.imports")
 
@@ -207,7 +200,7 @@ def _run(job: Job) -> None:
 
 def _claim(session: Session, upload_id: int) -> Job | None:
     """Take the upload if it is free; None if somebody is at it."""
-    now, worker = models.now(), secrets.token_hex(8)
+    now, worker = values.now(), secrets.token_hex(8)
     claimed = session.execute(
         sa.update(Upload)
         .where(col(Upload.id) == upload_id, claimable())
@@ -230,7 +223,7 @@ def _claim(session: Session, upload_id: int) -> Job | None:
 
 
 def claimable() -> ColumnElement[bool]:
-    abandoned = sa.and_(col(Upload.status) == UploadStatus.processing, col(Upload.lease_until) < models.now())
+    abandoned = sa.and_(col(Upload.status) == UploadStatus.processing, col(Upload.lease_until) < values.now())
     return sa.or_(col(Upload.status) == UploadStatus.queued, abandoned)
 
 
@@ -246,7 +239,7 @@ def _mine(session: Session, job: Job) -> Upload:
         raise Stopped("it is gone with its owner")
     if upload.worker != job.worker:
         raise Stopped(f"it is {upload.status}, not by this job")
-    upload.lease_until = models.now() + LEASE
+    upload.lease_until = values.now() + LEASE
     return upload
 
 
@@ -318,7 +311,7 @@ def _finish(session: Session, job: Job, error: str | None) -> None:
 
 
 def end(session: Session, upload: Upload, status: UploadStatus) -> None:
-    upload.status, upload.finished_at, upload.lease_until, upload.worker = status, models.now(), None, None
+    upload.status, upload.finished_at, upload.lease_until, upload.worker = status, values.now(), None, None
     session.execute(sa.delete(UploadChunk).where(col(UploadChunk.upload_id) == upload.id))
     _tell_progress(session, upload)
 

@@ -15,7 +15,6 @@ from auth import CurrentUser
 from books import PUBLIC, BookId, as_book, no_such_book
 from manual import FOLLOWED_PAGE, answers
 from models import (
-    AsText,
     AuthorCount,
     Book,
     BookPublic,
@@ -23,17 +22,16 @@ from models import (
     EntryPublic,
     EntryUpdate,
     GenreCount,
-    Id,
-    Principal,
     ShelfEntry,
     ShelfStats,
     ShelfStatus,
-    User,
     YearCount,
 )
 from pages import JsonPage, Listing, Order, Page, PageQuery, json_answer, named
+from people import Principal, User
 from routes import Routes
 from rows import AsJson, Prepared
+from values import AsText, Id
 
 router = Routes(prefix="/my-library", tags=["My library"])
 

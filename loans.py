@@ -15,28 +15,16 @@ from sqlmodel import Session, col
 
 import database
 import events
-import models
+import values
 from auth import CurrentUser, Staff
 from books import BookId, no_such_book
 from manual import FOLLOWED_PAGE, answers
-from models import (
-    COPIES_MAX,
-    RENEWALS_MAX,
-    Book,
-    DomainError,
-    Id,
-    Loan,
-    LoanCreate,
-    LoanPublic,
-    LoanStatus,
-    Principal,
-    StockChange,
-    StockPublic,
-    User,
-)
+from models import COPIES_MAX, RENEWALS_MAX, Book, Loan, LoanCreate, LoanPublic, LoanStatus, StockChange, StockPublic
 from pages import Order, Page, PageQuery, named, page_answer, read_page
+from people import Principal, User
 from routes import Routes
 from settings import settings
+from values import DomainError, Id
 
 router = Routes(tags=["Lending"])
 
@@ -103,7 +91,7 @@ def _move(session: Session, book_id: int, *, copies: int = 0, available: int) ->
     moved = session.execute(
         sa.update(Book)
         .where(col(Book.id) == book_id, *fits)
-        .values(**figures, version=col(Book.version) + 1, updated_at=models.now())
+        .values(**figures, version=col(Book.version) + 1, updated_at=values.now())
         .returning(*TOLD_OF_STOCK),
         execution_options={"synchronize_session": False},
     ).first()
@@ -125,7 +113,7 @@ async def borrow(new: LoanCreate, user: CurrentUser, response: Response) -> Loan
 
 def _borrow(session: Session, new: LoanCreate, user: Principal) -> LoanPublic:
     borrower_id = _borrower(session, new, user)
-    now = models.now()
+    now = values.now()
     loan = Loan(
         user_id=borrower_id,
         book_id=new.book_id,
@@ -177,7 +165,7 @@ class LoanQuery(PageQuery):
     user_id: Id | None = Field(default=None, description="Only this borrower's; for staff.")
 
     def conditions(self) -> list[ColumnElement[bool]]:
-        is_late = col(Loan.due_at) < models.now()
+        is_late = col(Loan.due_at) < values.now()
         by_status: dict[LoanStatus | None, list[ColumnElement[bool]]] = {
             None: [],
             LoanStatus.active: [IS_OPEN, sa.not_(is_late)],
@@ -235,7 +223,7 @@ async def return_loan(loan_id: LoanId, user: CurrentUser) -> LoanPublic:
 
 def _return(session: Session, loan_id: int, user: Principal) -> LoanPublic:
     loan = _open_loan(session, loan_id, user)
-    loan.returned_at = models.now()
+    loan.returned_at = values.now()
     session.flush()
     _move(session, loan.book_id, available=loan.quantity)
     return _tell(session, "loan.returned", loan)

@@ -4,7 +4,10 @@
     database.py   the file, its transactions, and what runs inline or in a thread
     sqlite.py     one writer at a time, short reads and changes inline
     postgresql.py the same promises on a server
-    models.py     tables, shapes and the rules of each noun
+    values.py     the clock, kinds of value, columns: what tables and shapes are made of
+    people.py     users, logins, codes: tables, shapes and rules
+    records.py    settings, uploads, events, likewise
+    models.py     books, shelves, loans, likewise
     rows.py       statements compiled once, rows as JSON
     manual.py     what /docs says beside what FastAPI knows
     pages.py      lists: cursors, offsets, links
@@ -85,8 +88,8 @@ import throttle
 import uploads
 import users
 from manual import PROBLEM_JSON, TAGS
-from models import DomainError
 from settings import HERE, VERSION, settings
+from values import DomainError
 
 log = logging.getLogger("books")
 access_log = logging.getLogger("books.access")

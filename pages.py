@@ -19,8 +19,8 @@ from pydantic import BaseModel, Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection, Float, Integer, Select, and_, bindparam, func, or_
 
 import database
-from models import ID_MAX, BlankIsNull, Shape
 from rows import Prepared
+from values import ID_MAX, BlankIsNull, Shape
 
 T = TypeVar("T")
 Key = str | int | float

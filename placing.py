@@ -11,12 +11,15 @@ from sqlmodel import Session, SQLModel, col
 import database
 import events
 import library
-import models
+import values
 from books import revise_book
 from formats import Entry, Problem, Row
-from models import Book, BookBase, BookUpdate, DomainError, EntryUpdate, OnDuplicate, Principal, ShelfEntry, Upload
+from models import Book, BookBase, BookUpdate, EntryUpdate, ShelfEntry
+from people import Principal
+from records import OnDuplicate, Upload
 from search import index_books
 from settings import settings
+from values import DomainError
 
 BOOKS = SQLModel.metadata.tables["book"]
 
@@ -98,7 +101,7 @@ class Batch:
             known = sa.select(col(Book.isbn), col(Book.id)).where(col(Book.isbn).in_(isbns))
             self.ids.update((isbn, book_id) for isbn, book_id in self.session.execute(known) if isbn)
         # The key in the database ignores accents too, which make a difference here: it only finds the candidates.
-        titles = {models.key_of(book.title) for key, book in wanted if not isinstance(key, str)}
+        titles = {values.key_of(book.title) for key, book in wanted if not isinstance(key, str)}
         if titles:
             columns = (col(Book.id), col(Book.title), col(Book.author), col(Book.isbn))
             candidates = sa.select(*columns).where(col(Book.title_key).in_(titles)).order_by(col(Book.id))
@@ -182,7 +185,7 @@ class Batch:
         return shelved, moved
 
     def _add_entry(self, told: Entry, book: Book) -> ShelfEntry:
-        entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, **told._asdict() | {"added_at": models.now()})
+        entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, **told._asdict() | {"added_at": values.now()})
         entry.added_at = told.added_at or entry.added_at
         self.session.add(entry)
         library.count_rating(book, None, entry.rating)

@@ -13,8 +13,9 @@ import library
 from auth import Staff
 from books import FIND_BOOK, BookId, book_to_change, no_such_book
 from manual import PAGE, answers
-from models import EntryUpdate, ReviewPublic, ShelfEntry, User, Username
+from models import EntryUpdate, ReviewPublic, ShelfEntry
 from pages import Order, Page, PageQuery, named, page_answer, read_page
+from people import User, Username
 from routes import Routes
 
 router = Routes(prefix="/books", tags=["Catalogue"])

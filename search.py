@@ -17,8 +17,9 @@ from sqlmodel import Session, col
 from stdnum import isbn as isbn_numbers
 
 import database
-from models import Book, fold, key_of
+from models import Book
 from rows import Prepared, connection_of
+from values import fold, key_of
 
 FTS = sa.table("book_fts")
 BOOKS_BY_WORDS = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))

@@ -22,7 +22,7 @@ import database
 import sqlite
 from conftest import HERE, Person, Server, url_of, wait_for
 from database import Violation
-from models import Setting
+from records import Setting
 from settings import Settings
 
 PROCESSES, THREADS, STEPS = 2, 4, 60

@@ -22,7 +22,8 @@ import imports
 import placing
 from conftest import DUNE, HERE, REAL_BOOKS, Clock, Person, Postgres, Server, sign_up, wait_for
 from formats import Row
-from models import UploadChunk, User
+from people import User
+from records import UploadChunk
 from settings import settings
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from conftest import Clock, Person, Server, sign_up
-from models import fold
+from values import fold
 
 
 def iso(clock: Clock) -> str:

@@ -14,7 +14,7 @@ import database
 import logins
 from conftest import JSON, NEW, PASSWORD, Clock, Person, Server, sign_up, token_in
 from mail import Letter
-from models import LoginSession, OneTimeCode
+from people import LoginSession, OneTimeCode
 from settings import settings
 
 # --- signing in ---------------------------------------------------------------------------------------------------

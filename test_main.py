@@ -411,9 +411,9 @@ def make_python(folder: Path) -> Path:
 # --- the house ----------------------------------------------------------------------------------------------------
 
 LAYERS = """
-    settings sqlite postgresql database models rows manual search pages events mail throttle auth routes feed logins
-    books library reviews loans csvfiles cells sources catalogues formats enrichment placing imports uploads exports
-    external harvest accounts users operations main
+    settings sqlite postgresql database values people records models rows manual search pages events mail throttle auth
+    routes feed logins books library reviews loans csvfiles cells sources catalogues formats enrichment placing imports
+    uploads exports external harvest accounts users operations main
 """.split()
 
 

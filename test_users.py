@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 import database
 from conftest import DUNE, NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in
 from mail import Letter
-from models import User
+from people import User
 from settings import settings
 
 # --- my account ---------------------------------------------------------------------------------------------------

@@ -17,20 +17,12 @@ from csvfiles import to_csv
 from formats import REASON
 from imports import CHUNK, CHUNKS, end, run_upload
 from manual import PAGE, answers
-from models import (
-    Id,
-    OnDuplicate,
-    Principal,
-    Shape,
-    Upload,
-    UploadError,
-    UploadErrorPublic,
-    UploadPublic,
-    UploadStatus,
-)
 from pages import Order, Page, PageQuery, named, page_answer, read_page
+from people import Principal
+from records import OnDuplicate, Upload, UploadError, UploadErrorPublic, UploadPublic, UploadStatus
 from routes import Routes
 from settings import settings
+from values import Id, Shape
 
 router = Routes(tags=["In and out"])
 

@@ -16,45 +16,31 @@ import events
 import library
 import loans
 import mail
-import models
 import throttle
+import values
 from accounts import change_address, create_account, find_user, still_me, with_password
 from auth import Admin, CurrentUser, audit
 from books import SELECT_BOOKS, as_book, disown_books
 from logins import end_sessions
 from mail import Letter
 from manual import PAGE, answers
-from models import (
+from models import Book, BookPublic, EntryPublic, Loan, LoanPublic, ShelfEntry
+from pages import Order, Page, PageQuery, named, page_answer, read_page
+from people import (
     AccountCreate,
     AccountUpdate,
-    BlankIsNull,
-    Book,
-    BookPublic,
-    EntryPublic,
-    Event,
-    EventPublic,
-    Id,
-    Loan,
-    LoanPublic,
     LoginSession,
-    Name,
     Principal,
     Role,
     SessionPublic,
-    Shape,
-    ShelfEntry,
-    Storable,
-    Upload,
-    UploadError,
-    UploadErrorPublic,
-    UploadPublic,
     User,
     UserPublic,
     UserUpdate,
 )
-from pages import Order, Page, PageQuery, named, page_answer, read_page
+from records import Event, EventPublic, Upload, UploadError, UploadErrorPublic, UploadPublic
 from routes import Routes
 from settings import settings
+from values import BlankIsNull, Id, Name, Shape, Storable
 
 router = Routes(prefix="/users", tags=["Users"])
 
@@ -197,7 +183,7 @@ async def export_me(user: CurrentUser) -> StreamingResponse:
 def _export(user: Principal) -> Iterator[str]:
     """A piece at a time: somebody's uploads may have explained a million rows."""
     account = UserPublic.model_validate(database.snapshot(find_user, user.id))
-    yield f'{{"exported_at": "{models.iso(models.now())}",\n"account": {account.model_dump_json()}'
+    yield f'{{"exported_at": "{values.iso(values.now())}",\n"account": {account.model_dump_json()}'
     for name, part in _parts(user).items():
         yield f',\n"{name}": ['
         last, separator = 0, "\n"
