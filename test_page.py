@@ -202,6 +202,7 @@ def test_a_book_on_my_shelf_is_known_from_one_that_is_not(server: Server, visit:
 
     def told_of(title: str) -> str:
         dialog = open_book(page, title)
+        expect(dialog.locator("#mine")).to_be_visible()
         told = dialog.locator("#mine .strong").inner_text()
         dialog.get_by_role("button", name="Close").click()
         return told
@@ -256,7 +257,8 @@ def test_refused_rows_are_shown_with_their_reasons(server: Server, visit: Visit)
     sign_in(page, "Lydia")
     go(page, "Import")
     page.get_by_role("button", name="Upload").click()
-    expect(page.locator("#upload .problem")).to_have_text("Choose a file first.")
+    expect(page.get_by_label("CSV file")).to_be_focused()  # the browser asks for it
+    expect(page.locator("#job")).to_be_hidden()
     rows = f'title,author,price\nEmma,Jane Austen,5\n,Nobody,5\n"{EVIL[0]}",Someone,"{EVIL[0]}"\n'
     name = f"{EVIL[0].replace('/', '')}.csv"
     upload(page, name, rows)
@@ -545,7 +547,7 @@ def tour(page: Page, title: str) -> Iterator[str]:
     """All there is to look at, one after the other."""
     yield "catalogue"
     dialog = open_book(page, title)
-    expect(dialog.locator("#book-mine form")).to_be_visible()
+    expect(dialog.locator("#mine")).to_be_visible()
     yield "book"
     dialog.get_by_role("button", name="Close").click()
     page.get_by_role("button", name="Add a book").click()
