@@ -395,8 +395,10 @@ def test_a_token_that_is_too_old_is_refreshed_once(server: Server, visit: Visit)
     dialog.get_by_role("button", name="Close").click()
 
     rita.post("/auth/logout-all")
-    go(page, "My shelf")
+    page.get_by_role("navigation", name="Main").get_by_role("link", name="My shelf").click()
     expect(page.get_by_text("Your login has ended. Sign in again.")).to_be_visible()
+    expect(page.get_by_text("This is for those who are signed in")).to_be_visible()
+    expect(page.locator("#main")).to_be_focused()  # what had it is gone
     expect(page.locator("#sign-in")).to_be_visible()
 
 
