@@ -335,6 +335,9 @@ def test_what_one_does_another_sees_at_once(server: Server, visit: Visit) -> Non
     expect(second.locator(".ticker")).not_to_contain_text("shelf")
     Person(server.client, "Lydia").add_book(title="Two\N{LINE SEPARATOR}lines")  # ends no line of the stream
     expect(second.locator(".ticker")).to_contain_text(re.compile("Two.lines", re.DOTALL))
+    assert Person(server.client, "Lydia").delete("/books/1").status_code == 204
+    expect(theirs).to_contain_text("This book has just been deleted.")
+    expect(cards(second)).to_have_count(1)
 
 
 def test_the_ticker_survives_a_restart(serve: Callable[..., Server], tmp_path: Path, visit: Visit) -> None:
