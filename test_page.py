@@ -340,6 +340,27 @@ def test_what_one_does_another_sees_at_once(server: Server, visit: Visit) -> Non
     expect(cards(second)).to_have_count(1)
 
 
+def test_a_change_takes_nobody_back_from_the_page_they_turned_to(server: Server, visit: Visit) -> None:
+    admin = Person(server.client, "admin", "admin")
+    admin.upload((HERE / "sample_books.csv").read_bytes())
+    page = visit(server)
+    expect(page.get_by_text("1\N{EN DASH}24 of 50")).to_be_visible()
+    waiting: list[Route] = []
+
+    def hold_the_first(route: Route) -> None:
+        if waiting:
+            route.fallback()
+        else:
+            waiting.append(route)
+
+    page.route("**/books?*offset=24*", hold_the_first)
+    with page.expect_request("**/books?*offset=24*"):
+        page.get_by_role("button", name="Next").click()
+    admin.add_book(title="Meanwhile")
+    expect(page.get_by_text("25\N{EN DASH}48 of 51")).to_be_visible()
+    assert len(waiting) == 1
+
+
 def test_the_ticker_survives_a_restart(serve: Callable[..., Server], tmp_path: Path, visit: Visit) -> None:
     server = serve()
     admin = Person(server.client, "admin", "admin")
