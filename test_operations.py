@@ -177,14 +177,16 @@ UNAVAILABLE: dict[str, tuple[str, Exception, str, int]] = {
 @pytest.mark.parametrize("case", UNAVAILABLE.values(), ids=UNAVAILABLE)
 @pytest.mark.sqlite
 def test_what_fails_underneath_is_told(
-    admin: Person, monkeypatch: pytest.MonkeyPatch, case: tuple[str, Exception, str, int]
+    client: TestClient, admin: Person, monkeypatch: pytest.MonkeyPatch, case: tuple[str, Exception, str, int]
 ) -> None:
     where, error, path, status = case
 
     def fail(*_: object) -> None:
         raise error
 
-    admin.client = TestClient(app, raise_server_exceptions=False)
+    told = TestClient(app, raise_server_exceptions=False)
+    told.portal = client.portal  # the service has one event loop, which short reads rely on
+    admin.client = told
     monkeypatch.setattr(where, fail)
     answer = admin.get(path)
     assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json")
