@@ -67,7 +67,7 @@ def refuse_weak(field: str, password: str, *names: str) -> None:
 
 
 def bad_body(field: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("body", field), "msg": f"{field} {message}", "type": "value_error"}])
+    return RequestValidationError([{"loc": ("body", field), "msg": message, "type": "value_error"}])
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------

@@ -170,6 +170,9 @@ async def on_invalid_request(_request: Request, error: Exception) -> Response:
         for e in error.errors()[:100]
     ]
     first = errors[0]
+    if first["type"] == "json_invalid" and len(first["loc"]) > 1:  # FastAPI's, whose message does not say why
+        reason, position = error.errors()[0]["ctx"]["error"], first["loc"][1]
+        return problem(422, f"The body is not JSON: {reason}, at character {position}.", errors=errors)
     where = ".".join(str(part) for part in first["loc"][1:]) or first["loc"][0]
     return problem(422, f"{where}: {first['msg']}", errors=errors)
 

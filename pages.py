@@ -121,7 +121,7 @@ def _fits(key: object, kind: Any) -> bool:
 
 
 def bad_query(name: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("query", name), "msg": f"{name} {message}", "type": "value_error"}])
+    return RequestValidationError([{"loc": ("query", name), "msg": message, "type": "value_error"}])
 
 
 def read_page(

@@ -16,9 +16,9 @@ from values import key_column, moment_column, stamp_column, table_options
 
 
 class Setting(SQLModel, table=True):
-    """What a database knows of itself: `book_count`, `event_floor` (ids up to it are not in the
-    log, or no longer), `harvest_due` (when the daily job is), and in development mode `secret_key`, `open_hash` (of the
-    password `admin`) and `last_start` (which was told of)."""
+    """What a database knows of itself: `book_count`, `event_floor` (ids up to it are not in the log, or no longer),
+    `harvest_due` (when the daily job is), and in development mode `secret_key`, `open_hash` (of the password `admin`)
+    and `last_start` (which was told of)."""
 
     __tablename__ = "setting"
 

@@ -131,6 +131,14 @@ def test_bad_bodies_are_refused(reader: Person, content: bytes) -> None:
     assert answer.headers["Content-Type"] == "application/problem+json"
 
 
+def test_an_error_in_json_is_told_with_its_place(client: TestClient, reader: Person) -> None:
+    headers = {"Content-Type": "application/json"}
+    book = reader.post("/books", content=b'{"title": "A" "author": "B"}', headers=headers)
+    assert book.json()["detail"] == "The body is not JSON: Expecting ',' delimiter, at character 14."
+    login = client.post("/login", content=b'{"username": "A" "password": "B"}', headers=headers)
+    assert (login.status_code, login.json()["detail"][-16:]) == (422, "line 1 column 18")
+
+
 def test_an_isbn_is_there_once(reader: Person, other_reader: Person) -> None:
     reader.add_book(**DUNE)
     answer = other_reader.post("/books", json={"title": "Same", "author": "Number", "isbn": "0-441-17271-7"})
@@ -501,6 +509,7 @@ def test_cursors_that_we_did_not_give_are_refused(client: TestClient, shelf: Per
         answer = client.get("/books", params=query)
         assert answer.status_code == 422, query
         assert answer.json()["errors"][0]["loc"] == ["query", "cursor"]
+        assert answer.json()["detail"] == f"cursor: {answer.json()['errors'][0]['msg']}"
     assert client.get("/books", params={"search": "dune", "cursor": packed("best", 99, 1)}).json()["items"] == []
 
 
