@@ -117,7 +117,8 @@ def _fits(key: object, kind: Any) -> bool:
     if kind is str:
         # JSON can carry half a surrogate pair, which no database takes.
         return isinstance(key, str) and "\x00" not in key and key.encode(errors="ignore").decode() == key
-    return isinstance(key, kind) and not isinstance(key, bool) and abs(key) < 2**63
+    # PostgreSQL refuses to compare a column with a number that it can't hold.
+    return isinstance(key, kind) and not isinstance(key, bool) and abs(key) <= ID_MAX
 
 
 def bad_query(name: str, message: str) -> RequestValidationError:

@@ -496,13 +496,14 @@ def test_cursors_that_we_did_not_give_are_refused(client: TestClient, shelf: Per
         return base64.urlsafe_b64encode(json.dumps(keys).encode()).decode()
 
     good = client.get("/books?limit=1").json()["next"]
-    bad = ["x", "é", "[]", packed(), packed("id"), packed("id", "1"), packed("id", 1, 2), packed("id", 2**70)]
+    bad = ["x", "é", "[]", packed(), packed("id"), packed("id", "1"), packed("id", 1, 2), packed("id", 2**31)]
     bad += [packed("id", True), packed("id", None), packed("title", 1), packed("best", 0), packed("best", -1, "x")]
     bad += [packed("id", 1.5), packed("nothing", 1), packed(["id"], 1), packed("id", [1])]
     for query in [{"cursor": cursor} for cursor in bad] + [
         {"cursor": good, "sort": "title"},
         {"cursor": good, "offset": 3},
-        {"cursor": packed("best", 0, 2**64), "search": "dune"},
+        {"cursor": packed("best", 0, 2**31), "search": "dune"},
+        {"cursor": packed("year", 2**40, 1), "sort": "year"},
         {"cursor": packed("title", "a\0", "b", 1), "sort": "title"},
         {"cursor": packed("title", "\ud800", "b", 1), "sort": "title"},
     ]:

@@ -104,6 +104,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a review that is a book": ({"status": "completed", "review": "x" * 20_001}, "review"),
     "a time that is not": ({"started_at": "yesterday"}, "started_at"),
     "seconds for a time": ({"started_at": 1218412800}, "started_at"),
+    "the last moment of all": ({"finished_at": "9999-12-31T23:59:59.999999Z"}, "finished_at"),
     "a time before all time": ({"started_at": "0001-01-01T00:00:00+14:00"}, "started_at"),
     "somebody else's field": ({"user_id": 1}, "user_id"),
 }

@@ -108,6 +108,7 @@ ERRORS: dict[str, tuple[str, str, int]] = {
     "an unknown book": ("GET", "/books/1", 404),
     "a book with a word for its id": ("GET", "/books/one", 404),
     "a book id that no database can hold": ("GET", f"/books/{10**30}", 404),
+    "a book id and a line break": ("GET", "/books/1%0A", 404),
     "a book id that is a little too large": ("GET", "/books/2147483648", 422),
     "a method that a path does not take": ("DELETE", "/books", 405),
     "no token": ("GET", "/users/me", 401),

@@ -184,10 +184,14 @@ def _number(value: object, info: ValidationInfo) -> object:
 
 
 def _to_utc(moment: datetime) -> datetime:
+    """Before the year 9999: what SQLite rounds up beyond its last millisecond has no year."""
     try:
-        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+        in_utc = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except OverflowError:
         raise ValueError("is out of range") from None
+    if in_utc.year >= 9999:
+        raise ValueError("is out of range")
+    return in_utc
 
 
 def _in_print(value: Printed) -> Printed:
@@ -307,7 +311,7 @@ def table_options(*constraints: sa.schema.SchemaItem) -> Any:
 class IdConvertor(IntegerConvertor):
     """`{book_id:id}` in a path: a number that an id can be, so that `/books/upload` is never taken for a book."""
 
-    regex = "[0-9]{1,10}"
+    regex = r"[0-9]{1,10}(?!\n)"  # Starlette ends its pattern with $, which also matches before a last line break
 
 
 register_url_convertor("id", IdConvertor())
