@@ -81,6 +81,9 @@ class Format(StrEnum):
         return self in (Format.goodreads, Format.storygraph)
 
 
+COLUMNS_MAX = 500  # those of Goodreads, StoryGraph and ours are thirty; each name is kept, and shown with the upload
+
+
 class Columns(NamedTuple):
     """Which cells of a row tell which field, and what the others are called."""
 
@@ -104,6 +107,8 @@ def known_columns(cells: Sequence[str]) -> int:
 
 def read_header(cells: Sequence[str], *, enrich: bool = False) -> Columns:
     """Which column is which. To enrich them, rows need no more than an ISBN."""
+    if len(cells) > COLUMNS_MAX:
+        raise UnreadableFile(f"The first row has {len(cells):,} columns; at most {COLUMNS_MAX} are read. {seen(cells)}")
     given_back = cells[-1:] == [REASON]
     keys = _keys(cells)
     if list(cells[:-1] if given_back else cells) == BOOK_COLUMNS:

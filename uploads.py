@@ -54,9 +54,14 @@ class UploadForm(ShelfForm):
     )
 
 
+class NoQuery(Shape):
+    """What is asked of an upload is in its form: the same in the query would be passed over, `dry_run` with it."""
+
+
 @router.post("/books/upload", status_code=202, max_body_size=UPLOAD_MAX, responses=answers(403) | TAKEN)
 async def upload_books(
     form: Annotated[UploadForm, Form(media_type="multipart/form-data")],
+    _query: Annotated[NoQuery, Query()],
     user: Contributor,
     tasks: BackgroundTasks,
     response: Response,
@@ -79,6 +84,7 @@ async def upload_books(
 )
 async def import_library(
     form: Annotated[ShelfForm, Form(media_type="multipart/form-data")],
+    _query: Annotated[NoQuery, Query()],
     user: CurrentUser,
     tasks: BackgroundTasks,
     response: Response,
