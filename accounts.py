@@ -344,13 +344,19 @@ def still_me(session: Session, user: Principal, verified_hash: str) -> User:
 async def with_password(user: Principal, password: str, request: Request) -> Any:
     """My account, after I have shown that I know its password."""
     await throttle.check("password", request, user.id)
-    me = await database.read(find_user, user.id)
-    if me is None:
-        raise not_signed_in()
+    me = await read_account(user)
     right, _ = await verify_password(password, me.password_hash)
     if not right:
         await database.write(audit, user.id, "password_refused")
         raise HTTPException(403, "This is not your password.")
+    return me
+
+
+async def read_account(user: Principal) -> Any:
+    """My account; 401 where it was deleted after my token was looked at."""
+    me = await database.read(find_user, user.id)
+    if me is None:
+        raise not_signed_in()
     return me
 
 

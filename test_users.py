@@ -8,10 +8,11 @@ import httpx2 as httpx
 import pytest
 from fastapi.testclient import TestClient
 
+import auth
 import database
 from conftest import DUNE, NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in
 from mail import Letter
-from people import User
+from people import Principal, User
 from settings import settings
 
 # --- my account ---------------------------------------------------------------------------------------------------
@@ -285,6 +286,15 @@ def test_all_that_is_stored_of_me_is_one_file(client: TestClient, reader: Person
     assert told == {"account.login", "shelf.created", "shelf.updated", "upload.progress", "review.created"}
     assert "argon2" not in answer.text
     assert "Oskar" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/users/me", "/users/me/export"])
+def test_an_account_that_goes_while_it_is_asked_for_is_signed_out(
+    reader: Person, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(auth, "_find_principal", lambda *_: Principal(999, "gone", "reader", 1))
+    answer = reader.get(path)
+    assert (answer.status_code, answer.headers["Content-Type"]) == (401, "application/problem+json")
 
 
 # --- administration -----------------------------------------------------------------------------------------------

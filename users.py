@@ -18,7 +18,7 @@ import loans
 import mail
 import throttle
 import values
-from accounts import change_address, create_account, find_user, still_me, with_password
+from accounts import change_address, create_account, find_user, read_account, still_me, with_password
 from auth import Admin, CurrentUser, audit
 from books import SELECT_BOOKS, as_book, disown_books
 from logins import end_sessions
@@ -50,7 +50,7 @@ router = Routes(prefix="/users", tags=["Users"])
 @router.get("/me")
 async def read_me(user: CurrentUser) -> UserPublic:
     """My account."""
-    return UserPublic.model_validate(await database.read(find_user, user.id))
+    return UserPublic.model_validate(await read_account(user))
 
 
 @router.patch("/me", responses=answers(409, 429))
@@ -175,14 +175,13 @@ class Part(NamedTuple):
 @router.get("/me/export", response_model=AccountExport)
 async def export_me(user: CurrentUser) -> StreamingResponse:
     """All that is stored about me, as one JSON file. The password is not in it: only its hash is stored."""
-    name = f"books-api-{user.username}.json"
-    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return StreamingResponse(_export(user), media_type="application/json", headers=headers)
+    account = UserPublic.model_validate(await read_account(user))
+    headers = {"Content-Disposition": f'attachment; filename="books-api-{user.username}.json"'}
+    return StreamingResponse(_export(user, account), media_type="application/json", headers=headers)
 
 
-def _export(user: Principal) -> Iterator[str]:
+def _export(user: Principal, account: UserPublic) -> Iterator[str]:
     """A piece at a time: somebody's uploads may have explained a million rows."""
-    account = UserPublic.model_validate(database.snapshot(find_user, user.id))
     yield f'{{"exported_at": "{values.iso(values.now())}",\n"account": {account.model_dump_json()}'
     for name, part in _parts(user).items():
         yield f',\n"{name}": ['
