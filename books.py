@@ -189,7 +189,7 @@ def find_books(
 @functools.lru_cache(1000)
 def counting(asked: tuple[str, ...]) -> Prepared:
     if not asked:
-        return Prepared(sa.select(Setting.value).where(col(Setting.key) == "book_count"))  # type: ignore[call-overload]  # not a column to mypy
+        return Prepared(sa.select(col(Setting.value)).where(col(Setting.key) == "book_count"))
     if asked in COUNTED:
         of_kind = (col(Facet.kind) == asked[0], sa.func.lower(col(Facet.name)) == sa.func.lower(sa.bindparam(asked[0])))
         return Prepared(sa.select(sa.func.coalesce(sa.func.sum(col(Facet.count)), 0)).where(*of_kind))
@@ -368,7 +368,9 @@ def _delete_book(session: Session, book_id: int, user: Principal, if_match: str 
     if not user.is_staff:
         if book.added_by != user.id:
             raise HTTPException(403, "Only who added a book, librarians and admins delete it.")
-        others = sa.select(ShelfEntry.id).where(col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id)  # type: ignore[call-overload]  # not a column to mypy
+        others = sa.select(col(ShelfEntry.id)).where(
+            col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id
+        )
         if session.execute(others.limit(1)).first() is not None:
             raise HTTPException(409, "Somebody else has this book on a shelf: only librarians and admins delete it.")
     if book.available < book.copies:

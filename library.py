@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import HTTPException, Query, Request, Response
-from pydantic import Field
+from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
@@ -15,7 +15,6 @@ from auth import CurrentUser
 from books import PUBLIC, BookId, as_book, no_such_book
 from manual import FOLLOWED_PAGE, answers
 from models import (
-    AuthorCount,
     Book,
     BookPublic,
     EntryCreate,
@@ -23,9 +22,7 @@ from models import (
     EntryUpdate,
     GenreCount,
     ShelfEntry,
-    ShelfStats,
     ShelfStatus,
-    YearCount,
 )
 from pages import JsonPage, Listing, Order, Page, PageQuery, json_answer, named
 from people import Principal, User
@@ -141,7 +138,8 @@ def _shelve(session: Session, book_id: int, user: Principal, new: EntryCreate) -
 async def update_entry(book_id: BookId, change: EntryUpdate, user: CurrentUser) -> EntryPublic:
     """Move, rate, review or tag a book on my shelf (RFC 7396: null clears).
 
-    A rating or a review needs the status `completed` or `abandoned`. Moving to `completed` sets `finished_at`, unless
+    A rating or a review needs the status `completed` or `abandoned`; everybody can read both, with my user name and
+    `finished_at`, among the reviews of the book. Moving to `completed` sets `finished_at`, unless
     you give it.
     """
     return await database.write(_update_entry, book_id, user, change)
@@ -241,6 +239,27 @@ def record_review(session: Session, event_type: str, book: Book, entry: ShelfEnt
 # --- figures ------------------------------------------------------------------------------------------------------
 
 TOP = 10  # genres and authors
+
+
+class YearCount(BaseModel):
+    year: int
+    books: int
+    pages: int = Field(description="Of the books whose number of pages is known.")
+
+
+class AuthorCount(BaseModel):
+    author: str
+    count: int
+
+
+class ShelfStats(BaseModel):
+    total: int
+    by_status: dict[ShelfStatus, int]
+    by_year: list[YearCount] = Field(description="What I completed, by the year (UTC) of `finished_at`, newest first.")
+    average_rating: float | None
+    rating_count: int
+    top_genres: list[GenreCount] = Field(description="Of what I completed, the ten most frequent.")
+    top_authors: list[AuthorCount] = Field(description="Of what I completed, the ten most frequent.")
 
 
 @router.get("/stats")

@@ -1,7 +1,8 @@
-"""Books, shelves, loans: every table and, next to it, the shapes that go in and out; grouped by noun.
+"""Books, shelves, loans: next to each table the shapes that go in and out; grouped by noun.
 
 Values enter through a shape (`BookCreate`, …): table classes do not validate. What must always hold is a constraint
-of the table. What a noun can do is a verb on its class, which changes the row and records the event together.
+of the table. What a noun can do to itself is a verb on its class; its module records the event, in
+the same transaction.
 """
 
 from datetime import date, datetime, timedelta
@@ -318,27 +319,6 @@ class ReviewPublic(BaseModel):
     review: str | None
     finished_at: datetime | None
     updated_at: datetime
-
-
-class YearCount(BaseModel):
-    year: int
-    books: int
-    pages: int = Limit(description="Of the books whose number of pages is known.")
-
-
-class AuthorCount(BaseModel):
-    author: str
-    count: int
-
-
-class ShelfStats(BaseModel):
-    total: int
-    by_status: dict[ShelfStatus, int]
-    by_year: list[YearCount] = Limit(description="What I completed, by the year (UTC) of `finished_at`, newest first.")
-    average_rating: float | None
-    rating_count: int
-    top_genres: list[GenreCount] = Limit(description="Of what I completed, the ten most frequent.")
-    top_authors: list[AuthorCount] = Limit(description="Of what I completed, the ten most frequent.")
 
 
 # --- loans --------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from values import key_column, moment_column, stamp_column, table_options
 
 class Setting(SQLModel, table=True):
     """What a database knows of itself: `book_count`, `event_floor` (ids up to it are not in the log, or no longer),
-    `harvest_due` (when the daily job is), and in development mode `secret_key`, `open_hash` (of the password `admin`)
-    and `last_start` (which was told of)."""
+    `harvest_due` (when the daily job is), `last_…` (when recurring work was done), `probed` (by /health), and in
+    development mode `secret_key`, `open_hash` (of the password `admin`) and `last_start` (which was told of)."""
 
     __tablename__ = "setting"
 
