@@ -312,7 +312,7 @@ def _set_password(session: Session, user: User, password_hash: str, what: str, e
 
 
 class PasswordChange(Shape):
-    current_password: Annotated[str, Storable, Field(max_length=1000)]
+    current_password: Annotated[str, Field(max_length=1000), Storable]
     new_password: Password
 
 

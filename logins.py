@@ -54,7 +54,7 @@ class TokenPair(BaseModel):
 
 
 class RefreshRequest(Shape):
-    refresh_token: Annotated[str, Storable, Field(max_length=TOKEN_MAX)]
+    refresh_token: Annotated[str, Field(max_length=TOKEN_MAX), Storable]
 
 
 def _renew(login: LoginSession, jti: str) -> TokenPair:
@@ -83,8 +83,8 @@ def _successor(jti: str) -> str:
 
 
 class Credentials(BaseModel):
-    username: Annotated[str, Storable, Field(max_length=254, description="Or the e-mail address.", examples=["admin"])]
-    password: Annotated[str, Storable, Field(max_length=1000, examples=["admin"])]
+    username: Annotated[str, Field(max_length=254, description="Or the e-mail address.", examples=["admin"]), Storable]
+    password: Annotated[str, Field(max_length=1000, examples=["admin"]), Storable]
 
 
 async def credentials(request: Request) -> Credentials:

@@ -1,9 +1,9 @@
 """Books API: a small library service. This module puts the parts together; read them in this order.
 
     settings.py   what can be set, and what is refused
-    database.py   the file, its transactions, and what runs inline or in a thread
     sqlite.py     one writer at a time, short reads and changes inline
     postgresql.py the same promises on a server
+    database.py   the file, its transactions, and what runs inline or in a thread
     values.py     the clock, kinds of value, columns: what tables and shapes are made of
     people.py     users, logins, codes: tables, shapes and rules
     records.py    settings, uploads, events, likewise
@@ -38,37 +38,30 @@
     accounts.py   registration, confirming an address, forgotten passwords
     users.py      my profile, administration
     operations.py logging, work that recurs, /health, the backup
+    problems.py   every error as a problem document: which status, and what is said of it
     index.html    the front page, which uses nothing but the paths of the above
 
 A request: `Manners` below, the route, `auth.identify` if it asks for a user, one read or one transaction by way of
-`database`, the answer. Whatever goes wrong on the way becomes a problem document in one of the handlers below.
+`database`, the answer. Whatever goes wrong on the way becomes a problem document in one of the handlers of `problems`.
 """
 
 import base64
 import contextlib
 import gc
 import hashlib
-import json
 import logging
 import re
 import secrets
 import signal
-import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Header, Response
 from fastapi.responses import FileResponse, HTMLResponse
 from fastapi_offline import FastAPIOffline
-from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
-from sqlalchemy.exc import TimeoutError as NoConnection
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import accounts
@@ -87,9 +80,9 @@ import reviews
 import throttle
 import uploads
 import users
-from manual import PROBLEM_JSON, TAGS
+from manual import TAGS
+from problems import HANDLERS, TOO_LARGE, problem
 from settings import HERE, VERSION, settings
-from values import DomainError
 
 log = logging.getLogger("books")
 access_log = logging.getLogger("books.access")
@@ -125,97 +118,6 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         database.close_database()
 
 
-# --- errors -------------------------------------------------------------------------------------------------------
-
-
-def problem(
-    status: int,
-    detail: str,
-    headers: dict[str, str] | None = None,
-    errors: list[dict[str, Any]] | None = None,
-) -> Response:
-    """An error as RFC 9457 describes it; the only shape of error that this service has."""
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    # ASCII: what a client sent may hold half a surrogate pair, which UTF-8 can't carry.
-    content = json.dumps(body if errors is None else body | {"errors": errors})
-    return Response(content, status, headers, media_type=PROBLEM_JSON)
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 400 and isinstance(error.__cause__, OSError):  # an upload that is kept in a file meanwhile
-        error = operations.no_room(error.__cause__)
-    headers = dict(error.headers or {})
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        headers["Allow"] = ", ".join(allowed_methods(request))
-    answer = problem(error.status_code, str(error.detail), headers)
-    answer.background = getattr(error, "after", None)
-    return answer
-
-
-def allowed_methods(request: Request) -> list[str]:
-    """What this path takes, over all its routes; Starlette itself names only the first's."""
-    routes = request.app.routes
-    return [
-        method
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
-        if any(route.matches({**request.scope, "method": method})[0] == Match.FULL for route in routes)
-    ]
-
-
-async def on_invalid_request(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    errors = [
-        {"loc": list(e["loc"]), "msg": e["msg"].removeprefix("Value error, "), "type": e["type"]}
-        for e in error.errors()[:100]
-    ]
-    first = errors[0]
-    if first["type"] == "json_invalid" and len(first["loc"]) > 1:  # FastAPI's, whose message does not say why
-        reason, position = error.errors()[0]["ctx"]["error"], first["loc"][1]
-        return problem(422, f"The body is not JSON: {reason}, at character {position}.", errors=errors)
-    where = ".".join(str(part) for part in first["loc"][1:]) or first["loc"][0]
-    return problem(422, f"{where}: {first['msg']}", errors=errors)
-
-
-async def on_broken_rule(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, DomainError)
-    return problem(422, str(error), errors=[field_error(error.field, error.message, "value_error")])
-
-
-async def on_violation(_request: Request, error: Exception) -> Response:
-    """The database decides what is unique and what is in range; this says it to the client."""
-    assert isinstance(error, IntegrityError)
-    kind, field = database.violation(error)
-    if kind == "unique":
-        return problem(409, f"This {field} is taken.", errors=[field_error(field, "is taken", "unique")])
-    if kind == "check":
-        return problem(422, f"{field} is out of range.", errors=[field_error(field, "is out of range", "check")])
-    return problem(409, "Something that this refers to, or that refers to this, stands in the way.")
-
-
-def field_error(field: str, message: str, kind: str) -> dict[str, Any]:
-    return {"loc": ["body", field], "msg": message, "type": kind}
-
-
-async def on_unavailable(_request: Request, error: Exception) -> Response:
-    if isinstance(error, ProgrammingError | DataError):
-        raise error  # that is us
-    log.error("the database refused: %s", error)
-    if database.is_full(error):
-        return problem(507, "The disk is full: nothing can be written. What is here can still be read.")
-    return problem(503, "The database can't do this now. Try again.", {"Retry-After": "1"})
-
-
-HANDLERS: Any = {
-    HTTPException: on_http_error,
-    RequestValidationError: on_invalid_request,
-    DomainError: on_broken_rule,
-    IntegrityError: on_violation,
-    DatabaseError: on_unavailable,
-    NoConnection: on_unavailable,
-    sqlite3.OperationalError: on_unavailable,  # from a backup
-}
-
 # --- every request ------------------------------------------------------------------------------------------------
 
 
@@ -237,11 +139,13 @@ NO_STORE = (b"cache-control", b"no-store")
 # Where HEAD is not GET without a body: a stream would never end, and a link in a mail is used up by following it.
 VERIFY_LINK = "/auth/verify-email/"
 NO_HEAD = ("/stream", VERIFY_LINK)
-# What FastAPI's body limit and Starlette's CORS answer by themselves, in plain text: nothing else does with these.
+# What Starlette answers by itself, in plain text: its body limit, its CORS, and its files to a bad `Range`.
 PLAIN = {
-    413: "The request is larger than this path takes.",
-    400: "Another site may not call it so: its address, the method or a header is not among those that may.",
+    413: TOO_LARGE,
+    416: "The file has no such range.",
+    400: "The header Range can't be read.",
 }
+NOT_FOR_OTHERS = "Another site may not call it so: its address, the method or a header is not among those that may."
 
 
 class Manners:
@@ -279,7 +183,8 @@ class Manners:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if status in PLAIN and is_plain(message):
-                    await problem(status, PLAIN[status])(scope, receive, answer)
+                    detail = NOT_FOR_OTHERS if scope["method"] == "OPTIONS" else PLAIN[status]
+                    await problem(status, detail)(scope, receive, answer)
                     replaced = True
                     return
                 message["headers"] = [*message["headers"], *headers_of_every_answer(scope, path, message)]

@@ -101,7 +101,7 @@ class Why(NamedTuple):
 
 
 ERRORS = {
-    400: Why("The request can't be read, or the code in it is no good.", "There was an error parsing the body"),
+    400: Why("The request can't be read, or the code in it is no good.", "The body is not UTF-8."),
     401: Why(
         "Sign in first.", "Sign in first: the token is missing, expired or revoked.", headers=("WWW-Authenticate",)
     ),

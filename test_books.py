@@ -131,12 +131,39 @@ def test_bad_bodies_are_refused(reader: Person, content: bytes) -> None:
     assert answer.headers["Content-Type"] == "application/problem+json"
 
 
-def test_an_error_in_json_is_told_with_its_place(client: TestClient, reader: Person) -> None:
-    headers = {"Content-Type": "application/json"}
-    book = reader.post("/books", content=b'{"title": "A" "author": "B"}', headers=headers)
-    assert book.json()["detail"] == "The body is not JSON: Expecting ',' delimiter, at character 14."
-    login = client.post("/login", content=b'{"username": "A" "password": "B"}', headers=headers)
-    assert (login.status_code, login.json()["detail"][-16:]) == (422, "line 1 column 18")
+FORM, FILES, JSON = "application/x-www-form-urlencoded", "multipart/form-data", "application/json"
+GOOD = b'{"title": "A", "author": "B"}'
+SAID: dict[str, tuple[str, str | None, bytes, str]] = {
+    "a comma too few": (
+        "/books",
+        JSON,
+        b'{"title": "A" "author": "B"}',
+        "The body is not JSON: Expecting ',' delimiter, at character 14.",
+    ),
+    "no UTF-8": ("/books", JSON, b'{"title": "Bront\xeb", "author": "B"}', "The body is not UTF-8."),
+    "too deep": ("/books", JSON, b"[" * 100_000, "The body is nested too deep."),
+    "too long a number": ("/books", JSON, b"[%s]" % (b"1" * 5000), "The body has a number with too many digits."),
+    "what curl says of JSON": ("/books", FORM, GOOD, f"This path takes {JSON}; the Content-Type says {FORM}."),
+    "no type": ("/books", None, GOOD, f"This path takes {JSON}; the Content-Type says nothing."),
+    "no body": ("/books", None, b"", "body: Field required"),
+    "a blank title": ("/books", JSON, b'{"title": " "}', "title: String should have at least 1 character"),
+    "JSON for a file": ("/books/upload", JSON, GOOD, f"This path takes {FILES}; the Content-Type says {JSON}."),
+    "the name of a file": (
+        "/books/upload",
+        FORM,
+        b"file=a.csv",
+        "file: must be a file, with a name; by curl: -F file=@books.csv",
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "kind", "content", "said"), SAID.values(), ids=SAID)
+def test_what_is_wrong_with_a_body_is_said(
+    reader: Person, path: str, kind: str | None, content: bytes, said: str
+) -> None:
+    answer = reader.post(path, content=content, headers={} if kind is None else {"Content-Type": kind})
+    assert answer.status_code in (400, 422)
+    assert answer.json()["detail"] == said
 
 
 def test_an_isbn_is_there_once(reader: Person, other_reader: Person) -> None:

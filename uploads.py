@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import sqlalchemy as sa
 from fastapi import BackgroundTasks, Form, HTTPException, Path, Query, Request, Response, UploadFile
 from fastapi.responses import StreamingResponse
-from pydantic import Field, TypeAdapter
+from pydantic import BeforeValidator, Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
@@ -37,8 +37,14 @@ UPLOAD_MAX = (settings.max_upload_mb << 20) + 64 * 1024  # bytes of a request wi
 TAKEN = answers(sends={202: "Location"})
 
 
+def _is_file(part: object) -> object:
+    if isinstance(part, str):
+        raise ValueError("must be a file, with a name; by curl: -F file=@books.csv")
+    return part
+
+
 class ShelfForm(Shape):
-    file: UploadFile
+    file: Annotated[UploadFile, BeforeValidator(_is_file)]
     on_duplicate: OnDuplicate = Field(
         default=OnDuplicate.skip,
         description="What is here already is skipped, or changed to what the file says, where it says anything.",

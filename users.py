@@ -108,7 +108,7 @@ def _keep_an_admin(admins: set[int], leaving: int) -> None:
 
 
 class MyPassword(Shape):
-    password: Annotated[str, Storable, Field(max_length=1000)]
+    password: Annotated[str, Field(max_length=1000), Storable]
 
 
 @router.delete("/me", status_code=204, responses=answers(403, 409, 429))

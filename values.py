@@ -232,16 +232,16 @@ class BlankIsNull:
         return {**described, "anyOf": [*described.get("anyOf", ()), {"type": "string", "pattern": r"^\s*$"}]}
 
 
-Title = Annotated[str, Stripped, bounded(500), Storable, NotBlank]
-Author = Annotated[str, Stripped, bounded(1000), Storable, NotBlank]
-Language = Annotated[str, Stripped, bounded(35), Storable, NotBlank]
-Word = Annotated[str, Stripped, bounded(100), Storable, NotBlank]
-Name = Annotated[str, Stripped, bounded(300), Storable, NotBlank]
-Tag = Annotated[str, Stripped, bounded(50), Storable, AfterValidator(_no_comma)]
-LongText = Annotated[str, Stripped, bounded(20_000), Storable, NotBlank]
+Title = Annotated[str, bounded(500), Stripped, Storable, NotBlank]
+Author = Annotated[str, bounded(1000), Stripped, Storable, NotBlank]
+Language = Annotated[str, bounded(35), Stripped, Storable, NotBlank]
+Word = Annotated[str, bounded(100), Stripped, Storable, NotBlank]
+Name = Annotated[str, bounded(300), Stripped, Storable, NotBlank]
+Tag = Annotated[str, bounded(50), Stripped, Storable, AfterValidator(_no_comma)]
+LongText = Annotated[str, bounded(20_000), Stripped, Storable, NotBlank]
 URL = StringConstraints(min_length=1, max_length=2000, pattern=r"^https?://[^\s<>\"\\^`{|}]+$")
 Url = Annotated[str, URL, Stripped, Storable]
-Isbn = Annotated[str, Stripped, bounded(32), AfterValidator(_to_isbn13)]
+Isbn = Annotated[str, bounded(32), Stripped, AfterValidator(_to_isbn13)]
 Price = Annotated[
     Decimal,
     BeforeValidator(_no_bool),
