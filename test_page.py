@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +12,17 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import (
+    APIResponse,
+    Browser,
+    ConsoleMessage,
+    FilePayload,
+    Locator,
+    Page,
+    Route,
+    expect,
+    sync_playwright,
+)
 
 from conftest import DUNE, HERE, PASSWORD, Person, Server, sign_up
 
@@ -239,16 +251,89 @@ def test_a_librarian_adds_copies_and_a_reader_borrows_and_returns(server: Server
     expect(cards(desk)).to_contain_text("lent to Rita")
     go(reader, "Lending")
     expect(cards(reader)).to_contain_text("due")
-    for _ in range(3):
+    for told in ("renewed 1 time", "renewed 2 times", "that is all"):
         cards(reader).get_by_role("button", name="Renew").click()
-    expect(cards(reader)).to_contain_text("renewed 2 times")
-    expect(cards(reader)).to_contain_text("that is all")
-    cards(reader).get_by_role("button", name="Return").click()
+        expect(cards(reader)).to_contain_text(told)
+    cards(reader).get_by_role("button", name="Return").press("Enter")
     expect(reader.get_by_text("No loans here.")).to_be_visible()
+    expect(here(reader).locator(".cards")).to_be_focused()  # the button that was pressed is gone
     expect(reader.locator(".ticker")).to_contain_text("You brought back Dune")
     expect(desk.get_by_text("No loans here.")).to_be_visible()
     here(reader).get_by_label("Show").select_option("returned")
     expect(cards(reader)).to_contain_text("returned")
+
+
+def test_a_double_click_does_it_once(server: Server, visit: Visit) -> None:
+    lydia, rita = staff(server), sign_up(server.client, "Rita")
+    lydia.post(f"/books/{lydia.add_book(**DUNE)['id']}/stock", json={"quantity": 5})
+    page = visit(server)
+    sign_in(page, "Rita")
+    dialog = open_book(page, "Dune")
+    dialog.get_by_role("button", name="Borrow it").dblclick()
+    expect(dialog).to_contain_text("4 of 5 copies available.")
+    page.keyboard.press("Escape")
+    go(page, "Lending")
+    cards(page).get_by_role("button", name="Renew").dblclick()
+    expect(cards(page)).to_contain_text("renewed 1 time")
+    cards(page).get_by_role("button", name="Return").click()  # comes after whatever a second click would have sent
+    expect(page.get_by_text("No loans here.")).to_be_visible()
+    assert [loan["renewals"] for loan in rita.get("/loans").json()["items"]] == [1]
+
+
+def test_an_answer_that_comes_late_changes_nothing_back(server: Server, visit: Visit) -> None:
+    lydia = staff(server)
+    sign_up(server.client, "Rita")
+    book = lydia.add_book(**DUNE)
+    lydia.post(f"/books/{book['id']}/stock", json={"quantity": 5})
+    page = visit(server)
+    sign_in(page, "Rita")
+    dialog = open_book(page, "Dune")
+    expect(dialog).to_contain_text("5 of 5 copies available.")
+    late: list[tuple[Route, APIResponse]] = []
+
+    def keep_the_first(route: Route) -> None:
+        if late:
+            route.fallback()
+        else:
+            late.append((route, route.fetch()))
+
+    page.route(f"**/books/{book['id']}", keep_the_first)
+    with page.expect_request(f"**/books/{book['id']}"):
+        lydia.add_book(title="Meanwhile")
+    dialog.get_by_role("button", name="Borrow it").click()
+    expect(dialog).to_contain_text("4 of 5 copies available.")
+    page.evaluate(
+        """() => { const stock = document.querySelector('#stock-now'); window.told = [];
+        new MutationObserver(() => told.push(stock.textContent)).observe(stock, { childList: true }); }"""
+    )
+    (route, answer), *_ = late
+    with page.expect_response(f"**/books/{book['id']}"):
+        route.fulfill(response=answer)
+    page.wait_for_timeout(100)
+    assert "5 of 5 copies available." not in page.evaluate("told")
+
+
+def test_a_book_may_be_closed_before_it_is_there(server: Server, visit: Visit) -> None:
+    book = staff(server).add_book(**DUNE)
+    page = visit(server)
+    held: list[Route] = []
+    page.route(f"**/books/{book['id']}", lambda route: held.append(route))  # noqa: PLW0108  # Playwright marks its handler
+    with page.expect_request(f"**/books/{book['id']}"):
+        cards(page).get_by_role("button", name="Dune").click()
+    page.keyboard.press("Escape")
+    with page.expect_response(f"**/books/{book['id']}"):
+        held[0].fallback()
+    page.unroute_all()
+    open_book(page, "Dune")  # and `visit` finds nothing in the console
+
+
+def test_a_password_that_was_typed_does_not_stay(server: Server, visit: Visit) -> None:
+    page = visit(server)
+    page.locator("#sign-in").click()
+    page.locator("#account").get_by_label("Password").fill(PASSWORD)
+    page.keyboard.press("Escape")
+    page.locator("#sign-in").click()
+    expect(page.locator("#account").get_by_label("Password")).to_have_value("")
 
 
 def test_refused_rows_are_shown_with_their_reasons(server: Server, visit: Visit) -> None:
@@ -359,6 +444,37 @@ def test_a_change_takes_nobody_back_from_the_page_they_turned_to(server: Server,
     admin.add_book(title="Meanwhile")
     expect(page.get_by_text("25\N{EN DASH}48 of 51")).to_be_visible()
     assert len(waiting) == 1
+
+
+# Lists take 1.3 s to come.
+SLOW = r"""
+const quick = fetch;
+window.fetch = (path, how) => !/books\?/.test(path) ? quick(path, how) : new Promise((ok, no) => {
+    const later = setTimeout(() => quick(path, how).then(ok, no), 1300);
+    how.signal.addEventListener('abort', () => { clearTimeout(later); no(how.signal.reason); });
+});
+"""
+
+
+def test_lists_keep_up_where_answers_take_longer_than_changes(server: Server, visit: Visit) -> None:
+    lydia = staff(server)
+    page = visit(server)
+    page.add_init_script(SLOW)
+    page.reload()
+    expect(page.get_by_text("The catalogue is empty.")).to_be_visible()
+    stop = threading.Event()
+
+    def add_books() -> None:
+        while not stop.wait(0.2):
+            lydia.add_book(title=f"Book {time.monotonic()}")
+
+    adding = threading.Thread(target=add_books)
+    adding.start()
+    try:
+        expect(cards(page)).not_to_have_count(0)
+    finally:
+        stop.set()
+        adding.join()
 
 
 def test_the_ticker_survives_a_restart(serve: Callable[..., Server], tmp_path: Path, visit: Visit) -> None:
@@ -519,6 +635,7 @@ def test_the_keyboard_is_enough(server: Server, visit: Visit) -> None:
     expect(page.get_by_text("Skip to the content")).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.locator("#main")).to_be_focused()
+    assert "#main" not in page.url, "the address keeps the view"
     tab_to(page, page.locator("#sign-in"), key="Shift+Tab")
     page.keyboard.press("Enter")
     page.keyboard.type("Rita")
