@@ -155,6 +155,9 @@ class Manners:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            refused = problem(404, "There is no web socket here: /stream sends Server-Sent Events.")
+            return await refused(scope, receive, send)
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, status, told = time.perf_counter(), 0, not access_log.isEnabledFor(logging.INFO)

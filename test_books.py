@@ -45,6 +45,10 @@ TAKEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the year 0 of astronomers": ({"title": "A", "author": "B", "publication_year": 0}, {"publication_year": 0}),
     "a price in text": ({"title": "A", "author": "B", "price": "0.10"}, {"price": 0.1}),
     "the largest price": ({"title": "A", "author": "B", "price": 9999999.99}, {"price": 9999999.99}),
+    "a cover by another spelling of https": (
+        {"title": "A", "author": "B", "cover_url": "HTTPS://example.com/a.jpg"},
+        {"cover_url": "HTTPS://example.com/a.jpg"},
+    ),
     "free": ({"title": "A", "author": "B", "price": 0}, {"price": 0.0}),
     "no Latin letters": ({"title": "源氏物語", "author": "紫式部"}, {"title": "源氏物語"}),
 }
@@ -61,6 +65,10 @@ def test_what_goes_in_comes_out_by_every_route(
     assert client.get("/books").json()["items"] == [book]
     assert reader.post(f"/my-library/{book['id']}").json()["book"] == book
     assert reader.get("/my-library").json()["items"][0]["book"] == book
+
+
+def test_less_than_nothing_by_nothing_costs_nothing(reader: Person) -> None:
+    assert '"price":0.0,' in reader.post("/books", json={"title": "A", "author": "B", "price": -0.0}).text
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -272,6 +272,10 @@ def test_what_starlette_answers_is_a_problem_too(server: Server) -> None:
     }
     for status, answer in said.items():
         assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json")
+    # as a browser asks for a web socket
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    socket = server.client.get("/stream", headers={**upgrade, "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="})
+    assert (socket.status_code, socket.json()["detail"][:26]) == (404, "There is no web socket her")
     assert [answer.json()["detail"] for answer in said.values()] == [
         "The file has no such range.",
         "The header Range can't be read.",

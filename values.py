@@ -239,13 +239,14 @@ Word = Annotated[str, bounded(100), Stripped, Storable, NotBlank]
 Name = Annotated[str, bounded(300), Stripped, Storable, NotBlank]
 Tag = Annotated[str, bounded(50), Stripped, Storable, AfterValidator(_no_comma)]
 LongText = Annotated[str, bounded(20_000), Stripped, Storable, NotBlank]
-URL = StringConstraints(min_length=1, max_length=2000, pattern=r"^https?://[^\s<>\"\\^`{|}]+$")
+URL = StringConstraints(min_length=1, max_length=2000, pattern=r"^[Hh][Tt][Tt][Pp][Ss]?://[^\s<>\"\\^`{|}]+$")
 Url = Annotated[str, URL, Stripped, Storable]
 Isbn = Annotated[str, bounded(32), Stripped, AfterValidator(_to_isbn13)]
 Price = Annotated[
     Decimal,
     BeforeValidator(_no_bool),
     Limit(ge=0, max_digits=9, decimal_places=2, allow_inf_nan=False),
+    AfterValidator(abs),  # of -0.0
     PlainSerializer(float, return_type=float, when_used="json"),
 ]
 Number = BeforeValidator(_number)
