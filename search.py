@@ -44,14 +44,17 @@ def _as_kept(word: str) -> str:
 
 @dataclass(frozen=True)
 class Words:
-    """All that must be found: the words of `search` anywhere, the others in their columns. None asks for nothing."""
+    """All that must be found: the words of `search` anywhere, the others in their columns.
+
+    None asks for nothing, and a text without a word, like `???`, for what no book has.
+    """
 
     search: str | None = None
     author: str | None = None
     publisher: str | None = None
 
     def __bool__(self) -> bool:
-        return bool(words(self.search)) or self.author is not None or self.publisher is not None
+        return (self.search, self.author, self.publisher) != (None, None, None)
 
     @property
     def ranked(self) -> bool:
@@ -153,7 +156,7 @@ Tiers = Sequence[tuple[sa.Select[Any], Any]]  # what a tier selects, and the id 
 
 def _fts5(asked: Words) -> str:
     """The FTS5 expression for all words asked for."""
-    parts = [_all_words(words(asked.search))] if asked.ranked else []
+    parts = [] if asked.search is None else [_all_words(words(asked.search))]
     for column, text in (("author", asked.author), ("publisher", asked.publisher)):
         if text is not None:
             parts.append(f"{{{column}}} : ({_all_words(words(text), prefixes=False)})")
@@ -204,6 +207,7 @@ WORDS: ColumnElement[Any] = sa.literal_column("book.words")
 TITLE_WORDS: ColumnElement[str] = sa.literal_column("book.title_words", sa.Text)
 # The words of these columns stand in `words` once more, with a mark.
 MARKS = {"title": "t:", "author": "a:", "publisher": "p:"}
+NO_BOOK = "'no such word'"  # what no book has
 
 
 def _tokens(found: Sequence[str]) -> list[str]:
@@ -216,11 +220,11 @@ def _terms(found: Sequence[str], mark: str = "", *, prefixes: bool = True) -> li
 
 
 def _tsquery(asked: Words) -> str:
-    terms = _terms(words(asked.search))
+    terms = [] if asked.search is None else _terms(words(asked.search)) or [NO_BOOK]
     for column, text in (("author", asked.author), ("publisher", asked.publisher)):
         if text is not None:
-            terms += _terms(words(text), MARKS[column], prefixes=False) or ["'no such word'"]
-    return " & ".join(terms) or "'no such word'"
+            terms += _terms(words(text), MARKS[column], prefixes=False) or [NO_BOOK]
+    return " & ".join(terms)
 
 
 def _has(query: str) -> ColumnElement[bool]:
@@ -229,7 +233,7 @@ def _has(query: str) -> ColumnElement[bool]:
 
 def _tiers_of_postgresql(asked: Words) -> Tiers:
     found = words(asked.search)
-    has_all, in_title = _has(_tsquery(asked)), _has(" & ".join(_terms(found, MARKS["title"])) or "'no such word'")
+    has_all, in_title = _has(_tsquery(asked)), _has(" & ".join(_terms(found, MARKS["title"]) or [NO_BOOK]))
     begins = TITLE_WORDS.startswith(" ".join(_tokens(found)))
     exact = col(Book.title_key) == key_of(asked.search or "")
     return tuple(

@@ -388,6 +388,13 @@ def test_no_search_is_a_syntax_error(client: TestClient, shelf: Person, words: s
         assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.parametrize("text", ["???", '"', "\N{ZERO WIDTH SPACE}", "—"], ids=ascii)
+def test_a_text_without_a_word_finds_nothing(client: TestClient, shelf: Person, text: str) -> None:
+    for name in ("search", "author", "publisher"):
+        assert found(client, **{name: text}) == found(client, **{name: text}, sort="title", genre="novel") == []
+    assert found(client, search=text, author="herbert") == []
+
+
 def test_search_follows_changes_and_deletions(client: TestClient, shelf: Person) -> None:
     dune = client.get("/books", params={"search": "9780441172719"}).json()["items"][0]
     shelf.patch(f"/books/{dune['id']}", json={"title": "Arrakis"})
