@@ -356,6 +356,17 @@ def test_what_can_not_be_asked(reader: Person, options: dict[str, str]) -> None:
     assert answer.status_code == 422
 
 
+@pytest.mark.parametrize("path", ["/books/upload", "/my-library/import"])
+def test_of_two_files_none_is_passed_over_in_silence(client: TestClient, reader: Person, path: str) -> None:
+    files = [("file", (name, b"title,author\nA,B\n")) for name in ("a.csv", "b.csv")]
+    assert client.post(path, files=files).status_code == 401
+    answer = reader.post(path, files=files)
+    assert (answer.status_code, answer.json()["detail"]) == (422, "file: is given more than once")
+    answer = reader.post(path, files=files[:1], data={"dry_run": ["true", "false"]})
+    assert (answer.status_code, answer.json()["detail"]) == (422, "dry_run: is given more than once")
+    assert reader.get("/books/upload").json()["total"] == 0
+
+
 def test_where_only_staff_add_books_a_shelf_takes_what_the_catalogue_has(
     reader: Person, librarian: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import BackgroundTasks, Form, HTTPException, Path, Query, Request, Response, UploadFile
+from fastapi import BackgroundTasks, Depends, Form, HTTPException, Path, Query, Request, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from pydantic import BeforeValidator, Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection
@@ -64,11 +64,23 @@ class NoQuery(Shape):
     """What is asked of an upload is in its form: the same in the query would be passed over, `dry_run` with it."""
 
 
+async def one_of_each(request: Request) -> None:
+    """Of a second file, FastAPI would not say that it has taken the last one only."""
+    names = [name for name, _ in (await request.form()).multi_items()]
+    for name in names:
+        if names.count(name) > 1:
+            raise bad_body(name, "is given more than once")
+
+
+OneOfEach = Annotated[None, Depends(one_of_each)]
+
+
 @router.post("/books/upload", status_code=202, max_body_size=UPLOAD_MAX, responses=answers(403) | TAKEN)
 async def upload_books(
     form: Annotated[UploadForm, Form(media_type="multipart/form-data")],
     _query: Annotated[NoQuery, Query()],
     user: Contributor,
+    _parts: OneOfEach,
     tasks: BackgroundTasks,
     response: Response,
 ) -> UploadPublic:
@@ -92,6 +104,7 @@ async def import_library(
     form: Annotated[ShelfForm, Form(media_type="multipart/form-data")],
     _query: Annotated[NoQuery, Query()],
     user: CurrentUser,
+    _parts: OneOfEach,
     tasks: BackgroundTasks,
     response: Response,
 ) -> UploadPublic:
