@@ -42,7 +42,7 @@ from people import (
     UserPublic,
 )
 from routes import Routes
-from values import Shape, Storable
+from values import Shape, Storable, in_words
 
 router = Routes(tags=["Accounts"])
 
@@ -248,7 +248,14 @@ def _start_reset(session: Session, email: str) -> Letter | None:
 
 class PasswordReset(Shape):
     email: Email
-    otp: Annotated[str, Field(pattern=r"^[0-9]{6}$", description="The code.", examples=["271828"])]
+    otp: Annotated[
+        str,
+        Field(
+            pattern=in_words(r"^[0-9]{6}$", "must be the six digits of the code"),
+            description="The code.",
+            examples=["271828"],
+        ),
+    ]
     new_password: Password
 
 

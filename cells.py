@@ -4,6 +4,7 @@ import html
 import re
 from collections.abc import Callable, Sequence
 from datetime import date
+from typing import Any
 
 from stdnum import isbn as isbn_numbers
 
@@ -18,10 +19,11 @@ class BadValue(Exception):
         self.field, self.value, self.message = field_name, value, message
 
 
-def reason(message: str, value: str) -> str:
+def reason(error: Any, value: str) -> str:
+    """Why pydantic refused this cell, as the error of its row."""
     if any("\udc80" <= c <= "\udcff" for c in value):
         return "has bytes that the encoding of the file has not"
-    return "is missing" if not value else message.removeprefix("Value error, ")
+    return "is missing" if not value else values.why(error)
 
 
 def mend_isbn(text: str) -> str | None:

@@ -35,7 +35,7 @@ from events import EVENT_ID_MAX, Filter, Logged, after, floor, head
 from manual import answers
 from records import Event, EventPublic
 from routes import Routes
-from values import BlankIsNull, Shape
+from values import BlankIsNull, Shape, in_words
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -271,7 +271,10 @@ Types = Annotated[
     str,
     Field(
         max_length=500,
-        pattern=r"^(\*|[a-z]+\.(\*|[a-z_]+))(,(\*|[a-z]+\.(\*|[a-z_]+)))*$",
+        pattern=in_words(
+            r"^(\*|[a-z]+\.(\*|[a-z_]+))(,(\*|[a-z]+\.(\*|[a-z_]+)))*$",
+            "must be types of events with commas between them, like book.*,review.created",
+        ),
         examples=["book.*,review.created"],
     ),
 ]

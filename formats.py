@@ -222,8 +222,8 @@ class Reader:
                 row.book = FileBook.model_validate({"title": "", "author": "", **values}, context=OF_CELLS)
         except ValidationError as error:
             row.problems = [
-                Problem(name, given.get(name, ""), reason(e["msg"], given.get(name, "")))
-                for e in error.errors(include_url=False, include_context=False)
+                Problem(name, given.get(name, ""), reason(e, given.get(name, "")))
+                for e in error.errors(include_url=False)
                 for name in (str(e["loc"][0]),)
             ]
             return row
@@ -312,9 +312,9 @@ class Reader:
         try:
             checked = EntryUpdate.model_validate({"review": review, "tags": list(dict.fromkeys(tags))})
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
+            first = error.errors(include_url=False)[0]
             name = str(first["loc"][0])
-            raise BadValue(name, told.get(name, ""), reason(first["msg"], "x")) from None
+            raise BadValue(name, told.get(name, ""), reason(first, "x")) from None
         return Entry(status, rating, checked.review, checked.tags or [], **moments)
 
     def _rating(self, row: Row, text: str) -> int | None:

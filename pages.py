@@ -20,12 +20,13 @@ from sqlalchemy import ColumnElement, Connection, Float, Integer, Select, and_, 
 
 import database
 from rows import Prepared
-from values import ID_MAX, BlankIsNull, Shape
+from values import ID_MAX, BlankIsNull, Shape, in_words
 
 T = TypeVar("T")
 Key = str | int | float
 CURSOR_MAX = 20_000  # characters: two keys, of whatever letters
-Cursor = Annotated[str, Field(max_length=CURSOR_MAX, pattern=r"^[A-Za-z0-9_-]*$")]
+BASE64 = in_words(r"^[A-Za-z0-9_-]*$", "is not one that this service gave")
+Cursor = Annotated[str, Field(max_length=CURSOR_MAX, pattern=BASE64)]
 
 
 class Page(BaseModel, Generic[T]):

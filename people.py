@@ -10,7 +10,17 @@ from pydantic import AfterValidator, BaseModel, StrictBool, StringConstraints
 from pydantic import Field as Limit
 from sqlmodel import Field, SQLModel
 
-from values import BlankIsNull, Shape, Storable, Word, key_column, moment_column, stamp_column, table_options
+from values import (
+    BlankIsNull,
+    Shape,
+    Storable,
+    Word,
+    in_words,
+    key_column,
+    moment_column,
+    stamp_column,
+    table_options,
+)
 
 
 class Role(StrEnum):
@@ -26,9 +36,10 @@ def _no_encoded_word(email: str) -> str:
     return email
 
 
-Username = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=2, max_length=50, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-]
+NAME = in_words(
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "must be of the letters A to Z, digits, '.', '_' and '-', a letter or digit first"
+)
+Username = Annotated[str, StringConstraints(strip_whitespace=True, min_length=2, max_length=50, pattern=NAME)]
 # The rule of HTML's <input type=email> (HTML Living Standard, "valid e-mail address"), with a dot in the domain.
 # Whether mail arrives there, only mail can tell.
 Email = Annotated[
@@ -37,8 +48,11 @@ Email = Annotated[
         strip_whitespace=True,
         to_lower=True,
         max_length=254,
-        pattern=r"^[a-zA-Z0-9.!#$%&'*+/=?^_`{|}~-]+@[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
-        r"(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+$",
+        pattern=in_words(
+            r"^[a-zA-Z0-9.!#$%&'*+/=?^_`{|}~-]+@[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+            r"(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+$",
+            "must be an e-mail address, like ada@example.com",
+        ),
     ),
     AfterValidator(_no_encoded_word),
 ]

@@ -1,6 +1,7 @@
 """The product's tour, in order: what a visitor, readers, a librarian and an admin do with it. Then its house rules."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from fastapi.testclient import TestClient
 from conftest import DUNE, HERE, Person, Server, wait_for
 from main import app
 from settings import Settings, settings
+from values import IN_WORDS
 
 README = HERE / "README.md"
 
@@ -282,6 +284,30 @@ def test_what_starlette_answers_is_a_problem_too(server: Server) -> None:
         "There is nothing at this path.",
         "This path does not take DELETE.",
     ]
+
+
+def test_no_pattern_is_an_explanation(client: TestClient, reader: Person) -> None:
+    """What the schema gives as a pattern is told in words, where a text does not match it."""
+    somebody = {"username": "r ita", "email": "rita", "password": "a long way to Arrakis"}
+    forgotten = {"email": "rita@example.com", "otp": "12345", "new_password": "a long way to Arrakis"}
+    refused = [
+        client.post("/auth/register", json=somebody),
+        client.post("/auth/reset-password", json=forgotten),
+        reader.post("/books", json={"title": "A", "author": "B", "cover_url": "javascript:alert(1)"}),
+        client.get("/events?types=everything"),
+        client.get("/books?cursor=!"),
+    ]
+    assert {error["loc"][-1]: error["msg"] for answer in refused for error in answer.json()["errors"]} == {
+        "username": "must be of the letters A to Z, digits, '.', '_' and '-', a letter or digit first",
+        "email": "must be an e-mail address, like ada@example.com",
+        "otp": "must be the six digits of the code",
+        "cover_url": "must be an address that begins with http:// or https://",
+        "types": "must be types of events with commas between them, like book.*,review.created",
+        "cursor": "is not one that this service gave",
+    }
+    schema = json.dumps(client.get("/openapi.json").json())
+    patterns = {json.loads(found) for found in re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', schema)}
+    assert patterns - {r"\S", r"^\s*$"} <= IN_WORDS.keys(), "those two are told by what they are: blank or not"
 
 
 # --- the docs -----------------------------------------------------------------------------------------------------

@@ -202,6 +202,21 @@ def _in_print(value: Printed) -> Printed:
     return value
 
 
+IN_WORDS: dict[str, str] = {}  # what a pattern asks for
+
+
+def in_words(pattern: str, asks: str) -> str:
+    """The pattern; a text that does not match it is refused with these words, not with the pattern itself."""
+    IN_WORDS[pattern] = asks
+    return pattern
+
+
+def why(error: Any) -> str:
+    """One of pydantic's errors, as clients are told it."""
+    pattern = error.get("ctx", {}).get("pattern")
+    return IN_WORDS.get(pattern) or str(error["msg"]).removeprefix("Value error, ")
+
+
 def bounded(most: int, least: int = 1) -> StringConstraints:
     return StringConstraints(min_length=least, max_length=most)
 
@@ -239,8 +254,10 @@ Word = Annotated[str, bounded(100), Stripped, Storable, NotBlank]
 Name = Annotated[str, bounded(300), Stripped, Storable, NotBlank]
 Tag = Annotated[str, bounded(50), Stripped, Storable, AfterValidator(_no_comma)]
 LongText = Annotated[str, bounded(20_000), Stripped, Storable, NotBlank]
-URL = StringConstraints(min_length=1, max_length=2000, pattern=r"^[Hh][Tt][Tt][Pp][Ss]?://[^\s<>\"\\^`{|}]+$")
-Url = Annotated[str, URL, Stripped, Storable]
+HTTP_ADDRESS = in_words(
+    r"^[Hh][Tt][Tt][Pp][Ss]?://[^\s<>\"\\^`{|}]+$", "must be an address that begins with http:// or https://"
+)
+Url = Annotated[str, bounded(2000), StringConstraints(pattern=HTTP_ADDRESS), Stripped, Storable]
 Isbn = Annotated[str, bounded(32), Stripped, AfterValidator(_to_isbn13)]
 Price = Annotated[
     Decimal,
