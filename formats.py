@@ -8,16 +8,16 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError, create_model
+from pydantic import TypeAdapter, ValidationError, create_model
 
 from cells import BadValue, decimal_point, from_html, mend_isbn, printable, read_date, reason
 from csvfiles import UnreadableFile, unguard
 from models import BookBase, EntryUpdate, ShelfStatus
-from values import OF_CELLS, is_isbn13
+from values import OF_CELLS, Moment, is_isbn13
 
 # --- columns ------------------------------------------------------------------------------------------------------
 
@@ -181,6 +181,7 @@ class Row:
 # The fields and rules of a new book, without SQLModel's own constructor, which takes longer than all of them.
 FILE_BOOK: dict[str, Any] = {name: (info.annotation, info) for name, info in BookBase.model_fields.items()}
 FileBook: Any = create_model("FileBook", **FILE_BOOK)
+MOMENT: TypeAdapter[datetime] = TypeAdapter(Moment)
 
 
 class Reader:
@@ -336,15 +337,16 @@ class Reader:
     def _moment(self, name: str, text: str | None) -> datetime | None:
         if not text:
             return None
-        if "T" in text:
-            try:
-                return datetime.fromisoformat(text).astimezone(UTC)
-            except (ValueError, OverflowError):
-                raise BadValue(name, text, "is not a date") from None
-        day, _ = read_date(name, text, self.day_first)
-        if day is None:
-            raise BadValue(name, text, "is not a full date")
-        return datetime(day.year, day.month, day.day, tzinfo=UTC)
+        told = text
+        if "T" not in text:
+            day, _ = read_date(name, text, self.day_first)
+            if day is None:
+                raise BadValue(name, text, "is not a full date")
+            told = day.isoformat()
+        try:
+            return MOMENT.validate_python(told)
+        except ValidationError as error:
+            raise BadValue(name, text, reason(error.errors(include_url=False)[0], text)) from None
 
 
 def _first(cells: Sequence[str], found: Sequence[int]) -> str:

@@ -178,6 +178,24 @@ def test_bad_rows_are_explained_and_good_ones_kept(
     assert client.get("/books").json()["total"] == counts[1]
 
 
+def test_the_moments_of_a_file_are_those_that_a_shelf_takes(reader: Person) -> None:
+    told = {
+        "9999-12-31T23:59:59.999999Z": "is out of range",
+        "9999-12-31": "is out of range",
+        "0001-01-01T00:00:00+14:00": "is out of range",
+        "2020T": "must be like 2008-08-11 (ISO 8601)",
+        "2020-01-01T10:00:00+02:00": None,
+        "2020-01-01T10:00:00": None,
+    }
+    rows = "".join(f"Book {n},Author,4,read,{moment}\n" for n, moment in enumerate(told))
+    upload = reader.upload(f"Title,Author,My Rating,Exclusive Shelf,Date Read\n{rows}", shelve="true")
+    refused = {moment: why for moment, why in told.items() if why}
+    assert {error["value"]: error["message"] for error in upload["errors"]} == refused
+    entries = reader.get("/my-library?sort=added").json()["items"]
+    assert [entry["finished_at"] for entry in entries] == ["2020-01-01T08:00:00Z", "2020-01-01T10:00:00Z"]
+    assert reader.get("/my-library/stats").json()["by_year"] == [{"year": 2020, "books": 2, "pages": 0}]
+
+
 REFUSED: dict[str, tuple[bytes, str]] = {
     "no header": (
         b"Dune,Frank Herbert\nEmma,Jane Austen\n",
