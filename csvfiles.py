@@ -1,6 +1,7 @@
 """CSV files as they come: their encoding, delimiter and quotes are found by looking; their records, read one by one."""
 
 import codecs
+import contextlib
 import csv
 import io
 import re
@@ -12,11 +13,16 @@ from typing import BinaryIO, NamedTuple, TextIO
 from charset_normalizer import from_bytes
 
 RECORD_MAX = 2_000_000  # characters; a record that is longer has lost its way, mostly by a quote that never closes
+# What reading lines once more may cost, in characters, with twenty for each line: some seconds. What is read for the
+# first time gives ten times its length back. Else a file where each row opens a quote would be read as often as it has
+# rows.
+REREAD_MAX = 20_000_000
 SAMPLE = 256 * 1024  # bytes of a file that are looked at
 DELIMITERS = ",;\t|"
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 CANDIDATES = ["utf_8", "utf_16_le", "utf_16_be", "cp1252", "latin_1"]
 NAMES = {"cp1252": "windows-1252", "latin_1": "iso-8859-1", "utf_16_le": "utf-16-le", "utf_16_be": "utf-16-be"}
+CONTROLS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d]")  # in Windows-1252
 UTF8_SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 # Python's csv gives up at 128 KB otherwise.
 csv.field_size_limit(RECORD_MAX)
@@ -60,7 +66,10 @@ def detect_encoding(file: BinaryIO) -> str:
     well_formed = UTF8_SEQUENCE.findall(strange)
     if len(well_formed) > sum(byte > 0x7F for byte in UTF8_SEQUENCE.sub(b"", strange)):
         return "utf-8"  # but for some rows, which will be refused
-    found = from_bytes(head[:4096] + strange, cp_isolation=CANDIDATES).best()
+    sample = head[:4096] + strange
+    found = from_bytes(sample, cp_isolation=CANDIDATES).best()
+    if found is None and not CONTROLS.search(sample):  # a few words, full of accents
+        return NAMES["cp1252"]
     if found is None or found.encoding not in NAMES:
         raise UnreadableFile("This is not a text file, or in none of UTF-8, UTF-16, Windows-1252 and Latin-1.")
     return NAMES[found.encoding]
@@ -89,7 +98,7 @@ def detect_dialect(text: TextIO, known: Callable[[Sequence[str]], int]) -> Diale
     """The delimiter and quotes by which the first row has the most columns that are `known`, the most of the rows
     after it are as wide, and the first row has the most columns."""
     head = text.read(SAMPLE)
-    if told := re.match(r"sep=(.)\r?\n", head):  # as Excel writes it
+    if told := re.match(r"sep=([^\x00\r\n])\r?\n", head):  # as Excel writes it
         delimiters, head = told[1], head[told.end() :]
     else:
         delimiters = DELIMITERS
@@ -98,10 +107,11 @@ def detect_dialect(text: TextIO, known: Callable[[Sequence[str]], int]) -> Diale
 
     def columns(dialect: Dialect) -> tuple[int, int, int]:
         rows = (row for row in records(io.StringIO(head, newline=""), dialect) if row)
-        cells = next(rows, [])
+        cells, as_wide = next(rows, []), 0
         if isinstance(cells, Broken):
             return (0, 0, 0)
-        as_wide = sum(len(row) == len(cells) for row in islice(rows, 50) if not isinstance(row, Broken))
+        with contextlib.suppress(UnreadableFile):
+            as_wide = sum(len(row) == len(cells) for row in islice(rows, 50) if not isinstance(row, Broken))
         return (known(cells), as_wide, len(cells))
 
     found = max((Dialect(delimiter, quote) for quote in quotes for delimiter in delimiters), key=columns)
@@ -119,19 +129,26 @@ class Lines:
         self.text, self.dialect = text, dialect
         self.escaped = re.compile(rf"\\([\\{dialect.quote}])")
         self.record: list[str] = []  # the lines of the record that is being read
+        self.size = 0  # characters of them
         self.again: deque[str] = deque()  # lines to read once more
+        self.credit = REREAD_MAX
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self.again.popleft() if self.again else self.text.readline(RECORD_MAX)
+        if self.again:
+            line = self.again.popleft()
+        else:
+            line = self.text.readline(RECORD_MAX)
+            self.credit = min(REREAD_MAX, self.credit + 10 * len(line))
         if not line:
             if self.record:
                 raise BrokenRecord("a quote opens in this row and never closes")
             raise StopIteration
         self.record.append(line)
-        if len(line) == RECORD_MAX or (len(self.record) > 1 and sum(map(len, self.record)) > RECORD_MAX):
+        self.size += len(line)
+        if len(line) == RECORD_MAX or (len(self.record) > 1 and self.size > RECORD_MAX):
             while len(line) == RECORD_MAX:  # the rest of a line without end
                 line = self.text.readline(RECORD_MAX)
             raise BrokenRecord(f"is longer than {RECORD_MAX:,} characters, or a quote in it never closes")
@@ -139,9 +156,15 @@ class Lines:
             return self.escaped.sub(lambda found: "\\" if found[1] == "\\" else found[1] * 2, line)
         return line
 
+    def begin(self) -> None:
+        self.record, self.size = [], 0
+
     def give_back(self) -> str:
         """Only the first line of this record is at fault: let the others be read on their own."""
         first, *others = self.record
+        self.credit -= self.size + 20 * len(others)
+        if self.credit < 0:
+            raise UnreadableFile("Row after row has a quote that does not close where it should.")
         self.again.extendleft(reversed(others))
         return first
 
@@ -156,7 +179,7 @@ def records(text: TextIO, dialect: Dialect) -> Iterator[list[str] | Broken]:
     reader = csv.reader(lines, delimiter=dialect.delimiter, quotechar=dialect.quote)
     width = 0
     while True:
-        lines.record = []
+        lines.begin()
         try:
             cells = next(reader)
         except StopIteration:
