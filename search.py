@@ -208,6 +208,7 @@ TITLE_WORDS: ColumnElement[str] = sa.literal_column("book.title_words", sa.Text)
 # The words of these columns stand in `words` once more, with a mark.
 MARKS = {"title": "t:", "author": "a:", "publisher": "p:"}
 NO_BOOK = "'no such word'"  # what no book has
+WORD_MAX = 2000  # bytes; PostgreSQL refuses to look for a word of 2,048, and indexes none
 
 
 def _tokens(found: Sequence[str]) -> list[str]:
@@ -216,7 +217,10 @@ def _tokens(found: Sequence[str]) -> list[str]:
 
 def _terms(found: Sequence[str], mark: str = "", *, prefixes: bool = True) -> list[str]:
     # Letters, digits and our own marks only: nothing in it is syntax within the quotes.
-    return [f"'{mark}{token}'{':*' * prefixes}" for token in _tokens(found)]
+    tokens = _tokens(found)
+    if any(len(token.encode()) > WORD_MAX for token in tokens):
+        return [NO_BOOK]
+    return [f"'{mark}{token}'{':*' * prefixes}" for token in tokens]
 
 
 def _tsquery(asked: Words) -> str:
