@@ -115,11 +115,11 @@ def _shelf_cells(row: Any) -> list[object]:
     entry = as_entry(row)
     book, shelf = entry["book"], EXCLUSIVE[entry["status"]]
     first, _, others = book["author"].partition(", ")
-    if not others or others != others.strip():
+    if not others or (first, others) != (first.strip(), others.strip()):
         first, others = book["author"], ""
     # Goodreads names the exclusive shelf among the others, which is why it is taken out of them on the way in.
     tags = ([shelf] if shelf in entry["tags"] else []) + entry["tags"]
-    dates = {name: entry[name] and f"{entry[name]:%Y/%m/%d}" for name in ("finished_at", "added_at")}
+    dates = {n: entry[n] and entry[n].date().isoformat().replace("-", "/") for n in ("finished_at", "added_at")}
     moments = [entry[name] and values.iso(entry[name]) for name in ("added_at", "started_at", "finished_at")]
     return [
         *(book["id"], book["title"], first, "", others, "", book["isbn"], entry["rating"] or 0),
