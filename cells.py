@@ -100,10 +100,18 @@ def which_comes_first(dates: Sequence[str]) -> tuple[bool, bool]:
     return any(first > 12 for first, _ in pairs), any(second > 12 for _, second in pairs)
 
 
+def unescape(text: str) -> str:
+    """HTML's `&amp;` and `&#38;` as the characters that they stand for."""
+    try:
+        return html.unescape(text)
+    except ValueError:  # a number with more digits than Python converts
+        return text
+
+
 def from_html(text: str) -> str:
     """A review as text: Goodreads and StoryGraph keep them as HTML."""
     broken = re.sub(r"<br\s*/?>", "\n", text, flags=re.IGNORECASE)
-    return html.unescape(re.sub(r"</?[a-zA-Z][^<>]*>", "", broken)).strip()
+    return unescape(re.sub(r"</?[a-zA-Z][^<>]*>", "", broken)).strip()
 
 
 def to_html(text: str) -> str:

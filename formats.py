@@ -3,7 +3,6 @@
 A row tells its book and its place on a shelf, or why it is refused, and what it had to go in without.
 """
 
-import html
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError, create_model
 
-from cells import BadValue, decimal_point, from_html, mend_isbn, printable, read_date, reason
+from cells import BadValue, decimal_point, from_html, mend_isbn, printable, read_date, reason, unescape
 from csvfiles import UnreadableFile, unguard
 from models import BookBase, EntryUpdate, ShelfStatus
 from values import OF_CELLS, Moment, is_isbn13
@@ -192,6 +191,7 @@ class Reader:
         self.width = len(columns.header)
         book_fields = [(name, columns.fields[name]) for name in ALIASES if name in columns.fields]
         self.fields = [(name, found[0]) for name, found in book_fields]
+        self.as_html = columns.fields.get("review", [])
         self.others = [(name, found[1:]) for name, found in book_fields if len(found) > 1]
 
     def row(self, number: int, cells: Sequence[str]) -> Row:
@@ -213,8 +213,8 @@ class Reader:
         if "additional" in self.columns.fields and (more := _first(cells, self.columns.fields["additional"])):
             values["author"] = f"{values.get('author', '')}, {more}"
         try:
-            self._read_numbers_and_dates(values)
-            row.values, row.told = values, set(values)
+            told = self._read_numbers_and_dates(values)
+            row.values, row.told = values, told
             if self.enrich and "isbn" in values and not values.keys() >= LOOKED_UP:
                 # Its faults are told at once; what is only missing may be found.
                 FileBook.model_validate({"title": "?", "author": "?", **values}, context=OF_CELLS)
@@ -239,14 +239,14 @@ class Reader:
         if self.columns.guarded:
             values = [unguard(value) for value in values]
         if not self.columns.ours and ("&" in (line := "".join(values)) or '="' in line):
-            values = [self._plain(value) for value in values]
+            values = [value if i in self.as_html else self._plain(value) for i, value in enumerate(values)]
         return values
 
     def _plain(self, value: str) -> str:
         if value.startswith('="') and value.endswith('"'):  # Excel's text
             value = value[2:-1].strip()
         if "&" in value:
-            value = re.sub(r"&(?:#\d+|#x[0-9a-fA-F]+|\w+);", lambda found: html.unescape(found[0]), value).strip()
+            value = re.sub(r"&(?:#\d+|#x[0-9a-fA-F]+|\w+);", lambda found: unescape(found[0]), value).strip()
         return value
 
     def _mend_isbn(self, row: Row, cells: Sequence[str], values: dict[str, Any]) -> None:
@@ -260,9 +260,12 @@ class Reader:
             message = "is not an ISBN, nor can it be mended; the book is in without it"
             row.problems.append(Problem("isbn", isbns[0], message))
 
-    def _read_numbers_and_dates(self, values: dict[str, Any]) -> None:
+    def _read_numbers_and_dates(self, values: dict[str, Any]) -> set[str]:
+        """Read them in place; the fields that the row tells, which a year that is only the date's is not."""
         for name in ("publication_year", "pages"):
             if name in values:
+                if re.fullmatch(r"\d{1,3}([.,]\d{3})+", values[name]):
+                    raise BadValue(name, values[name], "may have a decimal sign or one between thousands")
                 values[name] = re.sub(r"[.,]0+$", "", values[name])  # a number that a spreadsheet took for a float
         if "price" in values:
             values["price"] = decimal_point("price", values["price"])
@@ -270,9 +273,11 @@ class Reader:
             day, year = read_date("published_date", published, self.day_first)
             if day is not None:
                 values["published_date"] = day
+                told = set(values)
                 values.setdefault("publication_year", day.year)
-            else:
-                values.setdefault("publication_year", year)
+                return told
+            values.setdefault("publication_year", year)
+        return set(values)
 
     # --- the shelf ---
 
@@ -304,7 +309,7 @@ class Reader:
                     row.problems.append(Problem(name, str(value), message))
             rating = review = None
         started, finished = told.get("started_at", ""), told.get("finished_at", "")
-        if dates := re.findall(r"([\d/.-]+)-(?=[\d/.-]{8,})([\d/.-]+)", told.get("dates_read", "").replace(" ", "")):
+        if dates := re.findall(r"([\d/.-]{8,10})-([\d/.-]{8,10})", told.get("dates_read", "").replace(" ", "")):
             started, finished = dates[-1][0], finished or dates[-1][1]
         moments = {
             name: self._moment(name, value)
@@ -338,7 +343,7 @@ class Reader:
         if not text:
             return None
         told = text
-        if "T" not in text:
+        if not re.match(r"\d{4}-\d\d-\d\d[T ]", text):
             day, _ = read_date(name, text, self.day_first)
             if day is None:
                 raise BadValue(name, text, "is not a full date")

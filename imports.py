@@ -9,9 +9,10 @@ import io
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import chain, islice, repeat
 from typing import Any, TextIO
 
@@ -37,14 +38,32 @@ log = logging.getLogger("books.imports")
 
 CHUNK = 256 * 1024  # bytes of a stored piece
 BATCH = 1000  # rows to a transaction: some 40 ms in which other writers wait
-ERRORS_MAX = 10_000  # reasons that are kept of one upload; the counts stay exact
-CELL_MAX = 10_000  # characters of a refused row's cell that are kept
-LEASE = timedelta(seconds=15)  # a job that has not committed a batch for so long has died
+ERRORS_MAX = 10_000  # reasons that are kept of one upload, and as many warnings; the counts stay exact
+# Characters of a refused row's cell that are kept: no field takes what is cut, even if half of it is HTML.
+CELL_MAX = 100_000
+LEASE = timedelta(seconds=15)  # a job that has not shown for so long that it is alive has died
 TELL_SECONDS = 0.34  # between two events of one upload's progress: with the last, at most four in a second
 
 ENRICH_BATCH = catalogues.ISBNS_MAX  # rows to a transaction, so that each question is committed with its answer
 
 CHUNKS = SQLModel.metadata.tables["upload_chunk"]
+
+
+@dataclass
+class Job:
+    upload_id: int
+    worker: str  # what stands in the upload for as long as it is this job's
+    done: int  # rows
+    enrich: bool = False
+    told_at: float = 0
+    kept_at: datetime | None = None
+
+    def keep(self) -> None:
+        """Now and then while it reads, tell the other workers that it is alive."""
+        if self.kept_at is None or values.now() - self.kept_at > LEASE / 5:
+            database.transact(_keep, self)
+            self.kept_at = values.now()
+
 
 # --- the file -----------------------------------------------------------------------------------------------------
 
@@ -52,15 +71,16 @@ CHUNKS = SQLModel.metadata.tables["upload_chunk"]
 class StoredFile(io.RawIOBase):
     """The stored pieces, read one after the other."""
 
-    def __init__(self, upload_id: int) -> None:
-        self.upload_id, self.number, self.piece, self.position = upload_id, 0, b"", 0
+    def __init__(self, job: Job) -> None:
+        self.job, self.number, self.piece, self.position = job, 0, b"", 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target: Any) -> int:
         if not self.piece:
-            self.piece = database.snapshot(_find_chunk, self.upload_id, self.number) or b""
+            self.job.keep()  # a long file takes longer than its lease
+            self.piece = database.snapshot(_find_chunk, self.job.upload_id, self.number) or b""
             self.number += 1
         size = min(len(target), len(self.piece))
         target[:size], self.piece = self.piece[:size], self.piece[size:]
@@ -78,14 +98,14 @@ def _find_chunk(connection: Connection, upload_id: int, number: int) -> bytes | 
 class Table:
     """A stored file as rows, after a look at what kind of file it is."""
 
-    def __init__(self, upload_id: int, *, enrich: bool = False) -> None:
-        self.upload_id, self.enrich = upload_id, enrich
-        self.encoding = detect_encoding(io.BufferedReader(StoredFile(upload_id), CHUNK))
+    def __init__(self, job: Job) -> None:
+        self.job, self.enrich = job, job.enrich
+        self.encoding = detect_encoding(io.BufferedReader(StoredFile(job), CHUNK))
         self.dialect = detect_dialect(self._text()[1], known_columns)
         self.columns = self._read_header()
 
     def _text(self) -> tuple[StoredFile, TextIO]:
-        file = StoredFile(self.upload_id)
+        file = StoredFile(self.job)
         buffered = io.BufferedReader(file, CHUNK)
         return file, io.TextIOWrapper(buffered, encoding=self.encoding, errors=MEANINGLESS, newline="")
 
@@ -138,15 +158,6 @@ class Table:
 # --- the job ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Job:
-    upload_id: int
-    worker: str  # what stands in the upload for as long as it is this job's
-    done: int  # rows
-    enrich: bool = False
-    told_at: float = 0
-
-
 INTERRUPTIONS = (OperationalError, NoConnection)
 
 
@@ -169,15 +180,12 @@ def run_upload(upload_id: int) -> None:
 
 def _run(job: Job) -> None:
     try:
-        table = Table(job.upload_id, enrich=job.enrich)
+        table = Table(job)
         database.transact(_describe, job, table)
         memory, rows = Memory(table.columns.ours), table.rows(job.done)
         if memory.ours:
-            # What this job did before it was stopped. A long file takes longer than its lease.
-            for count, (row, _) in enumerate(islice(table.rows(0), job.done)):
+            for row, _ in islice(table.rows(0), job.done):  # what this job did before it was stopped
                 memory.see(row)
-                if count % BATCH == 0:
-                    database.transact(_keep, job)
         enricher = Enricher(lambda: database.transact(_keep, job)) if job.enrich else None
         while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
             if enricher and not enricher.fill_in([row for row, _ in batch]):
@@ -294,8 +302,13 @@ def _store_problems(session: Session, upload_id: int, rows: Sequence[Row]) -> No
         for first, problem in zip(chain([True], repeat(False)), row.problems, strict=False)
     ]
     if problems:
-        count = sa.select(sa.func.count()).select_from(UploadError).where(col(UploadError.upload_id) == upload_id)
-        session.add_all(problems[: max(0, ERRORS_MAX - session.execute(count).scalar_one())])
+        severity = col(UploadError.severity)
+        kept = sa.select(severity, sa.func.count()).where(col(UploadError.upload_id) == upload_id).group_by(severity)
+        counts = Counter(dict(session.execute(kept).all()))
+        for problem in problems:
+            counts[problem.severity] += 1
+            if counts[problem.severity] <= ERRORS_MAX:
+                session.add(problem)
 
 
 def _release(session: Session, job: Job) -> None:

@@ -61,6 +61,7 @@ class Batch:
         self.session, self.upload, self.owner, self.memory = session, upload, owner, memory
         self.updating = upload.on_duplicate == OnDuplicate.update
         self.ids: dict[Key, int] = {}
+        self.twins: set[Key] = set()  # those that an ISBN, or title and author, do not tell from others
         self.outcomes: Counter[str] = Counter()
 
     def place(self, rows: Sequence[Row]) -> None:
@@ -115,6 +116,7 @@ class Batch:
                 if isbn is None:
                     times[title, author] += 1
                     found[title, author, str(times[title, author])] = book_id
+            self.twins |= {key for key in found if times[key[0], key[1]] > 1}
             return found
         # Of several, the oldest without an ISBN: that is the one which an earlier import of the same row has made.
         for book_id, title, author, _isbn in sorted(candidates, key=lambda row: row.isbn is not None):
@@ -152,6 +154,10 @@ class Batch:
         # What was looked up only fills gaps, here too.
         said |= {name: getattr(row.book, name) for name in row.filled if getattr(book, name) is None}
         if all(getattr(book, name) == value for name, value in said.items()):
+            return False
+        if key in self.twins:
+            why = "there are several books of this title and author: which of them is meant, the file does not tell"
+            row.problems.append(Problem(None, "", why))
             return False
         if not (self.owner.is_staff or book.added_by == self.owner.id):
             if not self.upload.shelve:
@@ -199,6 +205,7 @@ class Batch:
         told = {name: value for name, value in told.items() if getattr(entry, name) != value}
         if not told:
             return False
+        before = {name: getattr(entry, name) for name in (*Entry._fields, "updated_at")}
         if added_at := told.pop("added_at", None):
             entry.added_at = added_at
         had_rating, was_review, said = entry.rating, entry.is_review, (entry.rating, entry.review)
@@ -206,7 +213,8 @@ class Batch:
             # With `finished_at`, so that none is made up.
             entry.revise(EntryUpdate.model_validate({"finished_at": entry.finished_at, **told}))
         except DomainError as error:
-            self.session.expire(entry)  # as it was
+            for name, value in before.items():  # what an earlier row has changed stays
+                setattr(entry, name, value)
             row.refuse(error.field, "", error.message)
             return False
         library.count_rating(book, had_rating, entry.rating)
