@@ -20,7 +20,11 @@ class Settings(BaseSettings):
     # An empty variable (`SECRET_KEY=` in a copied .env.example) means "not set", never "set to nothing":
     # an empty signing key would let anyone forge tokens.
     model_config = SettingsConfigDict(
-        env_file=HERE / ".env", env_ignore_empty=True, extra="ignore", validate_assignment=True
+        env_file=HERE / ".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        validate_assignment=True,
+        hide_input_in_errors=True,  # there are passwords in it
     )
 
     database_url: str = Field(
@@ -108,7 +112,16 @@ class Settings(BaseSettings):
                 "DATABASE_URL must name an SQLite file (sqlite:////absolute/path/books.db) or a PostgreSQL database "
                 "(postgresql://user:password@host/name)"
             )
+        if not Path(url.removeprefix("sqlite:///")).absolute().parent.is_dir():
+            raise ValueError("DATABASE_URL names an SQLite file in a folder that does not exist")
         return url
+
+    @field_validator("log_file")
+    @classmethod
+    def _can_be_written(cls, path: Path | None) -> Path | None:
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ValueError("LOG_FILE must be a file in a folder that exists")
+        return path
 
     @field_validator("public_url", "google_books_url", "open_library_url")
     @classmethod
@@ -152,7 +165,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _refuse_unsafe(self) -> Self:
         if self.secret_key is not None:
-            if len(self.secret_key.get_secret_value()) < 32:
+            if len(self.secret_key.get_secret_value().strip()) < 32:
                 raise ValueError("SECRET_KEY must have at least 32 characters; try: openssl rand -hex 32")
             if self.admin_password is not None and self.admin_password.get_secret_value() == "admin":
                 raise ValueError("ADMIN_PASSWORD must not be 'admin' where SECRET_KEY is set")

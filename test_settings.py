@@ -9,6 +9,10 @@ LONG_KEY = "k" * 32
 
 REFUSED = {
     "a short key": ({"SECRET_KEY": "short"}, "SECRET_KEY"),
+    "a key of blanks": ({"SECRET_KEY": " " * 40}, "SECRET_KEY"),
+    "a database in no folder": ({"DATABASE_URL": "sqlite:////nowhere/books.db"}, "DATABASE_URL"),
+    "a log in no folder": ({"LOG_FILE": "/nowhere/books.log"}, "LOG_FILE"),
+    "a folder for a log": ({"LOG_FILE": "/tmp"}, "LOG_FILE"),
     "the password of development mode with a key": (
         {"SECRET_KEY": LONG_KEY, "ADMIN_PASSWORD": "admin"},
         "ADMIN_PASSWORD",
@@ -48,6 +52,15 @@ def test_unsafe_settings_are_refused(environment: dict[str, str], named: str, mo
         monkeypatch.setenv(name, value)
     with pytest.raises(ValidationError, match=named):
         Settings(_env_file=None)
+
+
+def test_what_is_said_of_a_setting_gives_no_secret_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"SECRET_KEY": "abcdefgh", "ADMIN_PASSWORD": "hunter2hunter2", "DATABASE_URL": "x://p:w@h"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError) as refused:
+        Settings(_env_file=None)
+    assert not [secret for secret in secrets.values() if secret in str(refused.value)]
 
 
 def test_an_empty_key_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
