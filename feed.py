@@ -134,6 +134,9 @@ class Feed:
 
     def _append(self, events: Sequence[Logged]) -> None:
         for event in events:
+            if event.type == "account.deleted":  # the log has taken the name out of what was before
+                self.buffer.clear()
+                self.start = event.id - 1
             if len(self.buffer) == BUFFER:
                 self.start = self.buffer[0].id
             self.buffer.append(event)
@@ -296,7 +299,9 @@ class StreamQuery(Shape):
     types: TypesParameter = None
     since: EventId | None = Field(default=None, description="Resume after this id. `Last-Event-ID` wins over it.")
     limit: Annotated[int | None, Field(ge=1, le=10_000, description="End after so many events.")] = None
-    seconds: Annotated[float | None, Field(gt=0, le=86_400, description="End after so many seconds.")] = None
+    seconds: Annotated[
+        float | None, Field(gt=0, le=86_400, allow_inf_nan=False, description="End after so many seconds.")
+    ] = None
 
 
 class EventPage(BaseModel):

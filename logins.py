@@ -24,6 +24,7 @@ from auth import (
     Claims,
     CurrentUser,
     audit,
+    bad_body,
     hash_secret,
     not_signed_in,
     seal,
@@ -92,7 +93,10 @@ async def credentials(request: Request) -> Credentials:
     try:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
             return Credentials.model_validate_json(await request.body(), extra="forbid")
-        return Credentials.model_validate({k: v for k, v in (await request.form()).items() if isinstance(v, str)})
+        form = {name: value for name, value in (await request.form()).items() if isinstance(value, str)}
+        if any(name.lstrip().startswith("{") for name in form):  # as curl sends it
+            raise bad_body("username", "is needed in a form; JSON needs the Content-Type application/json")
+        return Credentials.model_validate(form)
     except ValidationError as error:
         found = error.errors(include_input=False, include_url=False)
         raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in found]) from None
@@ -335,4 +339,5 @@ def _ask_again(session: Session, user_id: int) -> mail.Letter | None:
     )
     if session.execute(lately.limit(1)).first() is not None:
         return None
-    return ask_to_confirm(session, session.get_one(User, user_id))
+    user = session.get(User, user_id)
+    return None if user is None else ask_to_confirm(session, user)

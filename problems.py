@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 import database
@@ -63,6 +64,10 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     answer = problem(error.status_code, detail, headers)
     answer.background = getattr(error, "after", None)
     return answer
+
+
+async def on_lost_client(_request: Request, _error: Exception) -> Response:
+    return problem(400, "The body ends before it is complete.")  # for the log: nobody is there to read it
 
 
 def allowed_methods(request: Request) -> list[str]:
@@ -140,6 +145,7 @@ async def on_unavailable(_request: Request, error: Exception) -> Response:
 
 HANDLERS: Any = {
     HTTPException: on_http_error,
+    ClientDisconnect: on_lost_client,
     RequestValidationError: on_invalid_request,
     DomainError: on_broken_rule,
     IntegrityError: on_violation,

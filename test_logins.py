@@ -1,5 +1,6 @@
 """Signing in and out: logins, refresh tokens, sessions, and what is kept of them."""
 
+import socket
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,28 @@ from sqlmodel import Session, select
 
 import database
 import logins
-from conftest import JSON, NEW, PASSWORD, Clock, Person, Server, sign_up, token_in
+from conftest import JSON, NEW, PASSWORD, Clock, Person, Server, sign_up, token_in, wait_for
 from mail import Letter
 from people import LoginSession, OneTimeCode
 from settings import settings
 
 # --- signing in ---------------------------------------------------------------------------------------------------
+
+
+def test_json_that_says_it_is_a_form_is_told_so(client: TestClient) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = client.post("/login", content='{"username": "rita", "password": "x"}', headers=form)
+    assert answer.status_code == 422
+    assert "JSON needs the Content-Type application/json" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("path", ["/login", "/auth/register"])
+def test_a_client_that_leaves_in_the_middle_is_no_fault_of_ours(server: Server, path: str) -> None:
+    with socket.create_connection(("127.0.0.1", server.client.base_url.port or 0)) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
+        connection.sendall(head.encode() + b"{}")
+    wait_for(lambda: f"POST {path} 400" in server.log.read_text() or None)
+    assert "Traceback" not in server.log.read_text()
 
 
 @pytest.mark.parametrize("path", ["/login", "/auth/token", "/login/"])
