@@ -22,6 +22,7 @@ from auth import (
     bad_body,
     hash_password,
     not_signed_in,
+    refuse_if_changed,
     refuse_weak,
     seal,
     verify_password,
@@ -66,7 +67,9 @@ async def register(new: UserCreate, request: Request, response: Response, tasks:
     return user
 
 
-async def create_account(new: UserCreate, role: Role, tasks: BackgroundTasks, by: int | None = None) -> UserPublic:
+async def create_account(
+    new: UserCreate, role: Role, tasks: BackgroundTasks, by: Principal | None = None
+) -> UserPublic:
     refuse_weak("password", new.password, new.username, new.email)
     user, letter = await database.write(_make, new, await hash_password(new.password), role, by)
     tasks.add_task(mail.send, letter)
@@ -74,10 +77,12 @@ async def create_account(new: UserCreate, role: Role, tasks: BackgroundTasks, by
 
 
 def _make(
-    session: Session, new: UserCreate, password_hash: str, role: Role, by: int | None
+    session: Session, new: UserCreate, password_hash: str, role: Role, by: Principal | None
 ) -> tuple[UserPublic, Letter]:
+    if by is not None:
+        refuse_if_changed(session, by)
     user = add_user(session, new, password_hash, role)
-    audit(session, user.id, "created", username=user.username, role=role, by=by or user.id)
+    audit(session, user.id, "created", username=user.username, role=role, by=by.id if by else user.id)
     return UserPublic.model_validate(user), ask_to_confirm(session, user)
 
 
@@ -151,9 +156,9 @@ def _links_of(user: User) -> ColumnElement[bool]:
 
 def change_address(session: Session, user: User, new: str, by: int) -> list[Letter]:
     """Give the account another address, to be confirmed. The old one is told; if it was a confirmed one, its owner can
-    take the change back: it may be somebody else who has made it."""
+    take the change back, since it may be somebody else who has made it; but not what an admin has decided."""
     old, undo = user.email, None
-    if user.email_verified_at is not None:
+    if user.email_verified_at is not None and by == user.id:
         undo = make_link(session, user, UNDO_LIFETIME)
     else:
         session.execute(sa.delete(OneTimeCode).where(_links_of(user)))
@@ -197,7 +202,9 @@ async def request_verification(user: CurrentUser, request: Request, tasks: Backg
 
 
 def _another_link(session: Session, user_id: int) -> Letter:
-    user = session.get_one(User, user_id)
+    user = session.get(User, user_id)
+    if user is None:
+        raise not_signed_in()
     if user.email_verified_at is not None:
         raise HTTPException(409, "Your e-mail address is confirmed already.")
     return ask_to_confirm(session, user)

@@ -27,7 +27,7 @@ import events
 import values
 from people import Email, LoginSession, Principal, Role, User, Username
 from records import Setting
-from rows import Prepared
+from rows import Prepared, connection_of
 from settings import COMMON_PASSWORDS, settings
 from values import Id
 
@@ -168,6 +168,13 @@ async def is_still(principal: Principal) -> bool:
     return now == principal and values.now().timestamp() < principal.expires_at
 
 
+def refuse_if_changed(session: Session, principal: Principal) -> None:
+    """In a change of an account, which may have waited for others: what it rests on may be gone meanwhile."""
+    asked = principal.id, principal.session_id, principal.expires_at
+    if _find_principal(connection_of(session), *asked) != principal:
+        raise not_signed_in()
+
+
 async def current_user(principal: Annotated[Principal | None, Depends(identify)]) -> Principal:
     if principal is None:
         raise not_signed_in()
@@ -283,8 +290,11 @@ def _look_around(session: Session) -> tuple[bool, str | None]:
 
 
 def _replace_development_passwords(session: Session, password: str | None) -> None:
-    """A database that was begun in development mode must not go public with its `admin` / `admin`."""
-    for admin in session.scalars(sa.select(User).where(col(User.role) == Role.admin)):
+    """A database that was begun in development mode must not go public with its `admin` / `admin`, whatever that
+    account has become since."""
+    made = sa.select(col(Setting.value)).where(col(Setting.key) == "open_hash").scalar_subquery()
+    may_have_it = sa.or_(col(User.role) == Role.admin, col(User.password_hash) == made)
+    for admin in session.scalars(sa.select(User).where(may_have_it)):
         if not passwords.verify("admin", admin.password_hash):
             continue
         if password is None:

@@ -17,7 +17,7 @@ from sqlmodel import Session, select
 import auth
 import database
 import values
-from conftest import PASSWORD, Clock, Person, Server, code_in, make, sign_up, token_in, user_named
+from conftest import NEW, PASSWORD, Clock, Person, Server, code_in, make, sign_up, token_in, user_named
 from mail import Letter
 from people import LoginSession, OneTimeCode, User
 from settings import COMMON_PASSWORDS, settings
@@ -240,6 +240,15 @@ def test_the_password_of_development_mode_does_not_go_public(serve: Callable[...
     assert "ADMIN_USERNAME is not made: there is an admin already, admin." in public.log.read_text()
     assert public.client.post("/login", data={"username": "admin", "password": "admin"}).status_code == 401
     assert Person(public.client, "admin", "long enough").get("/users/me").status_code == 200
+
+
+def test_nor_does_it_with_an_admin_who_is_one_no_more(client: TestClient, admin: Person) -> None:
+    admin.post("/users", json={**NEW, "role": "admin"})
+    assert Person(client, "rita").patch("/users/1", json={"role": "reader"}).status_code == 200
+    with pytest.raises(RuntimeError, match="admin still has the password of development mode: set ADMIN_PASSWORD"):
+        database.transact(auth._replace_development_passwords, None)
+    database.transact(auth._replace_development_passwords, "long enough")
+    assert client.post("/login", data={"username": "admin", "password": "admin"}).status_code == 401
 
 
 @pytest.mark.slow

@@ -6,13 +6,18 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from fastapi import HTTPException
 from fastapi.testclient import TestClient
 
+import accounts
 import auth
 import database
-from conftest import DUNE, NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in
+import feed
+import logins
+import users
+from conftest import DUNE, NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in, wait_for
 from mail import Letter
-from people import Principal, User
+from people import AccountUpdate, Principal, User, UserCreate
 from settings import settings
 
 # --- my account ---------------------------------------------------------------------------------------------------
@@ -257,6 +262,17 @@ def test_what_is_personal_goes_with_the_account_and_the_books_stay(
     assert {event["data"]["username"] for event in said} == {"Oskar", None}, "the next Rita said nothing yet"
 
 
+def test_streams_forget_the_name_too(reader: Person) -> None:
+    book = reader.add_book()
+    reader.post(f"/my-library/{book['id']}", json={"status": "completed"})
+    reader.patch(f"/my-library/{book['id']}", json={"rating": 4})
+    wait_for(lambda: any(b'"Rita"' in event.frame for event in feed.feed.buffer) or None)
+    assert reader.request("DELETE", "/users/me", json={"password": PASSWORD}).status_code == 204
+    wait_for(lambda: any(event.type == "account.deleted" for event in feed.feed.buffer) or None)
+    assert not [event for event in feed.feed.buffer if event.type.startswith("review.")]
+    assert feed.feed.start < feed.feed.buffer[0].id
+
+
 def test_a_name_that_is_free_again_is_a_new_account(client: TestClient, reader: Person) -> None:
     reader.delete("/users/me", json={"password": PASSWORD})
     again = sign_up(client, "rita")
@@ -288,12 +304,13 @@ def test_all_that_is_stored_of_me_is_one_file(client: TestClient, reader: Person
     assert "Oskar" not in answer.text
 
 
-@pytest.mark.parametrize("path", ["/users/me", "/users/me/export"])
+@pytest.mark.parametrize("asked", ["GET /users/me", "GET /users/me/export", "POST /auth/verify-email"])
 def test_an_account_that_goes_while_it_is_asked_for_is_signed_out(
-    reader: Person, monkeypatch: pytest.MonkeyPatch, path: str
+    reader: Person, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
     monkeypatch.setattr(auth, "_find_principal", lambda *_: Principal(999, "gone", "reader", 1))
-    answer = reader.get(path)
+    answer = reader.request(*asked.split())
+    assert database.transact(logins._ask_again, 999) is None
     assert (answer.status_code, answer.headers["Content-Type"]) == (401, "application/problem+json")
 
 
@@ -428,6 +445,42 @@ def test_an_admin_who_can_not_sign_in_is_none(admin: Person, monkeypatch: pytest
     assert admin.patch("/users/1", json={"role": "reader"}).status_code == 409
     monkeypatch.setattr(settings, "require_verified_email", False)
     assert admin.patch("/users/1", json={"role": "reader"}).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "body"), [("PATCH", {"role": "reader"}), ("DELETE", None)], ids=str)
+def test_nor_is_the_only_one_let_go(
+    admin: Person, monkeypatch: pytest.MonkeyPatch, method: str, body: dict[str, Any] | None
+) -> None:
+    monkeypatch.setattr(settings, "require_verified_email", True)
+    assert admin.patch("/users/me", json={"email": "to-be-confirmed@example.com"}).status_code == 200
+    assert admin.request(method, "/users/1", json=body).status_code == 409
+    reader = admin.post("/users", json=NEW).json()["id"]
+    assert admin.delete(f"/users/{reader}").status_code == 204
+
+
+def test_rights_that_went_while_a_change_waited_change_nothing(client: TestClient, admin: Person) -> None:
+    other = admin.post("/users", json={**NEW, "role": "admin"}).json()["id"]
+    before = Principal(1, "admin", "admin", admin.get("/auth/sessions").json()["items"][0]["id"])
+    assert Person(client, "rita").patch("/users/1", json={"role": "reader"}).status_code == 200
+    new = UserCreate(username="late", email="late@example.com", password=PASSWORD)
+    changes: list[tuple[Any, ...]] = [
+        (users._change_account, 1, AccountUpdate(role="admin"), before),
+        (users._delete_account, other, before),
+        (accounts._make, new, "hash", "admin", before),
+    ]
+    for change in changes:
+        with pytest.raises(HTTPException, match="401"):
+            database.transact(*change)
+
+
+def test_what_an_admin_has_decided_the_old_address_does_not_undo(
+    client: TestClient, admin: Person, confirmed: Person, mailbox: list[Letter]
+) -> None:
+    rita = confirmed.get("/users/me").json()["id"]
+    mailbox.clear()
+    assert admin.patch(f"/users/{rita}", json={"email": "successor@example.com"}).status_code == 200
+    assert "verify-email" not in last_to("rita@example.com", mailbox).text
+    assert "verify-email" in last_to("successor@example.com", mailbox).text
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import mail
 import throttle
 import values
 from accounts import change_address, create_account, find_user, read_account, still_me, with_password
-from auth import Admin, CurrentUser, audit
+from auth import Admin, CurrentUser, audit, refuse_if_changed
 from books import SELECT_BOOKS, as_book, disown_books
 from logins import end_sessions
 from mail import Letter
@@ -74,6 +74,7 @@ async def _update(user_id: int, change: UserUpdate, by: Principal, tasks: Backgr
 def _change_account(
     session: Session, user_id: int, change: UserUpdate, by: Principal
 ) -> tuple[UserPublic, list[Letter]]:
+    refuse_if_changed(session, by)
     admins = _lock_admins(session)
     user = session.get(User, user_id, with_for_update=True)
     if user is None:
@@ -83,7 +84,7 @@ def _change_account(
     new_email = changed.pop("email", user.email)
     for name, value in changed.items():
         setattr(user, name, value)
-    if user.role != Role.admin or not user.is_active:
+    if (role, was_active) == (Role.admin, True) != (user.role, user.is_active):
         _keep_an_admin(admins, user_id)
     letters = change_address(session, user, new_email, by.id) if new_email != user.email else []
     if user.role != role:
@@ -103,7 +104,7 @@ def _lock_admins(session: Session) -> set[int]:
 
 
 def _keep_an_admin(admins: set[int], leaving: int) -> None:
-    if admins == {leaving}:
+    if not admins - {leaving}:
         raise HTTPException(409, "This is the last active admin: make another one first.")
 
 
@@ -127,11 +128,13 @@ def _delete_my_account(session: Session, user: Principal, verified_hash: str) ->
 
 
 def _delete_account(session: Session, user_id: int, by: Principal) -> Letter:
+    refuse_if_changed(session, by)
     admins = _lock_admins(session)
     user = session.get(User, user_id, with_for_update=True)
     if user is None:
         raise no_such_user()
-    _keep_an_admin(admins, user_id)
+    if user.role == Role.admin and user.is_active:
+        _keep_an_admin(admins, user_id)
     loans.refuse_while_borrowing(session, user_id)
     library.withdraw_reviews(session, user)
     disown_books(session, user_id)
@@ -273,7 +276,7 @@ def _find_users(connection: Connection, query: UserQuery) -> dict[str, Any]:
 @router.post("", status_code=201, responses=answers(403, 409, sends={201: "Location"}))
 async def create_user(new: AccountCreate, admin: Admin, response: Response, tasks: BackgroundTasks) -> UserPublic:
     """Make an account with any role. Its owner gets a link that confirms the address, and the password from you."""
-    user = await create_account(new, new.role, tasks, by=admin.id)
+    user = await create_account(new, new.role, tasks, by=admin)
     response.headers["Location"] = f"/users/{user.id}"
     return user
 
