@@ -380,6 +380,7 @@ def test_search(client: TestClient, shelf: Person) -> None:
         " ".join("abcdefghij" * 10),
         "\u0301",
         "dune\u0301",
+        "\N{ARABIC LIGATURE ALLAH ISOLATED FORM}" * 300,  # thousands of letters
     ],
 )
 def test_no_search_is_a_syntax_error(client: TestClient, shelf: Person, words: str) -> None:
