@@ -152,3 +152,11 @@ def test_my_shelf_is_mine(client: TestClient, reader: Person, other_reader: Pers
     assert rows_of(reader.get("/my-library/export").text)[0]["Added At"] == entry["added_at"]
     assert rows_of(other_reader.get("/my-library/export").text) == []
     assert client.get("/my-library/export").status_code == 401
+
+
+@pytest.mark.parametrize("author", ["A , B", "A\N{NO-BREAK SPACE}, B", "A, B", "A,B", "A, ", "'=A , B"], ids=ascii)
+def test_a_shelf_comes_back_to_the_same_book_however_its_author_is_written(reader: Person, author: str) -> None:
+    reader.post(f"/my-library/{reader.add_book(title='T', author=author)['id']}")
+    upload = reader.upload(reader.get("/my-library/export").content, path="/my-library/import")
+    assert (upload["skipped"], upload["inserted"], upload["failed"]) == (1, 0, 0)
+    assert reader.get("/books").json()["total"] == 1

@@ -25,7 +25,7 @@ import imports
 from conftest import DUNE, Catalogues, Clock, Fault, Person, Server, send, sign_up, wait_for
 from records import UploadStatus
 from settings import settings
-from sources import Candidate, Source, candidate, date_and_year
+from sources import Candidate, Source, candidate, date_and_year, paragraphs
 
 GOOGLE_EMMA = {"source": "google", "ref": "Qe7kAwAAQBAJ"}
 OPEN_EMMA = {"source": "openlibrary", "ref": "OL7353617M"}
@@ -194,6 +194,11 @@ DATES: dict[str, tuple[str | None, str | None, int | None]] = {
 def test_dates_as_they_write_them(text: str | None, day: str | None, year: int | None) -> None:
     told = date_and_year(text)
     assert (told["published_date"] and str(told["published_date"]), told["publication_year"]) == (day, year)
+
+
+def test_a_description_with_an_entity_without_end_is_a_text() -> None:
+    entity = f"&#{'9' * 5000};"
+    assert paragraphs(f"<p>One</p><p>{entity}</p>") == f"One\n{entity}"
 
 
 def test_what_is_too_long_or_impossible_is_left_out_and_the_rest_kept() -> None:
