@@ -74,17 +74,17 @@ async def _update(user_id: int, change: UserUpdate, by: Principal, tasks: Backgr
 def _change_account(
     session: Session, user_id: int, change: UserUpdate, by: Principal
 ) -> tuple[UserPublic, list[Letter]]:
-    refuse_if_changed(session, by)
     admins = _lock_admins(session)
+    refuse_if_changed(session, by)  # now that nobody else changes admins
     user = session.get(User, user_id, with_for_update=True)
     if user is None:
         raise no_such_user()
-    role, was_active = user.role, user.is_active
+    role, was_active, was_admin = user.role, user.is_active, _is_admin(user)
     changed = change.model_dump(exclude_unset=True)
     new_email = changed.pop("email", user.email)
     for name, value in changed.items():
         setattr(user, name, value)
-    if (role, was_active) == (Role.admin, True) != (user.role, user.is_active):
+    if was_admin and not _is_admin(user):
         _keep_an_admin(admins, user_id)
     letters = change_address(session, user, new_email, by.id) if new_email != user.email else []
     if user.role != role:
@@ -101,6 +101,10 @@ def _lock_admins(session: Session) -> set[int]:
     if settings.require_verified_email:  # the others can't sign in
         admins = admins.where(col(User.email_verified_at).is_not(None))
     return set(session.scalars(admins.order_by(col(User.id)).with_for_update()))
+
+
+def _is_admin(user: User) -> bool:
+    return user.role == Role.admin and user.is_active
 
 
 def _keep_an_admin(admins: set[int], leaving: int) -> None:
@@ -128,12 +132,12 @@ def _delete_my_account(session: Session, user: Principal, verified_hash: str) ->
 
 
 def _delete_account(session: Session, user_id: int, by: Principal) -> Letter:
-    refuse_if_changed(session, by)
     admins = _lock_admins(session)
+    refuse_if_changed(session, by)  # now that nobody else changes admins
     user = session.get(User, user_id, with_for_update=True)
     if user is None:
         raise no_such_user()
-    if user.role == Role.admin and user.is_active:
+    if _is_admin(user):
         _keep_an_admin(admins, user_id)
     loans.refuse_while_borrowing(session, user_id)
     library.withdraw_reviews(session, user)
