@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import Depends, HTTPException
+from fastapi import Depends, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import OAuth2PasswordBearer
 from jose import JWTError, jwt
@@ -68,6 +68,14 @@ def refuse_weak(field: str, password: str, *names: str) -> None:
 
 def bad_body(field: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"loc": ("body", field), "msg": message, "type": "value_error"}])
+
+
+async def one_of_each(request: Request) -> None:
+    """Refuse a form that gives a field twice (RFC 6749, 3.2): else the last counts, and nobody is told."""
+    names = [name for name, _ in (await request.form()).multi_items()]
+    for name in names:
+        if names.count(name) > 1:
+            raise bad_body(name, "is given more than once")
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------

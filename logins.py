@@ -27,6 +27,7 @@ from auth import (
     bad_body,
     hash_secret,
     not_signed_in,
+    one_of_each,
     seal,
     sign,
     verify,
@@ -93,6 +94,7 @@ async def credentials(request: Request) -> Credentials:
     try:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
             return Credentials.model_validate_json(await request.body(), extra="forbid")
+        await one_of_each(request)
         form = {name: value for name, value in (await request.form()).items() if isinstance(value, str)}
         if any(name.lstrip().startswith("{") for name in form):  # as curl sends it
             raise bad_body("username", "is needed in a form; JSON needs the Content-Type application/json")

@@ -21,6 +21,12 @@ from settings import settings
 # --- signing in ---------------------------------------------------------------------------------------------------
 
 
+def test_a_form_that_names_two_users_is_nobodys(client: TestClient) -> None:
+    client.post("/auth/register", json=NEW)
+    answer = client.post("/login", data={"username": ["admin", "rita"], "password": PASSWORD})
+    assert (answer.status_code, answer.json()["detail"]) == (422, "username: is given more than once")
+
+
 def test_json_that_says_it_is_a_form_is_told_so(client: TestClient) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     answer = client.post("/login", content='{"username": "rita", "password": "x"}', headers=form)

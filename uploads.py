@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
 import database
-from auth import Contributor, CurrentUser, bad_body
+from auth import Contributor, CurrentUser, bad_body, one_of_each
 from cells import printable
 from csvfiles import to_csv
 from formats import REASON
@@ -62,14 +62,6 @@ class UploadForm(ShelfForm):
 
 class NoQuery(Shape):
     """What is asked of an upload is in its form: the same in the query would be passed over, `dry_run` with it."""
-
-
-async def one_of_each(request: Request) -> None:
-    """Of a second file, FastAPI would not say that it has taken the last one only."""
-    names = [name for name, _ in (await request.form()).multi_items()]
-    for name in names:
-        if names.count(name) > 1:
-            raise bad_body(name, "is given more than once")
 
 
 OneOfEach = Annotated[None, Depends(one_of_each)]
