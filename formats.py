@@ -213,8 +213,7 @@ class Reader:
         if "additional" in self.columns.fields and (more := _first(cells, self.columns.fields["additional"])):
             values["author"] = f"{values.get('author', '')}, {more}"
         try:
-            told = self._read_numbers_and_dates(values)
-            row.values, row.told = values, told
+            row.values, row.told = values, self._read_numbers_and_dates(values)
             if self.enrich and "isbn" in values and not values.keys() >= LOOKED_UP:
                 # Its faults are told at once; what is only missing may be found.
                 FileBook.model_validate({"title": "?", "author": "?", **values}, context=OF_CELLS)

@@ -39,7 +39,7 @@ log = logging.getLogger("books.imports")
 CHUNK = 256 * 1024  # bytes of a stored piece
 BATCH = 1000  # rows to a transaction: some 40 ms in which other writers wait
 ERRORS_MAX = 10_000  # reasons that are kept of one upload, and as many warnings; the counts stay exact
-# Characters of a refused row's cell that are kept: no field takes what is cut, even if half of it is HTML.
+# Characters of a refused row's cell that are kept. A field takes 20,000, which are more as HTML.
 CELL_MAX = 100_000
 LEASE = timedelta(seconds=15)  # a job that has not shown for so long that it is alive has died
 TELL_SECONDS = 0.34  # between two events of one upload's progress: with the last, at most four in a second

@@ -61,7 +61,7 @@ class Batch:
         self.session, self.upload, self.owner, self.memory = session, upload, owner, memory
         self.updating = upload.on_duplicate == OnDuplicate.update
         self.ids: dict[Key, int] = {}
-        self.twins: set[Key] = set()  # those that an ISBN, or title and author, do not tell from others
+        self.twins: set[Key] = set()  # titles and authors that several books have, none of them an ISBN
         self.outcomes: Counter[str] = Counter()
 
     def place(self, rows: Sequence[Row]) -> None:

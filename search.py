@@ -208,7 +208,7 @@ TITLE_WORDS: ColumnElement[str] = sa.literal_column("book.title_words", sa.Text)
 # The words of these columns stand in `words` once more, with a mark.
 MARKS = {"title": "t:", "author": "a:", "publisher": "p:"}
 NO_BOOK = "'no such word'"  # what no book has
-WORD_MAX = 2000  # bytes; PostgreSQL refuses to look for a word of 2,048, and indexes none
+WORD_MAX = 2000  # bytes; PostgreSQL refuses to look for a word of 2,048
 
 
 def _tokens(found: Sequence[str]) -> list[str]:
