@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,6 +32,7 @@ import catalogues
 import database
 import logins
 import mail
+import operations
 import people
 import values
 from mail import Letter
@@ -249,8 +250,16 @@ def client(first_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A visitor, who has no account, of a service with an empty catalogue."""
     monkeypatch.setattr(settings, "database_url", copy_of(first_start, tmp_path / "books.db"))
     monkeypatch.setattr(settings, "rate_limits", False)  # but for the tests that are about them
+    # What recurs comes when it likes, also between two lines of a test. Who wants it asks for `recurring_work`.
+    monkeypatch.setattr(operations, "running_jobs", nullcontext)
     with TestClient(app) as visitor:
         yield visitor
+
+
+def recurring_work(client: httpx.Client, running: Any = operations.running_jobs) -> AbstractContextManager[None]:
+    assert isinstance(client, TestClient)
+    assert client.portal is not None
+    return client.portal.wrap_async_context_manager(running())
 
 
 @pytest.fixture

@@ -22,16 +22,18 @@ import sqlalchemy as sa
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import DatabaseError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
-from sqlmodel import Session
+from sqlmodel import Session, select
 
 import database
 import events
 import feed
+import imports
 import operations
 import sqlite
 import uploads
-from conftest import HERE, Clock, Person, Server, sign_up, wait_for
+from conftest import HERE, Clock, Person, Server, recurring_work, sign_up, wait_for
 from main import app
+from people import LoginSession
 from settings import settings
 
 # --- backup and restore -------------------------------------------------------------------------------------------
@@ -214,6 +216,34 @@ def test_of_all_that_ask_one_is_told_to_do_the_work(client: TestClient, clock: C
         clock.advance(minutes=59)
         assert ask(0) is False
         clock.advance(minutes=1)
+
+
+def test_what_is_left_over_is_seen_to_from_the_start(
+    client: TestClient, reader: Person, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old events and logins go, and an upload that a process has left is taken up."""
+    for number in range(30):
+        reader.add_book(title=f"Book {number}")
+    exported = reader.get("/books/export").content
+    with monkeypatch.context() as patch:
+        patch.setattr(imports, "BATCH", 20)
+        patch.setattr(events, "server_is_stopping", lambda: True)
+        where = reader.post("/books/upload", files={"file": ("books.csv", exported)}).headers["Location"]
+        wait_for(lambda: reader.get(where).json()["rows"] == 20 or None)
+    monkeypatch.setattr(settings, "event_retention", 5)
+    clock.advance(days=15)
+
+    def old_logins(session: Session) -> int:
+        return len(session.exec(select(LoginSession).where(LoginSession.user_id == 2)).all())
+
+    def seen_to() -> bool:
+        left = client.get("/events", params={"limit": 100}).json()["items"]
+        return len(left) < 20 and (database.transact(old_logins), admin.get(where).json()["rows"]) == (0, 30)
+
+    admin = Person(client, "admin", "admin")
+    assert not seen_to()
+    with recurring_work(client):
+        wait_for(lambda: seen_to() or None)
 
 
 def test_a_job_that_fails_is_tried_again(client: TestClient) -> None:

@@ -15,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import database
-from conftest import Person, wait_for
+from conftest import Person, recurring_work, wait_for
 from main import app
 from routes import ShortRoute
 
@@ -284,10 +284,11 @@ def test_what_was_written_inline_gets_into_the_file(reader: Person, monkeypatch:
             connection.close()
 
     begun = []
-    for round_ in range(1, 4):
-        for _ in range(30):
-            reader.add_book(title="Dune")
-        assert wait_for(lambda least=30 * round_ - 20: kept() >= least or None, 30)  # type: ignore[misc]  # no type for mypy
-        # How often the log was begun anew: the fourth number of its header (the WAL file format of SQLite).
-        begun.append(int.from_bytes(Path(f"{file}-wal").read_bytes()[12:16], "big"))
+    with recurring_work(reader.client):
+        for round_ in range(1, 4):
+            for _ in range(30):
+                reader.add_book(title="Dune")
+            assert wait_for(lambda least=30 * round_ - 20: kept() >= least or None, 30)  # type: ignore[misc]  # no type for mypy
+            # How often the log was begun anew: the fourth number of its header (the WAL file format of SQLite).
+            begun.append(int.from_bytes(Path(f"{file}-wal").read_bytes()[12:16], "big"))
     assert begun[0] < begun[-1], begun
