@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 HERE = Path(__file__).resolve().parent
 VERSION = "0.1.0"
+PORT_MAX = 65535
 # As OWASP's ASVS 5.0 asks (6.2.4): at least the 3,000 most common ones that are long enough.
 COMMON_PASSWORDS = frozenset((HERE / "common_passwords.txt").read_text().splitlines()[1:])
 
@@ -58,7 +59,7 @@ class Settings(BaseSettings):
         default="http://localhost:8000", description="Where people reach the service: what links in mails begin with."
     )
     smtp_host: str | None = Field(default=None, description="The mail server. Unset: mails are written to the log.")
-    smtp_port: Annotated[int, Field(ge=1, le=65535)] = Field(default=587, description="Its port.")
+    smtp_port: Annotated[int, Field(ge=1, le=PORT_MAX)] = Field(default=587, description="Its port.")
     smtp_username: str | None = Field(default=None, description="The account there, if it wants one.")
     smtp_password: SecretStr | None = Field(default=None, description="Its password.")
     smtp_tls: bool = Field(
@@ -126,9 +127,17 @@ class Settings(BaseSettings):
     @field_validator("public_url", "google_books_url", "open_library_url")
     @classmethod
     def _web_address(cls, url: str, info: ValidationInfo) -> str:
-        if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
+        port = re.search(r"^https?://[^/]+:(\d+)(/|$)", url)
+        if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url) or (port and int(port[1]) > PORT_MAX):
             raise ValueError(f"{(info.field_name or '').upper()} must be like https://books.example.com")
         return url.rstrip("/")
+
+    @field_validator("smtp_host")
+    @classmethod
+    def _host(cls, host: str | None) -> str | None:
+        if host is not None and not re.fullmatch(r"[\w.-]+|[\da-fA-F]*:[\da-fA-F]*:[\da-fA-F:.]*", host):
+            raise ValueError("SMTP_HOST must be a name like smtp.example.com; the port goes into SMTP_PORT")
+        return host
 
     @field_validator("mail_from")
     @classmethod
@@ -174,6 +183,8 @@ class Settings(BaseSettings):
             self.admin_password.get_secret_value() == "admin" or 8 <= len(self.admin_password.get_secret_value()) <= 128
         ):
             raise ValueError("ADMIN_PASSWORD must have 8 to 128 characters")
+        if (self.smtp_username is None) != (self.smtp_password is None):
+            raise ValueError("SMTP_USERNAME and SMTP_PASSWORD go together")
         return self
 
     def _refuse_a_first_guess(self) -> None:

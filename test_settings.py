@@ -35,6 +35,10 @@ REFUSED = {
     "tokens that never expire": ({"ACCESS_TOKEN_EXPIRE_MINUTES": "0"}, "access_token_expire_minutes"),
     "an upload limit that is no number": ({"MAX_UPLOAD_MB": "many"}, "max_upload_mb"),
     "a place that is no web address": ({"PUBLIC_URL": "books.example.com"}, "PUBLIC_URL"),
+    "a port that can't be": ({"PUBLIC_URL": "https://books.example.com:99999/"}, "PUBLIC_URL"),
+    "a mail server with its port": ({"SMTP_HOST": "smtp.example.com:587"}, "SMTP_HOST"),
+    "a mail server as a web address": ({"SMTP_HOST": "https://smtp.example.com"}, "SMTP_HOST"),
+    "an account there without its password": ({"SMTP_USERNAME": "books"}, "SMTP_USERNAME and SMTP_PASSWORD"),
     "a catalogue that is no web address": ({"GOOGLE_BOOKS_URL": "www.googleapis.com"}, "GOOGLE_BOOKS_URL"),
     "a catalogue with a query": ({"OPEN_LIBRARY_URL": "https://openlibrary.org?x=y"}, "OPEN_LIBRARY_URL"),
     "a harvest of everything": ({"HARVEST_QUERY": "x" * 301}, "harvest_query"),
@@ -52,6 +56,21 @@ def test_unsafe_settings_are_refused(environment: dict[str, str], named: str, mo
         monkeypatch.setenv(name, value)
     with pytest.raises(ValidationError, match=named):
         Settings(_env_file=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PUBLIC_URL", "https://books.example.com:8443/books"),
+        ("PUBLIC_URL", "http://[::1]:8000"),
+        ("SMTP_HOST", "smtp.example.com"),
+        ("SMTP_HOST", "::1"),
+        ("SMTP_HOST", "mail_server"),
+    ],
+)
+def test_places_are_taken_as_they_are_written(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert getattr(Settings(_env_file=None), name.lower()) == value
 
 
 def test_what_is_said_of_a_setting_gives_no_secret_away(monkeypatch: pytest.MonkeyPatch) -> None:
