@@ -164,7 +164,7 @@ async def _ask_until_answered(
                 body = await _ask_once(client, source, url)
                 return body, await _parse(source, read, body)
             except Unanswered as error:
-                pause = max(error.pause, patience.pause * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))  # noqa: S311  # no secret
+                pause = max(error.pause, patience.pause * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))  # noqa: S311  # spreads tries
                 final = not error.again or attempt == patience.tries or clock() + pause >= end
                 log.warning("%s (try %d of %d)", error.detail, attempt, patience.tries)
                 if final:

@@ -31,7 +31,7 @@ csv.field_size_limit(RECORD_MAX)
 # Bytes without a meaning in the encoding become half a surrogate pair, which no text has, and no database takes: so the
 # row that has them is refused, and not the file.
 MEANINGLESS = "meaningless"
-codecs.register_error(MEANINGLESS, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]  # of a decoding error
+codecs.register_error(MEANINGLESS, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]  # decoding errors have it
 
 
 class UnreadableFile(Exception):
