@@ -13,8 +13,8 @@ from sqlmodel import Session, col
 
 import database
 import mail
+import models
 import throttle
-import values
 from auth import (
     NOBODYS_HASH,
     CurrentUser,
@@ -28,22 +28,11 @@ from auth import (
     verify_password,
 )
 from logins import ask_to_confirm, end_sessions, make_link
-from mail import Letter
+from mail import Email
 from manual import answers
-from people import (
-    CodePurpose,
-    Email,
-    LoginSession,
-    OneTimeCode,
-    Password,
-    Principal,
-    Role,
-    User,
-    UserCreate,
-    UserPublic,
-)
+from models import CodePurpose, LoginSession, OneTimeCode, Principal, Role, User
 from routes import Routes
-from values import Shape, Storable, in_words
+from schemas import EmailAddress, Password, RequestModel, Storable, UserCreate, UserPublic, pattern
 
 router = Routes(tags=["Accounts"])
 
@@ -78,7 +67,7 @@ async def create_account(
 
 def _make(
     session: Session, new: UserCreate, password_hash: str, role: Role, by: Principal | None
-) -> tuple[UserPublic, Letter]:
+) -> tuple[UserPublic, Email]:
     if by is not None:
         refuse_if_changed(session, by)
     user = add_user(session, new, password_hash, role)
@@ -145,7 +134,7 @@ def _confirm(session: Session, token: str) -> Confirmed | None:
     links = sa.and_(col(OneTimeCode.user_id) == user.id, col(OneTimeCode.purpose) == CodePurpose.verify_email)
     session.execute(sa.delete(OneTimeCode).where(links, col(OneTimeCode.id) >= first))
     _mark_confirmed(session, user)
-    return Confirmed(email=user.email, email_verified_at=user.email_verified_at or values.now())
+    return Confirmed(email=user.email, email_verified_at=user.email_verified_at or models.utcnow())
 
 
 def _links_of(user: User) -> ColumnElement[bool]:
@@ -154,7 +143,7 @@ def _links_of(user: User) -> ColumnElement[bool]:
     return sa.and_(of_user, col(OneTimeCode.purpose) == CodePurpose.verify_email)
 
 
-def change_address(session: Session, user: User, new: str, by: int) -> list[Letter]:
+def change_address(session: Session, user: User, new: str, by: int) -> list[Email]:
     """Give the account another address, to be confirmed. The old one is told; if it was a confirmed one, its owner can
     take the change back, since it may be somebody else who has made it; but not what an admin has decided."""
     old, undo = user.email, None
@@ -175,12 +164,12 @@ def change_address(session: Session, user: User, new: str, by: int) -> list[Lett
 
 def _mark_confirmed(session: Session, user: User) -> None:
     if user.email_verified_at is None:
-        user.email_verified_at = values.now()
+        user.email_verified_at = models.utcnow()
         audit(session, user.id, "email_verified", email=user.email)
 
 
 def _is_good() -> ColumnElement[bool]:
-    return sa.and_(col(OneTimeCode.expires_at) > values.now(), col(OneTimeCode.attempts) < CODE_TRIES)
+    return sa.and_(col(OneTimeCode.expires_at) > models.utcnow(), col(OneTimeCode.attempts) < CODE_TRIES)
 
 
 def cancel_codes(session: Session, user_id: int, *purposes: CodePurpose) -> None:
@@ -201,7 +190,7 @@ async def request_verification(user: CurrentUser, request: Request, tasks: Backg
     return Notice(detail=f"A new link is on its way to {letter.to}.")
 
 
-def _another_link(session: Session, user_id: int) -> Letter:
+def _another_link(session: Session, user_id: int) -> Email:
     user = session.get(User, user_id)
     if user is None:
         raise not_signed_in()
@@ -213,8 +202,8 @@ def _another_link(session: Session, user_id: int) -> Letter:
 # --- passwords ----------------------------------------------------------------------------------------------------
 
 
-class ForgottenPassword(Shape):
-    email: Email
+class ForgottenPassword(RequestModel):
+    email: EmailAddress
 
 
 @router.post("/auth/forgot-password", status_code=202, responses=answers(429))
@@ -234,7 +223,7 @@ async def _mail_code(email: str) -> None:
         await mail.send(letter)
 
 
-def _start_reset(session: Session, email: str) -> Letter | None:
+def _start_reset(session: Session, email: str) -> Email | None:
     user = session.scalars(sa.select(User).where(col(User.email) == email, col(User.is_active))).first()
     audit(session, user.id if user else None, "reset_requested")
     if user is None:
@@ -247,18 +236,18 @@ def _start_reset(session: Session, email: str) -> Letter | None:
             purpose=CodePurpose.reset_password,
             email=user.email,
             code_hash=seal(CodePurpose.reset_password, user.id, code),
-            expires_at=values.now() + CODE_LIFETIME,
+            expires_at=models.utcnow() + CODE_LIFETIME,
         )
     )
     return mail.reset_code(user.email, user.username, code)
 
 
-class PasswordReset(Shape):
-    email: Email
+class PasswordReset(RequestModel):
+    email: EmailAddress
     otp: Annotated[
         str,
         Field(
-            pattern=in_words(r"^[0-9]{6}$", "must be the six digits of the code"),
+            pattern=pattern(r"^[0-9]{6}$", "must be the six digits of the code"),
             description="The code.",
             examples=["271828"],
         ),
@@ -307,7 +296,7 @@ def _try_code(session: Session, email: str, otp: str) -> RightCode | None:
     return RightCode(code.id, user.id, user.username)
 
 
-def _use_code(session: Session, right: RightCode, password_hash: str) -> Letter | None:
+def _use_code(session: Session, right: RightCode, password_hash: str) -> Email | None:
     """Set the password, unless another request has used the code meanwhile."""
     used = sa.delete(OneTimeCode).where(col(OneTimeCode.id) == right.code_id).returning(col(OneTimeCode.user_id))
     if session.execute(used).first() is None:
@@ -317,7 +306,7 @@ def _use_code(session: Session, right: RightCode, password_hash: str) -> Letter 
     return _set_password(session, user, password_hash, "password_reset", sa.true())
 
 
-def _set_password(session: Session, user: User, password_hash: str, what: str, ending: ColumnElement[bool]) -> Letter:
+def _set_password(session: Session, user: User, password_hash: str, what: str, ending: ColumnElement[bool]) -> Email:
     user.password_hash = password_hash
     cancel_codes(session, user.id, CodePurpose.reset_password)
     end_sessions(session, user.id, ending)
@@ -325,7 +314,7 @@ def _set_password(session: Session, user: User, password_hash: str, what: str, e
     return mail.password_changed(user.email, user.username)
 
 
-class PasswordChange(Shape):
+class PasswordChange(RequestModel):
     current_password: Annotated[str, Field(max_length=1000), Storable]
     new_password: Password
 
@@ -341,7 +330,7 @@ async def change_password(given: PasswordChange, user: CurrentUser, request: Req
     tasks.add_task(mail.send, await database.write(_change_password, user, me.password_hash, password_hash))
 
 
-def _change_password(session: Session, user: Principal, verified_hash: str, password_hash: str) -> Letter:
+def _change_password(session: Session, user: Principal, verified_hash: str, password_hash: str) -> Email:
     me, others = still_me(session, user, verified_hash), col(LoginSession.id) != user.session_id
     return _set_password(session, me, password_hash, "password_changed", others)
 

@@ -24,12 +24,11 @@ from sqlmodel import Session, col
 
 import database
 import events
-import values
-from people import Email, LoginSession, Principal, Role, User, Username
-from records import Setting
+import models
+from models import LoginSession, Principal, Role, Setting, User
 from rows import Prepared, connection_of
+from schemas import EmailAddress, Id, Username
 from settings import COMMON_PASSWORDS, settings
-from values import Id
 
 log = logging.getLogger("books.auth")
 TOKEN_MAX = 4000  # characters; ours have some 300
@@ -116,7 +115,7 @@ def verify(kind: str, token: str) -> Claims | None:
         claims = _claims(token, _Key.value)
     except (JWTError, ValidationError, RecursionError):
         return None
-    now = values.now().timestamp()
+    now = models.utcnow().timestamp()
     issued_later = claims.iat > now + 60  # a minute, for clocks that differ
     return None if claims.typ != kind or issued_later or claims.exp <= now else claims
 
@@ -173,7 +172,7 @@ async def identify(token: Annotated[str | None, Depends(bearer)]) -> Principal |
 async def is_still(principal: Principal) -> bool:
     """Whether the token is still good, and its owner still who they were: for answers that take long."""
     now = await database.read(_find_principal, principal.id, principal.session_id, principal.expires_at)
-    return now == principal and values.now().timestamp() < principal.expires_at
+    return now == principal and models.utcnow().timestamp() < principal.expires_at
 
 
 def refuse_if_changed(session: Session, principal: Principal) -> None:
@@ -257,10 +256,10 @@ def _prepare(session: Session) -> None:
         log.warning("ADMIN_PASSWORD is one of the most common passwords: change it.")
     admin = User(
         username=TypeAdapter(Username).validate_python(settings.admin_username),
-        email=TypeAdapter(Email).validate_python(settings.admin_email),
+        email=TypeAdapter(EmailAddress).validate_python(settings.admin_email),
         password_hash=passwords.hash(password),
         role=Role.admin,
-        email_verified_at=values.now(),
+        email_verified_at=models.utcnow(),
     )
     session.add(admin)
     try:

@@ -13,28 +13,15 @@ from sqlmodel import Session, col
 
 import database
 import events
-import values
+import models
 from auth import Contributor, CurrentUser, Viewer, not_signed_in
 from manual import FOLLOWED_PAGE, answers
-from models import (
-    SCORE,
-    UNKNOWN_YEAR,
-    Book,
-    BookBase,
-    BookCreate,
-    BookPublic,
-    BookUpdate,
-    Facet,
-    GenreCount,
-    ShelfEntry,
-)
+from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
 from pages import JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, named
-from people import Principal
-from records import Setting
 from routes import Routes
 from rows import AsJson, Insert, Prepared
+from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
 from search import AMONG, FEW, Words, best_first, count_matches, few_best_first, has_words, index_books
-from values import FIRST_YEAR, BlankIsNull, Id, Name, Shape, Title
 
 router = Routes(prefix="/books", tags=["Catalogue"])
 
@@ -89,7 +76,7 @@ Sort = Literal[
 ]
 
 
-class BookFilter(Shape):
+class BookFilter(RequestModel):
     search: Annotated[
         Title | None,
         BlankIsNull,
@@ -99,8 +86,8 @@ class BookFilter(Shape):
     author: Annotated[Name | None, BlankIsNull, Field(description="These words, in the author's name.")] = None
     publisher: Annotated[Name | None, BlankIsNull, Field(description="These words, in the publisher's name.")] = None
     language: Annotated[Name | None, BlankIsNull] = None
-    year_from: Annotated[int | None, Field(ge=FIRST_YEAR, le=9999)] = None
-    year_to: Annotated[int | None, Field(ge=FIRST_YEAR, le=9999)] = None
+    year_from: Annotated[int | None, Field(ge=MIN_YEAR, le=9999)] = None
+    year_to: Annotated[int | None, Field(ge=MIN_YEAR, le=9999)] = None
     available: bool = Field(default=False, description="`true`: only books with a copy to lend.")
     added_by: Literal["me"] | None = Field(default=None, description="Only those that I added.")
     sort: Sort | None = Field(default=None, description="Best match first where `search` is given, else by `id`.")
@@ -122,7 +109,7 @@ class BookFilter(Shape):
         return {
             "genre": self.genre,
             "language": self.language,
-            "year_from": FIRST_YEAR if self.year_from is None else self.year_from,
+            "year_from": MIN_YEAR if self.year_from is None else self.year_from,
             "year_to": 9999 if self.year_to is None else self.year_to,
             "added_by": viewer and viewer.id,
             "words": self.words.expression() if self.words else None,
@@ -287,7 +274,7 @@ def _tell(session: Session, event_type: str, book: Book | dict[str, Any]) -> Boo
 def disown_books(session: Session, user_id: int) -> None:
     """Their account is about to go. The books stay, and what they show of who added them changes."""
     theirs = sa.update(Book).where(col(Book.added_by) == user_id)
-    change = {"added_by": None, "version": col(Book.version) + 1, "updated_at": values.now()}
+    change = {"added_by": None, "version": col(Book.version) + 1, "updated_at": models.utcnow()}
     ids = session.scalars(theirs.values(change).returning(col(Book.id))).all()
     told = AsJson({name: column for name, column in PUBLIC.items() if name != "description"})
     for some in (ids[start : start + 1000] for start in range(0, len(ids), 1000)):

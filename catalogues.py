@@ -22,7 +22,7 @@ import httpx2
 from fastapi import HTTPException
 from pydantic import ValidationError
 
-import values
+import models
 from settings import VERSION, settings
 from sources import OPEN_EDITIONS, Candidate, Found, GoogleVolume, GoogleVolumes, OpenWorks, Source, last_part
 
@@ -78,14 +78,14 @@ class Cache:
 
     def get(self, url: str) -> bytes | None:
         until, body = self.answers.get(url, (None, b""))
-        if until is None or until > values.now():
+        if until is None or until > models.utcnow():
             return body if until else None
         self._drop(url)
         return None
 
     def put(self, url: str, body: bytes) -> None:
         self._drop(url)
-        self.answers[url] = (values.now() + CACHE_HOUR, body)
+        self.answers[url] = (models.utcnow() + CACHE_HOUR, body)
         self.size += len(body)
         while self.size > CACHE_MAX:
             self._drop(next(iter(self.answers)))
@@ -225,7 +225,7 @@ def _retry_after(answer: httpx2.Response) -> float:
     if text.isascii() and text.isdecimal():
         return float(text[:9])
     try:
-        return max(0.0, (parsedate_to_datetime(text) - values.now()).total_seconds())
+        return max(0.0, (parsedate_to_datetime(text) - models.utcnow()).total_seconds())
     except (ValueError, TypeError, OverflowError):
         return 0.0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from stdnum import isbn as isbn_numbers
 
-import values
+import schemas
 
 
 class BadValue(Exception):
@@ -23,12 +23,12 @@ def reason(error: Any, value: str) -> str:
     """Why pydantic refused this cell, as the error of its row."""
     if any("\udc80" <= c <= "\udcff" for c in value):
         return "has bytes that the encoding of the file has not"
-    return "is missing" if not value else values.why(error)
+    return "is missing" if not value else schemas.describe_error(error)
 
 
 def mend_isbn(text: str) -> str | None:
     """The ISBN as 13 digits: also one that lost its leading zeros to a spreadsheet, if its check digit then fits."""
-    if values.is_isbn13(text):
+    if schemas.is_isbn13(text):
         return text
     if re.fullmatch(r"[\d.]+e\+?\d+", text, re.IGNORECASE):  # 9.78043902348e+12 has lost its last digits
         return None

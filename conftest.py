@@ -32,10 +32,10 @@ import catalogues
 import database
 import logins
 import mail
+import models
 import operations
-import people
-import values
-from mail import Letter
+import schemas
+from mail import Email
 from main import app
 from settings import settings
 
@@ -279,36 +279,36 @@ def other_reader(client: TestClient) -> Person:
 
 @pytest.fixture
 def librarian(client: TestClient) -> Person:
-    return make(client, "Lydia", people.Role.librarian)
+    return make(client, "Lydia", models.Role.librarian)
 
 
 @pytest.fixture
-def mailbox(monkeypatch: pytest.MonkeyPatch) -> list[Letter]:
+def mailbox(monkeypatch: pytest.MonkeyPatch) -> list[Email]:
     """All that is mailed, whoever it is to."""
-    letters: list[Letter] = []
+    letters: list[Email] = []
 
-    async def keep(letter: Letter) -> None:
+    async def keep(letter: Email) -> None:
         letters.append(letter)
 
     monkeypatch.setattr(mail, "send", keep)
     return letters
 
 
-def token_in(letter: Letter) -> str:
+def token_in(letter: Email) -> str:
     """Of the link that a letter holds."""
     return str(re.findall(r"/auth/verify-email/([\w-]+)", letter.text)[0])
 
 
-def code_in(letter: Letter) -> str:
+def code_in(letter: Email) -> str:
     return str(re.findall(r"^ +(\d{6})\s*$", letter.text, re.MULTILINE)[0])
 
 
 PASSWORD_HASH = auth.passwords.hash(PASSWORD)
 
 
-def make(client: httpx.Client, username: str, role: people.Role = people.Role.reader) -> Person:
+def make(client: httpx.Client, username: str, role: models.Role = models.Role.reader) -> Person:
     """Somebody who signed up, and in, before the test began."""
-    new = people.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
+    new = schemas.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
 
     def sign_up_and_in(session: Session) -> dict[str, Any]:
         return sign_in(session, accounts.add_user(session, new, PASSWORD_HASH, role).id)
@@ -318,15 +318,15 @@ def make(client: httpx.Client, username: str, role: people.Role = people.Role.re
 
 def sign_in(session: Session, user_id: int) -> dict[str, Any]:
     """The tokens of a new login, without the time that a password takes."""
-    user = session.get_one(people.User, user_id)
+    user = session.get_one(models.User, user_id)
     account = logins.Account(user.id, user.password_hash, is_active=True, email_verified_at=None)
     pair = logins.start_session(session, account, logins.Device("testclient", None), None)
     assert pair is not None
     return pair.model_dump()
 
 
-def user_named(session: Session, username: str) -> people.User:
-    return session.exec(select(people.User).where(col(people.User.username) == username)).one()
+def user_named(session: Session, username: str) -> models.User:
+    return session.exec(select(models.User).where(col(models.User.username) == username)).one()
 
 
 class Clock:
@@ -344,7 +344,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Time stands still, but for `clock.advance(minutes=31)`."""
     frozen = Clock()
-    monkeypatch.setattr(values, "now", frozen.read)
+    monkeypatch.setattr(models, "utcnow", frozen.read)
     return frozen
 
 

@@ -13,8 +13,8 @@ from fastapi import HTTPException
 import catalogues
 import events
 from formats import LOOKED_UP, FileBook, Problem, Row
+from schemas import CSV_CONTEXT
 from sources import Candidate, Source
-from values import OF_CELLS
 
 log = logging.getLogger("books.enrichment")
 
@@ -98,4 +98,4 @@ def complete(row: Row, found: Candidate | None, down: str | None) -> None:
         row.problems.append(
             Problem("isbn", row.values["isbn"], f"could not be looked up, the book is in as it is: {down}")
         )
-    row.book, row.wanted = FileBook.model_validate(row.values, context=OF_CELLS), None
+    row.book, row.wanted = FileBook.model_validate(row.values, context=CSV_CONTEXT), None

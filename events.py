@@ -13,9 +13,8 @@ from sqlalchemy import Connection
 from sqlmodel import Session, col
 
 import database
-import values
-from people import Principal, Role
-from records import Event, Setting
+import models
+from models import Event, Principal, Role, Setting
 from rows import Insert, Prepared
 from settings import settings
 
@@ -54,7 +53,7 @@ def record(
     and what the daily job did (`harvest.*`), which has none.
     """
     shown_to = {"user_id": owner, "private": private or owner is not None}
-    ADD(session, {"at": values.now(), "type": type, "data": data, **shown_to})
+    ADD(session, {"at": models.utcnow(), "type": type, "data": data, **shown_to})
     session.info["recorded"] = True
 
 
@@ -63,7 +62,7 @@ def record_each(session: Session, type: str, rows: sa.Select[Any]) -> None:  # n
     data: Any = rows.selected_columns[0]
     if database.is_postgresql():
         data = sa.cast(data, sa.JSON)
-    moment = sa.literal(values.now(), values.UtcDateTime)
+    moment = sa.literal(models.utcnow(), models.UtcDateTime)
     columns = ("at", "type", "data", "private")
     told = rows.with_only_columns(moment, sa.literal(type), data, sa.false(), maintain_column_froms=True)
     session.execute(sa.insert(Event).from_select(columns, told))

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from sqlmodel import col
 
 import database
-import values
+import models
 from auth import CurrentUser, Viewer, not_signed_in
 from books import ONE_BOOK, ORDERS, PUBLIC, BookFilter, as_book, condition
 from cells import to_html
@@ -120,7 +120,7 @@ def _shelf_cells(row: Any) -> list[object]:
     # Goodreads names the exclusive shelf among the others, which is why it is taken out of them on the way in.
     tags = ([shelf] if shelf in entry["tags"] else []) + entry["tags"]
     dates = {n: entry[n] and entry[n].date().isoformat().replace("-", "/") for n in ("finished_at", "added_at")}
-    moments = [entry[name] and values.iso(entry[name]) for name in ("added_at", "started_at", "finished_at")]
+    moments = [entry[name] and models.isoformat(entry[name]) for name in ("added_at", "started_at", "finished_at")]
     return [
         *(book["id"], book["title"], first, "", others, "", book["isbn"], entry["rating"] or 0),
         *(book["rating"] and round(book["rating"], 2), book["publisher"], "", book["pages"]),

@@ -11,11 +11,10 @@ import database
 from auth import Contributor, CurrentUser, bad_body
 from books import add_book, etag_of
 from manual import answers
-from models import BookPublic
 from pages import bad_query
 from routes import Routes
+from schemas import BlankIsNull, BookPublic, Isbn, RequestModel, Title
 from sources import REFS, Candidate, Source
-from values import BlankIsNull, Isbn, Shape, Title
 
 AT_ONCE = 20  # requests of this process that wait for another catalogue
 
@@ -37,7 +36,7 @@ async def take_turn() -> AsyncIterator[None]:
 router = Routes(prefix="/books/external", tags=["In and out"], dependencies=[Depends(take_turn)])
 
 
-class ExternalQuery(Shape):
+class ExternalQuery(RequestModel):
     q: Annotated[Title | None, BlankIsNull] = Field(default=None, description="Words, or what the source takes there.")
     isbn: Annotated[Isbn | None, BlankIsNull] = Field(default=None, description="In place of `q`.")
     source: Source = Source.google
@@ -63,7 +62,7 @@ async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: C
     return Candidates(items=found.items, total=found.total)
 
 
-class ExternalBook(Shape):
+class ExternalBook(RequestModel):
     source: Source
     ref: Annotated[str, StringConstraints(max_length=40)] = Field(examples=["zyTCAlFPjgYC"])
 

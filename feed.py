@@ -33,9 +33,9 @@ import throttle
 from auth import Viewer, is_still
 from events import EVENT_ID_MAX, Filter, Logged, after, floor, head
 from manual import answers
-from records import Event, EventPublic
+from models import Event
 from routes import Routes
-from values import BlankIsNull, Shape, in_words
+from schemas import BlankIsNull, EventPublic, RequestModel, pattern
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -274,7 +274,7 @@ Types = Annotated[
     str,
     Field(
         max_length=500,
-        pattern=in_words(
+        pattern=pattern(
             r"^(\*|[a-z]+\.(\*|[a-z_]+))(,(\*|[a-z]+\.(\*|[a-z_]+)))*$",
             "must be types of events with commas between them, like book.*,review.created",
         ),
@@ -289,13 +289,13 @@ TypesParameter = Annotated[
 EventId = Annotated[int, Field(ge=0, le=EVENT_ID_MAX)]
 
 
-class EventsQuery(Shape):
+class EventsQuery(RequestModel):
     after: EventId = Field(default=0, description="The `next` of the answer before; 0 for the oldest that are kept.")
     limit: Annotated[int, Field(ge=1, le=100)] = 20
     types: TypesParameter = None
 
 
-class StreamQuery(Shape):
+class StreamQuery(RequestModel):
     types: TypesParameter = None
     since: EventId | None = Field(default=None, description="Resume after this id. `Last-Event-ID` wins over it.")
     limit: Annotated[int | None, Field(ge=1, le=10_000, description="End after so many events.")] = None

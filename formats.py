@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError, create_model
 
 from cells import BadValue, decimal_point, from_html, mend_isbn, printable, read_date, reason, unescape
 from csvfiles import UnreadableFile, unguard
-from models import BookBase, EntryUpdate, ShelfStatus
-from values import OF_CELLS, Moment, is_isbn13
+from models import ShelfStatus
+from schemas import CSV_CONTEXT, BookBase, EntryUpdate, Timestamp, is_isbn13
 
 # --- columns ------------------------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class Row:
 # The fields and rules of a new book, without SQLModel's own constructor, which takes longer than all of them.
 FILE_BOOK: dict[str, Any] = {name: (info.annotation, info) for name, info in BookBase.model_fields.items()}
 FileBook: Any = create_model("FileBook", **FILE_BOOK)
-MOMENT: TypeAdapter[datetime] = TypeAdapter(Moment)
+MOMENT: TypeAdapter[datetime] = TypeAdapter(Timestamp)
 
 
 class Reader:
@@ -216,10 +216,10 @@ class Reader:
             row.values, row.told = values, self._read_numbers_and_dates(values)
             if self.enrich and "isbn" in values and not values.keys() >= LOOKED_UP:
                 # Its faults are told at once; what is only missing may be found.
-                FileBook.model_validate({"title": "?", "author": "?", **values}, context=OF_CELLS)
+                FileBook.model_validate({"title": "?", "author": "?", **values}, context=CSV_CONTEXT)
                 row.wanted = values["isbn"]
             else:
-                row.book = FileBook.model_validate({"title": "", "author": "", **values}, context=OF_CELLS)
+                row.book = FileBook.model_validate({"title": "", "author": "", **values}, context=CSV_CONTEXT)
         except ValidationError as error:
             row.problems = [
                 Problem(name, given.get(name, ""), reason(e, given.get(name, "")))

@@ -13,10 +13,9 @@ import catalogues
 import database
 import events
 import models
-import values
+import schemas
 from books import add_book
-from people import Role, User
-from records import Setting
+from models import Role, Setting, User
 from settings import settings
 from sources import Source
 
@@ -58,7 +57,7 @@ def _is_due(connection: Connection) -> bool:
 
 def _stamp(later: timedelta = timedelta(0)) -> str:
     """A time whose order is that of its letters."""
-    return (values.now() + later).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return (models.utcnow() + later).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 async def _claim() -> bool:
@@ -98,7 +97,7 @@ async def _bring_in(query: str) -> dict[str, int]:
     return counts
 
 
-async def _add(book: models.BookCreate, admin: int) -> bool:
+async def _add(book: schemas.BookCreate, admin: int) -> bool:
     try:
         await database.write(add_book, book, admin)
     except IntegrityError as error:

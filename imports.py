@@ -25,14 +25,14 @@ from sqlmodel import Session, SQLModel, col
 import catalogues
 import database
 import events
-import values
+import models
 from cells import printable, storable, which_comes_first
 from csvfiles import MEANINGLESS, Broken, Dialect, UnreadableFile, detect_dialect, detect_encoding, records
 from enrichment import Enricher
 from formats import Columns, Reader, Row, known_columns, read_header, seen
-from people import Principal, User
+from models import Principal, Upload, UploadChunk, UploadError, UploadStatus, User
 from placing import Batch, Memory
-from records import Upload, UploadChunk, UploadError, UploadPublic, UploadStatus
+from schemas import UploadPublic
 
 log = logging.getLogger("books.imports")
 
@@ -60,9 +60,9 @@ class Job:
 
     def keep(self) -> None:
         """Now and then while it reads, tell the other workers that it is alive."""
-        if self.kept_at is None or values.now() - self.kept_at > LEASE / 5:
+        if self.kept_at is None or models.utcnow() - self.kept_at > LEASE / 5:
             database.transact(_keep, self)
-            self.kept_at = values.now()
+            self.kept_at = models.utcnow()
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def _run(job: Job) -> None:
 
 def _claim(session: Session, upload_id: int) -> Job | None:
     """Take the upload if it is free; None if somebody is at it."""
-    now, worker = values.now(), secrets.token_hex(8)
+    now, worker = models.utcnow(), secrets.token_hex(8)
     claimed = session.execute(
         sa.update(Upload)
         .where(col(Upload.id) == upload_id, claimable())
@@ -231,7 +231,7 @@ def _claim(session: Session, upload_id: int) -> Job | None:
 
 
 def claimable() -> ColumnElement[bool]:
-    abandoned = sa.and_(col(Upload.status) == UploadStatus.processing, col(Upload.lease_until) < values.now())
+    abandoned = sa.and_(col(Upload.status) == UploadStatus.processing, col(Upload.lease_until) < models.utcnow())
     return sa.or_(col(Upload.status) == UploadStatus.queued, abandoned)
 
 
@@ -247,7 +247,7 @@ def _mine(session: Session, job: Job) -> Upload:
         raise Stopped("it is gone with its owner")
     if upload.worker != job.worker:
         raise Stopped(f"it is {upload.status}, not by this job")
-    upload.lease_until = values.now() + LEASE
+    upload.lease_until = models.utcnow() + LEASE
     return upload
 
 
@@ -324,7 +324,7 @@ def _finish(session: Session, job: Job, error: str | None) -> None:
 
 
 def end(session: Session, upload: Upload, status: UploadStatus) -> None:
-    upload.status, upload.finished_at, upload.lease_until, upload.worker = status, values.now(), None, None
+    upload.status, upload.finished_at, upload.lease_until, upload.worker = status, models.utcnow(), None, None
     session.execute(sa.delete(UploadChunk).where(col(UploadChunk.upload_id) == upload.id))
     _tell_progress(session, upload)
 

@@ -14,21 +14,11 @@ import events
 from auth import CurrentUser
 from books import PUBLIC, BookId, as_book, no_such_book
 from manual import FOLLOWED_PAGE, answers
-from models import (
-    Book,
-    BookPublic,
-    EntryCreate,
-    EntryPublic,
-    EntryUpdate,
-    GenreCount,
-    ShelfEntry,
-    ShelfStatus,
-)
+from models import Book, Principal, ShelfEntry, ShelfStatus, SortableTimestamp, User
 from pages import JsonPage, Listing, Order, Page, PageQuery, json_answer, named
-from people import Principal, User
 from routes import Routes
 from rows import AsJson, Prepared
-from values import AsText, Id
+from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id
 
 router = Routes(prefix="/my-library", tags=["My library"])
 
@@ -38,7 +28,7 @@ SELECT_ENTRIES = sa.select(*ENTRY.values(), *PUBLIC.values()).join_from(
 )
 SORTED_BY: dict[str, tuple[Any, ...]] = {
     "added": (),  # ids are given out in the order of time
-    "updated": (AsText(ShelfEntry.updated_at),),
+    "updated": (SortableTimestamp(ShelfEntry.updated_at),),
     "title": (col(Book.title_key),),
     "author": (col(Book.author_key),),
     "rating": (sa.func.coalesce(col(ShelfEntry.rating), 0),),
@@ -123,7 +113,7 @@ def _shelve(session: Session, book_id: int, user: Principal, new: EntryCreate) -
     if book is None:
         raise no_such_book()
     entry = ShelfEntry(user_id=user.id, book_id=book_id, status=ShelfStatus.wishlist)
-    entry.revise(EntryUpdate.model_validate(new.model_dump()))
+    entry.revise(new.model_dump())
     session.add(entry)
     try:
         session.flush()
@@ -154,7 +144,7 @@ def revise_entry(
     session: Session, entry: ShelfEntry, book: Book, user: Principal | User, change: EntryUpdate
 ) -> EntryPublic:
     had_rating, was_review, said = entry.rating, entry.is_review, (entry.rating, entry.review)
-    entry.revise(change)
+    entry.revise(change.model_dump(exclude_unset=True))
     count_rating(book, had_rating, entry.rating)
     changed = said != (entry.rating, entry.review)
     return _keep(session, entry, book, user, "shelf.updated", was_review=was_review, changed=changed)

@@ -15,16 +15,15 @@ from sqlmodel import Session, col
 
 import database
 import events
-import values
+import models
 from auth import CurrentUser, Staff
 from books import BookId, no_such_book
 from manual import FOLLOWED_PAGE, answers
-from models import COPIES_MAX, RENEWALS_MAX, Book, Loan, LoanCreate, LoanPublic, LoanStatus, StockChange, StockPublic
+from models import MAX_COPIES, MAX_RENEWALS, Book, DomainError, Loan, LoanStatus, Principal, User
 from pages import Order, Page, PageQuery, named, page_answer, read_page
-from people import Principal, User
 from routes import Routes
+from schemas import Id, LoanCreate, LoanPublic, StockChange, StockPublic
 from settings import settings
-from values import DomainError, Id
 
 router = Routes(tags=["Lending"])
 
@@ -72,7 +71,7 @@ def _change_stock(session: Session, book_id: int, quantity: int) -> StockPublic:
     if not _move(session, book_id, copies=quantity, available=quantity):
         stock = _stock_now(session, book_id)
         if quantity > 0:
-            raise DomainError("quantity", f"would make more than {COPIES_MAX} copies")
+            raise DomainError("quantity", f"would make more than {MAX_COPIES} copies")
         raise HTTPException(409, f"{stock.on_loan} of {stock.copies} copies are on loan: they can't be removed.")
     return _stock_now(session, book_id)
 
@@ -86,12 +85,12 @@ def _stock_now(session: Session, book_id: int) -> StockPublic:
 
 def _move(session: Session, book_id: int, *, copies: int = 0, available: int) -> bool:
     """Change how many copies there are and are here, and tell of it, if that leaves none missing or too many."""
-    fits = (col(Book.available) + available >= 0, col(Book.copies) + copies <= COPIES_MAX)
+    fits = (col(Book.available) + available >= 0, col(Book.copies) + copies <= MAX_COPIES)
     figures = {"copies": col(Book.copies) + copies, "available": col(Book.available) + available}
     moved = session.execute(
         sa.update(Book)
         .where(col(Book.id) == book_id, *fits)
-        .values(**figures, version=col(Book.version) + 1, updated_at=values.now())
+        .values(**figures, version=col(Book.version) + 1, updated_at=models.utcnow())
         .returning(*TOLD_OF_STOCK),
         execution_options={"synchronize_session": False},
     ).first()
@@ -113,7 +112,7 @@ async def borrow(new: LoanCreate, user: CurrentUser, response: Response) -> Loan
 
 def _borrow(session: Session, new: LoanCreate, user: Principal) -> LoanPublic:
     borrower_id = _borrower(session, new, user)
-    now = values.now()
+    now = models.utcnow()
     loan = Loan(
         user_id=borrower_id,
         book_id=new.book_id,
@@ -165,7 +164,7 @@ class LoanQuery(PageQuery):
     user_id: Id | None = Field(default=None, description="Only this borrower's; for staff.")
 
     def conditions(self) -> list[ColumnElement[bool]]:
-        is_late = col(Loan.due_at) < values.now()
+        is_late = col(Loan.due_at) < models.utcnow()
         by_status: dict[LoanStatus | None, list[ColumnElement[bool]]] = {
             None: [],
             LoanStatus.active: [IS_OPEN, sa.not_(is_late)],
@@ -223,7 +222,7 @@ async def return_loan(loan_id: LoanId, user: CurrentUser) -> LoanPublic:
 
 def _return(session: Session, loan_id: int, user: Principal) -> LoanPublic:
     loan = _open_loan(session, loan_id, user)
-    loan.returned_at = values.now()
+    loan.returned_at = models.utcnow()
     session.flush()
     _move(session, loan.book_id, available=loan.quantity)
     return _tell(session, "loan.returned", loan)
@@ -239,8 +238,8 @@ def _renew(session: Session, loan_id: int, user: Principal) -> LoanPublic:
     loan = _open_loan(session, loan_id, user)
     if loan.status == LoanStatus.overdue:
         raise HTTPException(409, "This loan is overdue: it can't be renewed.")
-    if loan.renewals == RENEWALS_MAX:
-        raise HTTPException(409, f"This loan was renewed {RENEWALS_MAX} times: that is all.")
+    if loan.renewals == MAX_RENEWALS:
+        raise HTTPException(409, f"This loan was renewed {MAX_RENEWALS} times: that is all.")
     loan.renew(settings.loan_days)
     return _tell(session, "loan.renewed", loan)
 

@@ -16,8 +16,8 @@ from starlette.background import BackgroundTask
 
 import database
 import mail
+import models
 import throttle
-import values
 from auth import (
     NOBODYS_HASH,
     TOKEN_MAX,
@@ -34,11 +34,11 @@ from auth import (
     verify_password,
 )
 from manual import PAGE, answers
+from models import CodePurpose, LoginSession, OneTimeCode, Principal, User
 from pages import Order, Page, PageQuery, named, page_answer, read_page
-from people import CodePurpose, LoginSession, OneTimeCode, Principal, SessionPublic, User
 from routes import Routes
+from schemas import Id, RequestModel, SessionPublic, Storable
 from settings import settings
-from values import Id, Shape, Storable
 
 router = Routes(tags=["Accounts"])
 
@@ -55,20 +55,20 @@ class TokenPair(BaseModel):
     refresh_token: str = Field(description="Good once, at `/auth/refresh`.")
 
 
-class RefreshRequest(Shape):
+class RefreshRequest(RequestModel):
     refresh_token: Annotated[str, Field(max_length=TOKEN_MAX), Storable]
 
 
 def _renew(login: LoginSession, jti: str) -> TokenPair:
     """A new pair for this login, in place of its last. The caller's transaction keeps the new hash."""
-    now = values.now()
+    now = models.utcnow()
     login.previous_hash, login.refresh_hash = login.refresh_hash, hash_secret(jti)
     login.last_used_at, login.expires_at = now, now + timedelta(days=settings.refresh_token_expire_days)
     return _pair(login, jti)
 
 
 def _pair(login: LoginSession, jti: str) -> TokenPair:
-    now, lifetime = values.now(), timedelta(minutes=settings.access_token_expire_minutes)
+    now, lifetime = models.utcnow(), timedelta(minutes=settings.access_token_expire_minutes)
     return TokenPair(
         access_token=sign("access", login, now, now + lifetime, secrets.token_urlsafe(12)),
         expires_in=int(lifetime.total_seconds()),
@@ -225,10 +225,10 @@ def _rotate(session: Session, claims: Claims) -> TokenPair | None:
     shown = hash_secret(claims.jti)
     if hmac.compare_digest(login.refresh_hash, shown):
         return _renew(login, _successor(claims.jti))
-    if login.previous_hash == shown and values.now() - login.last_used_at <= RETRY_WITHIN:
+    if login.previous_hash == shown and models.utcnow() - login.last_used_at <= RETRY_WITHIN:
         return _pair(login, _successor(claims.jti))
     # We signed it, and it is not the current one: it was used before, by its owner or by a thief.
-    login.revoked_at = values.now()
+    login.revoked_at = models.utcnow()
     audit(session, login.user_id, "token_reused", session_id=login.id)
     return None
 
@@ -253,11 +253,11 @@ def _log_out(session: Session, user: Principal, which: sa.ColumnElement[bool]) -
 def end_sessions(session: Session, user_id: int, which: sa.ColumnElement[bool]) -> Sequence[int]:
     """End those of a user's logins; their ids."""
     theirs = sa.update(LoginSession).where(col(LoginSession.user_id) == user_id, _is_live(), which)
-    return session.scalars(theirs.values(revoked_at=values.now()).returning(col(LoginSession.id))).all()
+    return session.scalars(theirs.values(revoked_at=models.utcnow()).returning(col(LoginSession.id))).all()
 
 
 def _is_live() -> sa.ColumnElement[bool]:
-    return sa.and_(col(LoginSession.revoked_at).is_(None), col(LoginSession.expires_at) > values.now())
+    return sa.and_(col(LoginSession.revoked_at).is_(None), col(LoginSession.expires_at) > models.utcnow())
 
 
 SESSIONS, SESSION_PAGE = Order("-id", (col(LoginSession.id),)), TypeAdapter(Page[SessionPublic])
@@ -294,7 +294,7 @@ def _end_session(session: Session, user: Principal, session_id: int) -> bool:
 
 def sweep(session: Session) -> None:
     """Delete logins and codes that are of no more use. What happened to them is in the log."""
-    now = values.now()
+    now = models.utcnow()
     over = sa.or_(col(LoginSession.expires_at) <= now, col(LoginSession.revoked_at).is_not(None))
     session.execute(sa.delete(LoginSession).where(over))
     session.execute(sa.delete(OneTimeCode).where(col(OneTimeCode.expires_at) <= now))
@@ -309,7 +309,7 @@ LINK_AGAIN_AFTER = timedelta(minutes=5)  # for who tries to sign in and has not 
 def make_link(session: Session, user: User, lifetime: timedelta = LINK_LIFETIME) -> str:
     """The token of a link that makes the address that the user has now the confirmed one, also if it changes."""
     token = secrets.token_urlsafe(24)
-    expires_at, sealed = values.now() + lifetime, seal(CodePurpose.verify_email, token)
+    expires_at, sealed = models.utcnow() + lifetime, seal(CodePurpose.verify_email, token)
     session.add(
         OneTimeCode(
             user_id=user.id,
@@ -322,7 +322,7 @@ def make_link(session: Session, user: User, lifetime: timedelta = LINK_LIFETIME)
     return token
 
 
-def ask_to_confirm(session: Session, user: User) -> mail.Letter:
+def ask_to_confirm(session: Session, user: User) -> mail.Email:
     """The letter with a new link that confirms this user's address. Links that are out already stay good."""
     return mail.confirm_address(user.email, user.username, make_link(session, user))
 
@@ -333,11 +333,11 @@ async def _mail_link_again(user_id: int) -> None:
         await mail.send(letter)
 
 
-def _ask_again(session: Session, user_id: int) -> mail.Letter | None:
+def _ask_again(session: Session, user_id: int) -> mail.Email | None:
     lately = sa.select(col(OneTimeCode.id)).where(
         col(OneTimeCode.user_id) == user_id,
         col(OneTimeCode.purpose) == CodePurpose.verify_email,
-        col(OneTimeCode.created_at) > values.now() - LINK_AGAIN_AFTER,
+        col(OneTimeCode.created_at) > models.utcnow() - LINK_AGAIN_AFTER,
     )
     if session.execute(lately.limit(1)).first() is not None:
         return None

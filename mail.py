@@ -23,13 +23,13 @@ IMPLICIT_TLS_PORT = 465  # RFC 8314, 3.3
 posters = ThreadPoolExecutor(max_workers=4, thread_name_prefix="smtp")
 
 
-class Letter(NamedTuple):
+class Email(NamedTuple):
     to: str
     subject: str
     text: str
 
 
-async def send(letter: Letter) -> None:
+async def send(letter: Email) -> None:
     """Deliver it, with a few tries. For background tasks: what fails for good is logged, not raised."""
     if settings.smtp_host is None:
         log.warning("SMTP_HOST is not set. Mail to %s: %s\n\n%s", *letter)
@@ -46,7 +46,7 @@ async def send(letter: Letter) -> None:
                 return
 
 
-def _deliver(letter: Letter) -> None:
+def _deliver(letter: Email) -> None:
     host, port = settings.smtp_host or "", settings.smtp_port
     context = ssl.create_default_context()
     if settings.smtp_tls and port == IMPLICIT_TLS_PORT:
@@ -62,7 +62,7 @@ def _deliver(letter: Letter) -> None:
         server.send_message(_message(letter), from_addr=parseaddr(settings.mail_from)[1], to_addrs=[letter.to])
 
 
-def _message(letter: Letter) -> EmailMessage:
+def _message(letter: Email) -> EmailMessage:
     # Lines up to what SMTP takes (RFC 5321, 4.5.3.1.6), so that a link is never broken in two.
     message = EmailMessage(SMTP.clone(max_line_length=998))
     message["From"] = settings.mail_from
@@ -99,8 +99,8 @@ async def _stopping_within(seconds: float) -> bool:
 # may be somebody else.
 
 
-def confirm_address(to: str, username: str, token: str) -> Letter:
-    return Letter(
+def confirm_address(to: str, username: str, token: str) -> Email:
+    return Email(
         to,
         "Confirm your e-mail address",
         f'This address was given for the account "{username}" at Books API.\n'
@@ -110,8 +110,8 @@ def confirm_address(to: str, username: str, token: str) -> Letter:
     )
 
 
-def reset_code(to: str, username: str, code: str) -> Letter:
-    return Letter(
+def reset_code(to: str, username: str, code: str) -> Email:
+    return Email(
         to,
         "Your code for a new password",
         f'Somebody asked for a new password for the account "{username}" at Books API\n'
@@ -122,11 +122,11 @@ def reset_code(to: str, username: str, code: str) -> Letter:
     )
 
 
-def password_changed(to: str, username: str) -> Letter:
+def password_changed(to: str, username: str) -> Email:
     return _notice(to, "Your password was changed", f'The password of the account "{username}" was changed.')
 
 
-def address_changed(to: str, username: str, new: str, undo: str | None) -> Letter:
+def address_changed(to: str, username: str, new: str, undo: str | None) -> Email:
     text = f'The e-mail address of the account "{username}" was changed to {new}.\n'
     if undo is not None:
         link = f"{settings.public_url}/auth/verify-email/{undo}"
@@ -135,11 +135,11 @@ def address_changed(to: str, username: str, new: str, undo: str | None) -> Lette
     return _notice(to, "Your e-mail address was changed", text)
 
 
-def account_deleted(to: str, username: str) -> Letter:
+def account_deleted(to: str, username: str) -> Email:
     text = f'The account "{username}" was deleted, with its shelf and reviews.'
     return _notice(to, "Your account was deleted", text)
 
 
-def _notice(to: str, subject: str, text: str) -> Letter:
+def _notice(to: str, subject: str, text: str) -> Email:
     where = f"at Books API ({settings.public_url})"
-    return Letter(to, subject, f"{text}\nThis happened {where}. If it was not you, write to whoever runs it, soon.\n")
+    return Email(to, subject, f"{text}\nThis happened {where}. If it was not you, write to whoever runs it, soon.\n")

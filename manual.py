@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic.json_schema import models_json_schema
 
-from values import Problem
+from schemas import Problem
 
 PROBLEM_JSON = "application/problem+json"
 Json = dict[str, Any]

@@ -25,11 +25,11 @@ import events
 import harvest
 import imports
 import logins
+import models
 import sqlite
-import values
 from auth import Admin
 from manual import answers
-from records import Setting
+from models import Setting
 from routes import Routes
 from settings import VERSION, settings
 from sqlite import Sqlite
@@ -113,7 +113,7 @@ async def every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
 def take_turn(session: Session, work: str, span: timedelta) -> bool:
     """Whether this is to be done now, and by whoever asks: of all processes one is told so, once in each span."""
     last = session.get(Setting, f"last_{work}")
-    now = values.now()
+    now = models.utcnow()
     if last is not None and datetime.fromisoformat(last.value) > now - span:
         return False
     session.merge(Setting(key=f"last_{work}", value=now.isoformat()))
@@ -178,7 +178,7 @@ async def health() -> Health:
 
 
 def _probe(session: Session) -> None:
-    session.merge(Setting(key="probed", value=values.now().isoformat()))
+    session.merge(Setting(key="probed", value=models.utcnow().isoformat()))
 
 
 def _unwell(what: str, error: BaseException | None) -> HTTPException:
@@ -210,7 +210,7 @@ async def back_up(admin: Admin) -> StreamingResponse:
         copy = await anyio.to_thread.run_sync(_copy, str(where.engine.url.database))
     except OSError as error:
         raise no_room(error) from None
-    name = f"books-{values.now():%Y%m%d-%H%M%S}.db"
+    name = f"books-{models.utcnow():%Y%m%d-%H%M%S}.db"
     headers = {
         "Content-Disposition": f'attachment; filename="{name}"',
         "Content-Length": str(os.fstat(copy.fileno()).st_size),

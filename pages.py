@@ -19,13 +19,14 @@ from pydantic import BaseModel, Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection, Float, Integer, Select, and_, bindparam, func, or_
 
 import database
+from models import MAX_ID
 from rows import Prepared
-from values import ID_MAX, BlankIsNull, Shape, in_words
+from schemas import BlankIsNull, RequestModel, pattern
 
 T = TypeVar("T")
 Key = str | int | float
 CURSOR_MAX = 20_000  # characters: two keys, of whatever letters
-BASE64 = in_words(r"^[A-Za-z0-9_-]*$", "is not one that this service gave")
+BASE64 = pattern(r"^[A-Za-z0-9_-]*$", "is not one that this service gave")
 Cursor = Annotated[str, Field(max_length=CURSOR_MAX, pattern=BASE64)]
 
 
@@ -35,10 +36,10 @@ class Page(BaseModel, Generic[T]):
     next: str | None = Field(description="Give it as `cursor` to read on; null on the last page.")
 
 
-class PageQuery(Shape):
+class PageQuery(RequestModel):
     limit: Annotated[int, Field(ge=1, le=100)] = 20
-    offset: Annotated[int | None, Field(ge=0, le=ID_MAX, description="How many to jump over.")] = None
-    skip: Annotated[int | None, Field(ge=0, le=ID_MAX, description="Another name of `offset`.")] = None
+    offset: Annotated[int | None, Field(ge=0, le=MAX_ID, description="How many to jump over.")] = None
+    skip: Annotated[int | None, Field(ge=0, le=MAX_ID, description="Another name of `offset`.")] = None
     cursor: Annotated[Cursor | None, BlankIsNull] = Field(default=None, description="What `next` gave.")
 
     @property
@@ -119,7 +120,7 @@ def _fits(key: object, kind: Any) -> bool:
         # JSON can carry half a surrogate pair, which no database takes.
         return isinstance(key, str) and "\x00" not in key and key.encode(errors="ignore").decode() == key
     # PostgreSQL refuses to compare a column with a number that it can't hold.
-    return isinstance(key, kind) and not isinstance(key, bool) and abs(key) <= ID_MAX
+    return isinstance(key, kind) and not isinstance(key, bool) and abs(key) <= MAX_ID
 
 
 def bad_query(name: str, message: str) -> RequestValidationError:

@@ -11,15 +11,13 @@ from sqlmodel import Session, SQLModel, col
 import database
 import events
 import library
-import values
+import models
 from books import revise_book
 from formats import Entry, Problem, Row
-from models import Book, BookBase, BookUpdate, EntryUpdate, ShelfEntry
-from people import Principal
-from records import OnDuplicate, Upload
+from models import Book, DomainError, OnDuplicate, Principal, ShelfEntry, Upload
+from schemas import BookBase, BookUpdate, EntryUpdate
 from search import index_books
 from settings import settings
-from values import DomainError
 
 BOOKS = SQLModel.metadata.tables["book"]
 
@@ -102,7 +100,7 @@ class Batch:
             known = sa.select(col(Book.isbn), col(Book.id)).where(col(Book.isbn).in_(isbns))
             self.ids.update((isbn, book_id) for isbn, book_id in self.session.execute(known) if isbn)
         # The key in the database ignores accents too, which make a difference here: it only finds the candidates.
-        titles = {values.key_of(book.title) for key, book in wanted if not isinstance(key, str)}
+        titles = {models.sort_key(book.title) for key, book in wanted if not isinstance(key, str)}
         if titles:
             columns = (col(Book.id), col(Book.title), col(Book.author), col(Book.isbn))
             candidates = sa.select(*columns).where(col(Book.title_key).in_(titles)).order_by(col(Book.id))
@@ -191,7 +189,7 @@ class Batch:
         return shelved, moved
 
     def _add_entry(self, told: Entry, book: Book) -> ShelfEntry:
-        entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, **told._asdict() | {"added_at": values.now()})
+        entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, **told._asdict() | {"added_at": models.utcnow()})
         entry.added_at = told.added_at or entry.added_at
         self.session.add(entry)
         library.count_rating(book, None, entry.rating)
@@ -211,7 +209,9 @@ class Batch:
         had_rating, was_review, said = entry.rating, entry.is_review, (entry.rating, entry.review)
         try:
             # With `finished_at`, so that none is made up.
-            entry.revise(EntryUpdate.model_validate({"finished_at": entry.finished_at, **told}))
+            entry.revise(
+                EntryUpdate.model_validate({"finished_at": entry.finished_at, **told}).model_dump(exclude_unset=True)
+            )
         except DomainError as error:
             for name, value in before.items():  # what an earlier row has changed stays
                 setattr(entry, name, value)

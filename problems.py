@@ -20,7 +20,8 @@ from starlette.routing import Match
 import database
 import operations
 from manual import PROBLEM_JSON
-from values import DomainError, why
+from models import DomainError
+from schemas import describe_error
 
 log = logging.getLogger("books")
 
@@ -85,7 +86,7 @@ def allowed_methods(request: Request) -> list[str]:
 
 async def on_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    errors = [{"loc": list(e["loc"]), "msg": why(e), "type": e["type"]} for e in error.errors()[:100]]
+    errors = [{"loc": list(e["loc"]), "msg": describe_error(e), "type": e["type"]} for e in error.errors()[:100]]
     return problem(422, _said_of_all(request, error) or _said_of(errors[0]), errors=errors)
 
 

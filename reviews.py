@@ -13,10 +13,10 @@ import library
 from auth import Staff
 from books import FIND_BOOK, BookId, book_to_change, no_such_book
 from manual import PAGE, answers
-from models import EntryUpdate, ReviewPublic, ShelfEntry
+from models import ShelfEntry, User
 from pages import Order, Page, PageQuery, named, page_answer, read_page
-from people import User, Username
 from routes import Routes
+from schemas import EntryUpdate, ReviewPublic, Username
 
 router = Routes(prefix="/books", tags=["Catalogue"])
 

@@ -18,7 +18,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
 
 import database
-from values import Cents, UtcDateTime
+from models import Cents, UtcDateTime
 
 
 class Prepared:

@@ -17,9 +17,8 @@ from sqlmodel import Session, col
 from stdnum import isbn as isbn_numbers
 
 import database
-from models import Book
+from models import Book, normalize, sort_key
 from rows import Prepared, connection_of
-from values import fold, key_of
 
 FTS = sa.table("book_fts")
 BOOKS_BY_WORDS = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
@@ -125,7 +124,7 @@ def few_best_first(connection: Connection, asked: Words) -> list[tuple[int, int]
         found |= dict.fromkeys(titles, 2)
         found |= dict.fromkeys(_ids(connection, begins), 1)
     if found:
-        same = SAME_TITLE.all(connection, {"title": key_of(asked.search or ""), "ids": str([*found])})
+        same = SAME_TITLE.all(connection, {"title": sort_key(asked.search or ""), "ids": str([*found])})
         found |= {book_id: 0 for (book_id,) in same}
     return sorted((tier, book_id) for book_id, tier in found.items())
 
@@ -182,7 +181,7 @@ def _title_expressions(asked: Words) -> tuple[str, str]:
 
 def _tiers_of_sqlite(asked: Words, filtered: bool) -> Tiers:
     match, (in_title, begins) = _fts5(asked), _title_expressions(asked)
-    exact = col(Book.title_key) == key_of(asked.search or "")
+    exact = col(Book.title_key) == sort_key(asked.search or "")
     row_id = sa.literal_column("book_fts.rowid", sa.Integer)
     book_id = col(Book.id)
     by_words = sa.select(row_id).select_from(FTS)
@@ -212,7 +211,7 @@ WORD_MAX = 2000  # bytes; PostgreSQL refuses to look for a word of 2,048
 
 
 def _tokens(found: Sequence[str]) -> list[str]:
-    return [token for word in found for token in re.findall(r"[^\W_]+", fold(word))]
+    return [token for word in found for token in re.findall(r"[^\W_]+", normalize(word))]
 
 
 def _terms(found: Sequence[str], mark: str = "", *, prefixes: bool = True) -> list[str]:
@@ -239,7 +238,7 @@ def _tiers_of_postgresql(asked: Words) -> Tiers:
     found = words(asked.search)
     has_all, in_title = _has(_tsquery(asked)), _has(" & ".join(_terms(found, MARKS["title"]) or [NO_BOOK]))
     begins = TITLE_WORDS.startswith(" ".join(_tokens(found)))
-    exact = col(Book.title_key) == key_of(asked.search or "")
+    exact = col(Book.title_key) == sort_key(asked.search or "")
     return tuple(
         (sa.select(col(Book.id)).where(has_all, *more), col(Book.id))
         for more in ((exact,), (~exact, begins), (~exact, ~begins, in_title), (~exact, ~begins, ~in_title))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, WrapValidator
 
 from cells import BadValue, from_html, mend_isbn, read_date
-from models import BookCreate, BookUpdate
+from schemas import BookCreate, BookUpdate
 
 T = TypeVar("T")
 

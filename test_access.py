@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 import database
 from conftest import NEW, PASSWORD, make
 from main import DOCS, app
-from people import Role
+from models import Role
 
 # Who asks. "reader" is the owner of what is asked for; "closed" was switched off and "gone" has logged out, both with
 # the token in hand.

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from conftest import NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in, wait_for
-from mail import Letter
+from mail import Email
 from settings import settings
 
 # --- registration -------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_twenty_registrations_of_one_name_make_one_account(server: Server) -> No
 # --- confirming the address ---------------------------------------------------------------------------------------
 
 
-def test_a_link_confirms_the_address_once(client: TestClient, mailbox: list[Letter]) -> None:
+def test_a_link_confirms_the_address_once(client: TestClient, mailbox: list[Email]) -> None:
     client.post("/auth/register", json=NEW)
     (letter,) = mailbox
     assert letter.to == "rita@example.com"
@@ -85,14 +85,14 @@ def test_a_link_confirms_the_address_once(client: TestClient, mailbox: list[Lett
     assert client.get(link).status_code == 404
 
 
-def test_a_browser_gets_a_sentence(client: TestClient, mailbox: list[Letter]) -> None:
+def test_a_browser_gets_a_sentence(client: TestClient, mailbox: list[Email]) -> None:
     client.post("/auth/register", json=NEW)
     link = f"/auth/verify-email/{token_in(mailbox[0])}"
     answer = client.get(link, headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
     assert answer.text == "The address rita@example.com is confirmed. You can close this page."
 
 
-def test_links_in_mails_do_not_follow_the_host_header(client: TestClient, mailbox: list[Letter]) -> None:
+def test_links_in_mails_do_not_follow_the_host_header(client: TestClient, mailbox: list[Email]) -> None:
     """Whoever registers somebody else's address must not choose where its link leads."""
     hostile = {"Host": "evil.example", "X-Forwarded-Host": "evil.example"}
     client.post("/auth/register", json=NEW, headers=hostile)
@@ -101,7 +101,7 @@ def test_links_in_mails_do_not_follow_the_host_header(client: TestClient, mailbo
 
 @pytest.mark.parametrize(("hours", "status"), [(23.9, 200), (24.1, 404)], ids=["in time", "too late"])
 def test_a_link_is_good_for_a_day(
-    client: TestClient, clock: Clock, mailbox: list[Letter], hours: float, status: int
+    client: TestClient, clock: Clock, mailbox: list[Email], hours: float, status: int
 ) -> None:
     client.post("/auth/register", json=NEW)
     clock.advance(hours=hours)
@@ -113,7 +113,7 @@ def test_what_is_no_link_confirms_nothing(client: TestClient, token: str) -> Non
     assert client.get(f"/auth/verify-email/{token}").status_code in (404, 422)
 
 
-def test_i_can_ask_for_another_link(client: TestClient, mailbox: list[Letter]) -> None:
+def test_i_can_ask_for_another_link(client: TestClient, mailbox: list[Email]) -> None:
     rita = sign_up(client, "rita")
     assert rita.post("/auth/verify-email").status_code == 202
     first, second = mailbox
@@ -135,7 +135,7 @@ def reset(client: TestClient, code: str, email: str = "rita@example.com", passwo
 
 
 @pytest.fixture
-def code(client: TestClient, reader: Person, mailbox: list[Letter], monkeypatch: pytest.MonkeyPatch) -> str:
+def code(client: TestClient, reader: Person, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch) -> str:
     """What Rita was mailed, who forgot her password."""
     monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
     client.post("/auth/forgot-password", json={"email": "Rita@Example.com"})
@@ -147,7 +147,7 @@ def wrong(code: str) -> str:
 
 
 def test_a_code_sets_a_new_password_once_and_ends_every_session(
-    client: TestClient, reader: Person, code: str, mailbox: list[Letter]
+    client: TestClient, reader: Person, code: str, mailbox: list[Email]
 ) -> None:
     assert reset(client, code) == 204
     assert reader.get("/users/me").status_code == 401
@@ -177,7 +177,7 @@ def test_the_fifth_try_may_be_right(client: TestClient, code: str) -> None:
     assert reset(client, code) == 204
 
 
-def test_a_new_code_cancels_the_one_before(client: TestClient, code: str, mailbox: list[Letter]) -> None:
+def test_a_new_code_cancels_the_one_before(client: TestClient, code: str, mailbox: list[Email]) -> None:
     client.post("/auth/forgot-password", json=FORGOTTEN)
     newer = code_in(mailbox.pop())
     if newer != code:  # one time in a million they are the same
@@ -193,7 +193,7 @@ def test_a_code_is_good_for_its_own_address_only(client: TestClient, other_reade
 
 
 def test_whether_an_address_is_known_shows_nowhere(
-    client: TestClient, admin: Person, reader: Person, mailbox: list[Letter]
+    client: TestClient, admin: Person, reader: Person, mailbox: list[Email]
 ) -> None:
     closed = sign_up(client, "closed")
     admin.patch(f"/users/{closed.get('/users/me').json()['id']}", json={"is_active": False})
@@ -262,13 +262,13 @@ def _logged_code(server: Server) -> str | None:
     text = server.log.read_text()
     if "Your code for a new password" not in text:
         return None
-    return code_in(Letter("", "", text))
+    return code_in(Email("", "", text))
 
 
 # --- changing it --------------------------------------------------------------------------------------------------
 
 
-def test_changing_my_password_ends_my_other_sessions(client: TestClient, reader: Person, mailbox: list[Letter]) -> None:
+def test_changing_my_password_ends_my_other_sessions(client: TestClient, reader: Person, mailbox: list[Email]) -> None:
     elsewhere = Person(client, reader.username)
     change = {"current_password": PASSWORD, "new_password": NEW_PASSWORD}
     assert reader.post("/auth/change-password", json=change).status_code == 204

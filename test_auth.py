@@ -16,10 +16,10 @@ from sqlmodel import Session, select
 
 import auth
 import database
-import values
+import models
 from conftest import NEW, PASSWORD, Clock, Person, Server, code_in, make, sign_up, token_in, user_named
-from mail import Letter
-from people import LoginSession, OneTimeCode, User
+from mail import Email
+from models import LoginSession, OneTimeCode, User
 from settings import COMMON_PASSWORDS, settings
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -70,12 +70,12 @@ FORGERIES: dict[str, Callable[[TestClient], str]] = {
     "claims that are a list": lambda client: str(jws.sign(b"[1]", auth._Key.value, algorithm="HS256")),
     "claims that are no JSON": lambda client: f"{part({'alg': 'HS256'})}.e30x.AAAA",
     "another signature": lambda client: forged(client)[:-4] + "AAAA",
-    "expired": lambda client: forged(client, exp=values.now() - timedelta(seconds=1)),
+    "expired": lambda client: forged(client, exp=models.utcnow() - timedelta(seconds=1)),
     "no expiry": lambda client: forged(client, exp=None),
     "no session": lambda client: forged(client, sid=None),
     "no type": lambda client: forged(client, typ=None),
     "a refresh token": lambda client: str(Person(client, "admin", "admin").tokens["refresh_token"]),
-    "issued tomorrow": lambda client: forged(client, iat=values.now() + timedelta(days=1)),
+    "issued tomorrow": lambda client: forged(client, iat=models.utcnow() + timedelta(days=1)),
     "somebody else's session": lambda client: forged(client, sub="2"),
     "a session that is a word": lambda client: forged(client, sid="one"),
     "a huge session": lambda client: forged(client, sid=str(10**30)),
@@ -114,7 +114,7 @@ def test_a_bad_token_is_an_error_where_none_is_needed_too(client: TestClient, re
         assert reader.get(path).status_code == 401
 
 
-def test_the_database_holds_no_secret_in_plain(client: TestClient, reader: Person, mailbox: list[Letter]) -> None:
+def test_the_database_holds_no_secret_in_plain(client: TestClient, reader: Person, mailbox: list[Email]) -> None:
     client.post("/auth/forgot-password", json={"email": "rita@example.com"})
     reader.post("/auth/verify-email")
     code, link = mailbox

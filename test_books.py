@@ -12,7 +12,8 @@ from sqlmodel import Session
 
 import database
 from conftest import DUNE, Clock, Person, Server, sign_up
-from models import Book, BookPublic
+from models import Book
+from schemas import BookPublic
 
 # --- values -------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import database
 import sqlite
 from conftest import HERE, Person, Server, url_of, wait_for
 from database import Violation
-from records import Setting
+from models import Setting
 from settings import Settings
 
 PROCESSES, THREADS, STEPS = 2, 4, 60
@@ -264,7 +264,7 @@ def test_a_read_sees_one_moment(client: TestClient, admin: Person) -> None:
 
     def add_one(session: Session) -> None:
         import books
-        from models import BookCreate
+        from schemas import BookCreate
 
         books.add_book(session, BookCreate(title="A", author="B"), 1)
 

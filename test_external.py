@@ -23,7 +23,7 @@ import external
 import harvest
 import imports
 from conftest import DUNE, Catalogues, Clock, Fault, Person, Server, send, sign_up, wait_for
-from records import UploadStatus
+from models import UploadStatus
 from settings import settings
 from sources import Candidate, Source, candidate, date_and_year, paragraphs
 

@@ -26,8 +26,7 @@ import placing
 import uploads
 from conftest import DUNE, HERE, REAL_BOOKS, Clock, Person, Postgres, Server, sign_up, wait_for
 from formats import Row
-from people import User
-from records import UploadChunk
+from models import UploadChunk, User
 from settings import settings
 
 # --- files --------------------------------------------------------------------------------------------------------

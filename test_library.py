@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from conftest import Clock, Person, Server, sign_up
-from values import fold
+from models import normalize
 
 
 def iso(clock: Clock) -> str:
@@ -280,7 +280,7 @@ def test_my_reading_in_figures(reader: Person, other_reader: Person) -> None:
     shelve(other_reader, {"pages": 10**4}, **done, finished_at="2025-01-01", rating=1)
     stats = reader.get("/my-library/stats").json()
     for row in (*stats["top_genres"], *stats["top_authors"]):  # of several spellings, any
-        row.update({name: fold(text) for name, text in row.items() if name != "count"})
+        row.update({name: normalize(text) for name, text in row.items() if name != "count"})
     assert stats == {
         "total": 6,
         "by_status": {"wishlist": 0, "reading": 1, "completed": 4, "abandoned": 1},

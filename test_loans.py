@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 import database
 from conftest import DUNE, PASSWORD, Clock, Person, Server, make
-from models import COPIES_MAX
+from models import MAX_COPIES
 from settings import settings
 
 
@@ -73,10 +73,10 @@ def test_copies_come_and_go(client: TestClient, librarian: Person) -> None:
     ("quantity", "status"),
     [
         pytest.param(-3, 409, id="one that is on loan"),
-        pytest.param(-COPIES_MAX, 409, id="far more than there are"),
+        pytest.param(-MAX_COPIES, 409, id="far more than there are"),
         pytest.param(0, 422, id="none"),
-        pytest.param(-COPIES_MAX - 1, 422, id="too few for any shelf"),
-        pytest.param(COPIES_MAX, 422, id="too many together"),
+        pytest.param(-MAX_COPIES - 1, 422, id="too few for any shelf"),
+        pytest.param(MAX_COPIES, 422, id="too many together"),
         pytest.param(10**30, 422, id="more than a database can count"),
         pytest.param(1.5, 422, id="half a copy"),
         pytest.param(None, 422, id="null"),

@@ -14,8 +14,8 @@ from sqlmodel import Session, select
 import database
 import logins
 from conftest import JSON, NEW, PASSWORD, Clock, Person, Server, sign_up, token_in, wait_for
-from mail import Letter
-from people import LoginSession, OneTimeCode
+from mail import Email
+from models import LoginSession, OneTimeCode
 from settings import settings
 
 # --- signing in ---------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_logout_everywhere_ends_all_of_mine_and_nobody_elses(
     assert other_reader.get("/users/me").status_code == 200
 
 
-def test_what_is_over_is_swept_away(client: TestClient, clock: Clock, reader: Person, mailbox: list[Letter]) -> None:
+def test_what_is_over_is_swept_away(client: TestClient, clock: Clock, reader: Person, mailbox: list[Email]) -> None:
     Person(client, reader.username).post("/auth/logout")
     client.post("/auth/forgot-password", json={"email": "rita@example.com"})
 
@@ -267,7 +267,7 @@ def test_what_is_over_is_swept_away(client: TestClient, clock: Clock, reader: Pe
 
 
 def test_an_address_may_have_to_be_confirmed_first(
-    client: TestClient, clock: Clock, mailbox: list[Letter], monkeypatch: pytest.MonkeyPatch
+    client: TestClient, clock: Clock, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "require_verified_email", True)
     client.post("/auth/register", json=NEW)
@@ -287,7 +287,7 @@ def test_an_address_may_have_to_be_confirmed_first(
 
 
 def test_a_new_address_has_to_be_confirmed_before_the_next_refresh(
-    client: TestClient, reader: Person, mailbox: list[Letter], monkeypatch: pytest.MonkeyPatch
+    client: TestClient, reader: Person, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "require_verified_email", True)
     assert refreshed(client, reader.tokens["refresh_token"]) is None

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 
 import mail
 from conftest import PASSWORD, Person, Server, code_in, free_port, sign_up, token_in, wait_for
-from mail import Letter
+from mail import Email
 from settings import settings
 
 pytestmark = pytest.mark.slow
@@ -51,9 +51,9 @@ class Inbox:
         self.accounts.append((data.login.decode(), data.password.decode()))
         return AuthResult(success=True)
 
-    def letter(self, number: int) -> Letter:
+    def letter(self, number: int) -> Email:
         message = wait_for(lambda: self.messages[number] if len(self.messages) > number else None)
-        return Letter(message["To"], message["Subject"], message.get_content())
+        return Email(message["To"], message["Subject"], message.get_content())
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def send(inbox: Inbox, monkeypatch: pytest.MonkeyPatch, refusals: list[str]) -> 
     monkeypatch.setattr(settings, "smtp_tls", False)
     monkeypatch.setattr(mail, "SECONDS_BETWEEN_TRIES", (0.01, 0.01, 0.01))
     inbox.refusals = refusals
-    asyncio.run(mail.send(Letter("rita@example.com", "Subject", "Text")))
+    asyncio.run(mail.send(Email("rita@example.com", "Subject", "Text")))
 
 
 def test_sigterm_does_not_wait_for_a_mail_server_that_is_down(serve: Callable[..., Server]) -> None:

@@ -15,8 +15,8 @@ from fastapi.testclient import TestClient
 
 from conftest import DUNE, HERE, Person, Server, wait_for
 from main import app
+from schemas import PATTERN_MESSAGES
 from settings import Settings, settings
-from values import IN_WORDS
 
 README = HERE / "README.md"
 
@@ -307,7 +307,7 @@ def test_no_pattern_is_an_explanation(client: TestClient, reader: Person) -> Non
     }
     schema = json.dumps(client.get("/openapi.json").json())
     patterns = {json.loads(found) for found in re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', schema)}
-    assert patterns - {r"\S", r"^\s*$"} <= IN_WORDS.keys(), "those two are told by what they are: blank or not"
+    assert patterns - {r"\S", r"^\s*$"} <= PATTERN_MESSAGES.keys(), "those two are told by what they are: blank or not"
 
 
 # --- the docs -----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import sqlite
 import uploads
 from conftest import HERE, Clock, Person, Server, recurring_work, sign_up, wait_for
 from main import app
-from people import LoginSession
+from models import LoginSession
 from settings import settings
 
 # --- backup and restore -------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from books import BOOKS, FIND_BOOK, ORDERS, counting
 from conftest import Person
 from library import COUNT_ENTRIES, ENTRIES
 from library import ORDERS as SHELF_ORDERS
-from models import Book, BookPublic, EntryPublic
+from models import Book
 from pages import Page
 from rows import Prepared
+from schemas import BookPublic, EntryPublic
 from search import SAME_TITLE
 
 FULL = {

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 import throttle
 from conftest import HERE, NEW, PASSWORD, Clock, Person, Server, code_in, free_port, wait_for
-from mail import Letter
+from mail import Email
 from settings import settings
 
 
@@ -27,7 +27,7 @@ class Later:
 
 
 @pytest.fixture
-def limited(client: TestClient, monkeypatch: pytest.MonkeyPatch, mailbox: list[Letter]) -> TestClient:
+def limited(client: TestClient, monkeypatch: pytest.MonkeyPatch, mailbox: list[Email]) -> TestClient:
     """A service whose limits are in force, and Rita, who has an account."""
     assert client.post("/auth/register", json=NEW).status_code == 201
     monkeypatch.setattr(settings, "rate_limits", True)
@@ -92,7 +92,7 @@ def test_many_addresses_do_not_help_for_long(limited: TestClient) -> None:
     assert answers == [401] * 100 + [429] * 10
 
 
-def test_a_new_password_by_mail_opens_the_door_again(limited: TestClient, mailbox: list[Letter]) -> None:
+def test_a_new_password_by_mail_opens_the_door_again(limited: TestClient, mailbox: list[Email]) -> None:
     attempts(limited, "/login", WRONG, 11)
     limited.post("/auth/forgot-password", json={"email": NEW["email"]})
     body = {"email": NEW["email"], "otp": code_in(mailbox[-1]), "new_password": "another horse"}
@@ -106,7 +106,7 @@ def test_a_number_for_a_name_is_not_somebodys_id(limited: TestClient) -> None:
 
 
 def test_signing_in_unconfirmed_does_not_mail_without_end(
-    limited: TestClient, clock: Clock, mailbox: list[Letter], monkeypatch: pytest.MonkeyPatch
+    limited: TestClient, clock: Clock, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "require_verified_email", True)
     for _ in range(9):
@@ -145,7 +145,7 @@ def test_refreshes_of_one_login_are_limited(limited: TestClient) -> None:
         assert limited.post("/auth/refresh", json=body).status_code == status
 
 
-def test_links_are_not_mailed_without_end(limited: TestClient, mailbox: list[Letter]) -> None:
+def test_links_are_not_mailed_without_end(limited: TestClient, mailbox: list[Email]) -> None:
     rita = Person(limited, "rita")
     asked = [rita.post("/auth/verify-email").status_code for _ in range(3)]
     changed = [rita.patch("/users/me", json={"email": f"a{n}@example.com"}).status_code for n in range(3)]

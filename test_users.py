@@ -16,8 +16,9 @@ import feed
 import logins
 import users
 from conftest import DUNE, NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in, wait_for
-from mail import Letter
-from people import AccountUpdate, Principal, User, UserCreate
+from mail import Email
+from models import Principal, User
+from schemas import AccountUpdate, UserCreate
 from settings import settings
 
 # --- my account ---------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def test_i_can_not_change(reader: Person, change: dict[str, Any], status: int) -
     assert reader.get("/users/me").json() == before
 
 
-def test_a_new_address_is_confirmed_anew_and_the_old_one_is_told(client: TestClient, mailbox: list[Letter]) -> None:
+def test_a_new_address_is_confirmed_anew_and_the_old_one_is_told(client: TestClient, mailbox: list[Email]) -> None:
     rita = sign_up(client, "rita")
     (first,) = mailbox
     changed = rita.patch("/users/me", json={"email": "new@example.com"}).json()
@@ -59,25 +60,25 @@ def test_a_new_address_is_confirmed_anew_and_the_old_one_is_told(client: TestCli
 
 
 @pytest.fixture
-def confirmed(client: TestClient, mailbox: list[Letter]) -> Person:
+def confirmed(client: TestClient, mailbox: list[Email]) -> Person:
     """Rita, whose address is a confirmed one."""
     rita = sign_up(client, "rita")
     client.get(f"/auth/verify-email/{token_in(mailbox.pop())}")
     return rita
 
 
-def last_to(address: str, mailbox: list[Letter]) -> Letter:
+def last_to(address: str, mailbox: list[Email]) -> Email:
     return [letter for letter in mailbox if letter.to == address][-1]
 
 
-def reset(client: TestClient, mailbox: list[Letter], email: str, password: str) -> int:
+def reset(client: TestClient, mailbox: list[Email], email: str, password: str) -> int:
     client.post("/auth/forgot-password", json={"email": email})
     body = {"email": email, "otp": code_in(last_to(email, mailbox)), "new_password": password}
     return client.post("/auth/reset-password", json=body).status_code
 
 
 def test_a_thief_of_a_session_does_not_get_away_with_the_account(
-    client: TestClient, clock: Clock, confirmed: Person, mailbox: list[Letter]
+    client: TestClient, clock: Clock, confirmed: Person, mailbox: list[Email]
 ) -> None:
     """The owner of the address that was confirmed takes the change back, by the link in the news of it."""
     thief = Person(client, "rita")
@@ -97,7 +98,7 @@ def test_a_thief_of_a_session_does_not_get_away_with_the_account(
 
 
 def test_a_thief_who_set_a_password_is_out_with_it(
-    client: TestClient, confirmed: Person, mailbox: list[Letter], monkeypatch: pytest.MonkeyPatch
+    client: TestClient, confirmed: Person, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
     confirmed.patch("/users/me", json={"email": "thief@example.com"})
@@ -124,7 +125,7 @@ ROUNDABOUT = {
 @pytest.mark.parametrize("which", [0, -1], ids=["the first link", "the last link"])
 @pytest.mark.parametrize("addresses", ROUNDABOUT.values(), ids=ROUNDABOUT)
 def test_whoever_had_an_address_first_has_the_last_word(
-    client: TestClient, confirmed: Person, mailbox: list[Letter], addresses: list[str], which: int
+    client: TestClient, confirmed: Person, mailbox: list[Email], addresses: list[str], which: int
 ) -> None:
     """Neither a change there and back makes the link of the owner useless, nor a link that went to the thief."""
     thief = Person(client, "rita")
@@ -141,7 +142,7 @@ def test_whoever_had_an_address_first_has_the_last_word(
 
 
 def test_a_link_of_the_thief_leaves_that_of_the_owner(
-    client: TestClient, confirmed: Person, mailbox: list[Letter]
+    client: TestClient, confirmed: Person, mailbox: list[Email]
 ) -> None:
     confirmed.patch("/users/me", json={"email": "thief@example.com"})
     client.get(f"/auth/verify-email/{token_in(mailbox[-1])}")
@@ -151,7 +152,7 @@ def test_a_link_of_the_thief_leaves_that_of_the_owner(
         assert client.get(f"/auth/verify-email/{undo}").json()["email"] == address
 
 
-def test_an_address_that_was_mine_is_confirmed_when_i_come_back_to_it(confirmed: Person, mailbox: list[Letter]) -> None:
+def test_an_address_that_was_mine_is_confirmed_when_i_come_back_to_it(confirmed: Person, mailbox: list[Email]) -> None:
     confirmed.patch("/users/me", json={"email": "new@example.com"})
     assert confirmed.patch("/users/me", json={"email": "rita@example.com"}).json()["email_verified_at"] is not None
     assert [letter.to for letter in mailbox[2:]] == ["new@example.com"], "it is told, and nothing is to be confirmed"
@@ -177,7 +178,7 @@ def test_an_address_that_can_be_taken_back_is_taken(
     confirmed: Person,
     admin: Person,
     other_reader: Person,
-    mailbox: list[Letter],
+    mailbox: list[Email],
     take: Callable[[dict[str, Person], str], httpx.Response],
 ) -> None:
     """Whoever changed it must not keep its owner from coming back, by giving it to another account."""
@@ -197,7 +198,7 @@ def test_an_address_is_held_for_a_week(clock: Clock, confirmed: Person, days: fl
 
 
 def test_an_address_that_is_in_use_after_all_is_not_taken_back(
-    client: TestClient, confirmed: Person, mailbox: list[Letter]
+    client: TestClient, confirmed: Person, mailbox: list[Email]
 ) -> None:
     """The operator gave it to the first admin, say."""
     confirmed.patch("/users/me", json={"email": "new@example.com"})
@@ -208,7 +209,7 @@ def test_an_address_that_is_in_use_after_all_is_not_taken_back(
 
 
 def test_an_address_that_was_taken_back_is_in_use_again(
-    client: TestClient, confirmed: Person, other_reader: Person, mailbox: list[Letter]
+    client: TestClient, confirmed: Person, other_reader: Person, mailbox: list[Email]
 ) -> None:
     confirmed.patch("/users/me", json={"email": "thief@example.com"})
     client.get(f"/auth/verify-email/{token_in(last_to('rita@example.com', mailbox))}")
@@ -216,14 +217,14 @@ def test_an_address_that_was_taken_back_is_in_use_again(
     assert other_reader.patch("/users/me", json={"email": "thief@example.com"}).status_code == 200
 
 
-def test_the_same_address_again_changes_nothing(client: TestClient, mailbox: list[Letter]) -> None:
+def test_the_same_address_again_changes_nothing(client: TestClient, mailbox: list[Email]) -> None:
     rita = sign_up(client, "rita")
     client.get(f"/auth/verify-email/{token_in(mailbox.pop())}")
     assert rita.patch("/users/me", json={"email": "RITA@example.com"}).json()["email_verified_at"] is not None
     assert mailbox == []
 
 
-def test_deleting_my_account_asks_for_the_password(client: TestClient, reader: Person, mailbox: list[Letter]) -> None:
+def test_deleting_my_account_asks_for_the_password(client: TestClient, reader: Person, mailbox: list[Email]) -> None:
     assert reader.delete("/users/me").status_code == 422
     assert reader.delete("/users/me", json={"password": "wrong password"}).status_code == 403
     assert reader.get("/users/me").status_code == 200
@@ -317,7 +318,7 @@ def test_an_account_that_goes_while_it_is_asked_for_is_signed_out(
 # --- administration -----------------------------------------------------------------------------------------------
 
 
-def test_an_admin_makes_accounts_of_any_role(client: TestClient, admin: Person, mailbox: list[Letter]) -> None:
+def test_an_admin_makes_accounts_of_any_role(client: TestClient, admin: Person, mailbox: list[Email]) -> None:
     answer = admin.post("/users", json={**NEW, "username": "lib", "role": "librarian"})
     assert answer.status_code == 201
     assert admin.get(answer.headers["Location"]).json() == answer.json()
@@ -368,7 +369,7 @@ def test_an_admin_finds_accounts(everybody: Person, query: dict[str, Any], names
 
 
 def test_an_admin_changes_role_name_and_address(
-    client: TestClient, admin: Person, reader: Person, mailbox: list[Letter]
+    client: TestClient, admin: Person, reader: Person, mailbox: list[Email]
 ) -> None:
     changed = admin.patch("/users/2", json={"role": "librarian", "full_name": "R.", "email": "r@example.com"}).json()
     assert (changed["role"], changed["full_name"], changed["email"]) == ("librarian", "R.", "r@example.com")
@@ -474,7 +475,7 @@ def test_rights_that_went_while_a_change_waited_change_nothing(client: TestClien
 
 
 def test_what_an_admin_has_decided_the_old_address_does_not_undo(
-    client: TestClient, admin: Person, confirmed: Person, mailbox: list[Letter]
+    client: TestClient, admin: Person, confirmed: Person, mailbox: list[Email]
 ) -> None:
     rita = confirmed.get("/users/me").json()["id"]
     mailbox.clear()

@@ -17,12 +17,11 @@ from csvfiles import to_csv
 from formats import REASON
 from imports import CHUNK, CHUNKS, end, run_upload
 from manual import PAGE, answers
+from models import OnDuplicate, Principal, Upload, UploadError, UploadStatus
 from pages import Order, Page, PageQuery, named, page_answer, read_page
-from people import Principal
-from records import OnDuplicate, Upload, UploadError, UploadErrorPublic, UploadPublic, UploadStatus
 from routes import Routes
+from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic
 from settings import settings
-from values import Id, Shape
 
 router = Routes(tags=["In and out"])
 
@@ -43,7 +42,7 @@ def _is_file(part: object) -> object:
     return part
 
 
-class ShelfForm(Shape):
+class ShelfForm(RequestModel):
     file: Annotated[UploadFile, BeforeValidator(_is_file)]
     on_duplicate: OnDuplicate = Field(
         default=OnDuplicate.skip,
@@ -60,7 +59,7 @@ class UploadForm(ShelfForm):
     )
 
 
-class NoQuery(Shape):
+class NoQuery(RequestModel):
     """What is asked of an upload is in its form: the same in the query would be passed over, `dry_run` with it."""
 
 

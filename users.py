@@ -16,31 +16,36 @@ import events
 import library
 import loans
 import mail
+import models
 import throttle
-import values
 from accounts import change_address, create_account, find_user, read_account, still_me, with_password
 from auth import Admin, CurrentUser, audit, refuse_if_changed
 from books import SELECT_BOOKS, as_book, disown_books
 from logins import end_sessions
-from mail import Letter
+from mail import Email
 from manual import PAGE, answers
-from models import Book, BookPublic, EntryPublic, Loan, LoanPublic, ShelfEntry
+from models import Book, Event, Loan, LoginSession, Principal, Role, ShelfEntry, Upload, UploadError, User
 from pages import Order, Page, PageQuery, named, page_answer, read_page
-from people import (
+from routes import Routes
+from schemas import (
     AccountCreate,
     AccountUpdate,
-    LoginSession,
-    Principal,
-    Role,
+    BlankIsNull,
+    BookPublic,
+    EntryPublic,
+    EventPublic,
+    Id,
+    LoanPublic,
+    Name,
+    RequestModel,
     SessionPublic,
-    User,
+    Storable,
+    UploadErrorPublic,
+    UploadPublic,
     UserPublic,
     UserUpdate,
 )
-from records import Event, EventPublic, Upload, UploadError, UploadErrorPublic, UploadPublic
-from routes import Routes
 from settings import settings
-from values import BlankIsNull, Id, Name, Shape, Storable
 
 router = Routes(prefix="/users", tags=["Users"])
 
@@ -73,7 +78,7 @@ async def _update(user_id: int, change: UserUpdate, by: Principal, tasks: Backgr
 
 def _change_account(
     session: Session, user_id: int, change: UserUpdate, by: Principal
-) -> tuple[UserPublic, list[Letter]]:
+) -> tuple[UserPublic, list[Email]]:
     admins = _lock_admins(session)
     refuse_if_changed(session, by)  # now that nobody else changes admins
     user = session.get(User, user_id, with_for_update=True)
@@ -112,7 +117,7 @@ def _keep_an_admin(admins: set[int], leaving: int) -> None:
         raise HTTPException(409, "This is the last active admin: make another one first.")
 
 
-class MyPassword(Shape):
+class MyPassword(RequestModel):
     password: Annotated[str, Field(max_length=1000), Storable]
 
 
@@ -126,12 +131,12 @@ async def delete_me(given: MyPassword, user: CurrentUser, request: Request, task
     tasks.add_task(mail.send, await database.write(_delete_my_account, user, me.password_hash))
 
 
-def _delete_my_account(session: Session, user: Principal, verified_hash: str) -> Letter:
+def _delete_my_account(session: Session, user: Principal, verified_hash: str) -> Email:
     still_me(session, user, verified_hash)
     return _delete_account(session, user.id, user)
 
 
-def _delete_account(session: Session, user_id: int, by: Principal) -> Letter:
+def _delete_account(session: Session, user_id: int, by: Principal) -> Email:
     admins = _lock_admins(session)
     refuse_if_changed(session, by)  # now that nobody else changes admins
     user = session.get(User, user_id, with_for_update=True)
@@ -189,7 +194,7 @@ async def export_me(user: CurrentUser) -> StreamingResponse:
 
 def _export(user: Principal, account: UserPublic) -> Iterator[str]:
     """A piece at a time: somebody's uploads may have explained a million rows."""
-    yield f'{{"exported_at": "{values.iso(values.now())}",\n"account": {account.model_dump_json()}'
+    yield f'{{"exported_at": "{models.isoformat(models.utcnow())}",\n"account": {account.model_dump_json()}'
     for name, part in _parts(user).items():
         yield f',\n"{name}": ['
         last, separator = 0, "\n"

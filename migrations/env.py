@@ -4,7 +4,7 @@ from alembic import context
 from sqlalchemy import Connection, create_engine
 from sqlmodel import SQLModel
 
-import models  # noqa: F401  # fills the metadata
+import models  # noqa: F401
 from settings import settings
 
 
