@@ -25,8 +25,8 @@ from sqlmodel import Session, col
 import database
 import events
 import models
+from database import CompiledQuery, connection_of
 from models import LoginSession, Principal, Role, Setting, User
-from rows import Prepared, connection_of
 from schemas import EmailAddress, Id, Username
 from settings import COMMON_PASSWORDS, settings
 
@@ -139,7 +139,7 @@ def not_signed_in(detail: str = "Sign in first: the token is missing, expired or
     return HTTPException(401, detail, {"WWW-Authenticate": "Bearer"})
 
 
-_PRINCIPAL = Prepared(
+_PRINCIPAL = CompiledQuery(
     sa.select(col(User.id), col(User.username), col(User.role), col(LoginSession.id))
     .join_from(LoginSession, User, col(LoginSession.user_id) == col(User.id))
     .where(
@@ -230,7 +230,7 @@ def audit(session: Session, /, user_id: int | None, what: str, **data: object) -
 
 def prepare() -> None:
     """Set the signing key, and on the first start make the first admin. Safe in several processes at once."""
-    database.transact(_prepare)
+    database.write_sync(_prepare)
     if settings.development:
         _tell_of_development_mode()
 
@@ -276,7 +276,7 @@ def _prepare(session: Session) -> None:
 def _tell_of_development_mode() -> None:
     """At each start, by one of its workers."""
     try:
-        first, open_to_all = database.transact(_look_around)
+        first, open_to_all = database.write_sync(_look_around)
     except OperationalError:  # a full disk: nothing can be kept
         first, open_to_all = True, None
     if first:

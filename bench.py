@@ -31,7 +31,7 @@ from bench_apps import GENRES, make_book, make_database, word
 from bench_feed import Listener, bench_feed
 from bench_import import bench_import
 from bench_server import HERE
-from pages import encode
+from pagination import encode
 
 # A line of the file is a path to read or, with POST, a body: reads take any, writes each once.
 LUA = """

@@ -15,11 +15,11 @@ import database
 import events
 import models
 from auth import Contributor, CurrentUser, Viewer, not_signed_in
+from database import CompiledQuery, Insert
 from manual import FOLLOWED_PAGE, answers
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
-from pages import JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, named
+from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, named
 from routes import Routes
-from rows import AsJson, Insert, Prepared
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
 from search import AMONG, FEW, Words, best_first, count_matches, few_best_first, has_words, index_books
 
@@ -36,8 +36,8 @@ SELECT_BOOKS = sa.select(*PUBLIC.values())
 ONE_BOOK = TypeAdapter(BookPublic)
 as_book = named(PUBLIC)
 # The same as text, for what is read most.
-SELECT_JSON: Any = sa.select(AsJson(PUBLIC), col(Book.id))
-SOME_BOOKS = Prepared(SELECT_JSON.where(col(Book.id).in_(AMONG)))
+SELECT_JSON: Any = sa.select(JsonObject(PUBLIC), col(Book.id))
+SOME_BOOKS = CompiledQuery(SELECT_JSON.where(col(Book.id).in_(AMONG)))
 
 
 def some_books(connection: Connection, ids: list[int]) -> Sequence[tuple[str, int]]:
@@ -47,7 +47,9 @@ def some_books(connection: Connection, ids: list[int]) -> Sequence[tuple[str, in
 
 
 ADD = Insert(Book)
-FIND_BOOK = Prepared(sa.select(AsJson(PUBLIC), col(Book.version)).where(col(Book.id) == sa.bindparam("book_id")))
+FIND_BOOK = CompiledQuery(
+    sa.select(JsonObject(PUBLIC), col(Book.version)).where(col(Book.id) == sa.bindparam("book_id"))
+)
 
 YEAR: ColumnElement[int] = sa.literal_column(f"coalesce(publication_year, {UNKNOWN_YEAR})", sa.Integer)
 SORTED_BY: dict[str, tuple[Any, ...]] = {
@@ -156,7 +158,7 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
     asked = query.asked()
     # A walk through all or one genre is short; what must count, match or sort may take long.
     short = asked == () or (asked in COUNTED and query.sort in (None, "id"))
-    how = database.scan if query.start or not short else database.read
+    how = database.read_in_thread if query.start or not short else database.read
     page, cursor = await how(find_books, query, asked, query.values(viewer))
     return json_answer(page, request, cursor)
 
@@ -174,15 +176,15 @@ def find_books(
 
 
 @functools.lru_cache(1000)
-def counting(asked: tuple[str, ...]) -> Prepared:
+def counting(asked: tuple[str, ...]) -> CompiledQuery:
     if not asked:
-        return Prepared(sa.select(col(Setting.value)).where(col(Setting.key) == "book_count"))
+        return CompiledQuery(sa.select(col(Setting.value)).where(col(Setting.key) == "book_count"))
     if asked in COUNTED:
         of_kind = (col(Facet.kind) == asked[0], sa.func.lower(col(Facet.name)) == sa.func.lower(sa.bindparam(asked[0])))
-        return Prepared(sa.select(sa.func.coalesce(sa.func.sum(col(Facet.count)), 0)).where(*of_kind))
+        return CompiledQuery(sa.select(sa.func.coalesce(sa.func.sum(col(Facet.count)), 0)).where(*of_kind))
     if "words" in asked:
-        return Prepared(count_matches([condition(name) for name in asked if name != "words"]))
-    return Prepared(sa.select(sa.func.count()).select_from(Book).where(*map(condition, asked)))
+        return CompiledQuery(count_matches([condition(name) for name in asked if name != "words"]))
+    return CompiledQuery(sa.select(sa.func.count()).select_from(Book).where(*map(condition, asked)))
 
 
 def best_matches(connection: Connection, query: BookQuery, asked: tuple[str, ...], values: dict[str, Any]) -> JsonPage:
@@ -203,7 +205,7 @@ def best_matches(connection: Connection, query: BookQuery, asked: tuple[str, ...
 @router.get("/genres")
 async def list_genres() -> list[GenreCount]:
     """The genres and how many books each has, the largest first."""
-    return await database.scan(_count_genres)
+    return await database.read_in_thread(_count_genres)
 
 
 def _count_genres(connection: Connection) -> list[GenreCount]:
@@ -252,7 +254,7 @@ ADDED = answers(403, 409, sends={201: "Location ETag"})
 @router.short("POST", "", status_code=201, response_model=BookPublic, responses=ADDED)
 async def create_book(new: BookCreate, user: Contributor) -> Response:
     """Add a book. An ISBN that is here already is refused with 409."""
-    book = await database.put(add_book, new, user.id)
+    book = await database.write_inline(add_book, new, user.id)
     headers = {"Location": f"/books/{book.id}", "ETag": etag_of(book.version)}
     return Response(ONE_BOOK.dump_json(book), 201, headers, media_type="application/json")
 
@@ -276,7 +278,7 @@ def disown_books(session: Session, user_id: int) -> None:
     theirs = sa.update(Book).where(col(Book.added_by) == user_id)
     change = {"added_by": None, "version": col(Book.version) + 1, "updated_at": models.utcnow()}
     ids = session.scalars(theirs.values(change).returning(col(Book.id))).all()
-    told = AsJson({name: column for name, column in PUBLIC.items() if name != "description"})
+    told = JsonObject({name: column for name, column in PUBLIC.items() if name != "description"})
     for some in (ids[start : start + 1000] for start in range(0, len(ids), 1000)):
         rows = sa.select(told).where(col(Book.id).in_(some)).order_by(col(Book.id))
         events.record_each(session, "book.updated", rows)

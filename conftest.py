@@ -264,7 +264,7 @@ def recurring_work(client: httpx.Client, running: Any = operations.running_jobs)
 
 @pytest.fixture
 def admin(client: TestClient) -> Person:
-    return Person(client, "admin", tokens=database.transact(lambda session: sign_in(session, 1)))
+    return Person(client, "admin", tokens=database.write_sync(lambda session: sign_in(session, 1)))
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def make(client: httpx.Client, username: str, role: models.Role = models.Role.re
     def sign_up_and_in(session: Session) -> dict[str, Any]:
         return sign_in(session, accounts.add_user(session, new, PASSWORD_HASH, role).id)
 
-    return Person(client, username, tokens=database.transact(sign_up_and_in))
+    return Person(client, username, tokens=database.write_sync(sign_up_and_in))
 
 
 def sign_in(session: Session, user_id: int) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from sqlmodel import Session, col
 
 import database
 import models
+from database import CompiledQuery, Insert
 from models import Event, Principal, Role, Setting
-from rows import Insert, Prepared
 from settings import settings
 
 log = logging.getLogger("books.events")
@@ -85,7 +85,7 @@ def _floor_query() -> sa.ScalarSelect[int]:
     return sa.select(value).where(col(Setting.key) == "event_floor").scalar_subquery()
 
 
-FLOOR = Prepared(sa.select(_floor_query()))
+FLOOR = CompiledQuery(sa.select(_floor_query()))
 
 
 def floor(connection: Connection) -> int:
@@ -93,7 +93,9 @@ def floor(connection: Connection) -> int:
     return int(FLOOR.first(connection)[0])
 
 
-HEAD = Prepared(sa.select(sa.func.coalesce(sa.select(sa.func.max(col(Event.id))).scalar_subquery(), _floor_query())))
+HEAD = CompiledQuery(
+    sa.select(sa.func.coalesce(sa.select(sa.func.max(col(Event.id))).scalar_subquery(), _floor_query()))
+)
 
 
 def head(connection: Connection) -> int:
@@ -101,7 +103,7 @@ def head(connection: Connection) -> int:
     return int(HEAD.first(connection)[0])
 
 
-AFTER = Prepared(
+AFTER = CompiledQuery(
     sa.select(col(Event.id), col(Event.type), col(Event.private), col(Event.user_id), sa.cast(Event.data, sa.Text))
     .where(col(Event.id) > sa.bindparam("cursor", type_=sa.BigInteger))
     .order_by(col(Event.id))

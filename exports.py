@@ -19,7 +19,7 @@ from csvfiles import to_csv
 from formats import BOOK_COLUMNS, OUR_COLUMNS, SHELVES
 from library import SELECT_ENTRIES, as_entry
 from models import Book, ShelfEntry
-from pages import Order
+from pagination import Order
 from routes import Routes
 
 router = Routes(tags=["In and out"])
@@ -76,7 +76,7 @@ def _batches(select: sa.Select[Any], order: Order) -> Iterator[Sequence[Any]]:
     page = select.add_columns(*order.columns).limit(BATCH)
     ahead = [page.order_by(*order.by())]
     while ahead:
-        rows = database.snapshot(_fetch, ahead.pop(0))
+        rows = database.read_sync(_fetch, ahead.pop(0))
         if rows:
             yield rows
         if len(rows) == BATCH:

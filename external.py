@@ -11,7 +11,7 @@ import database
 from auth import Contributor, CurrentUser, bad_body
 from books import add_book, etag_of
 from manual import answers
-from pages import bad_query
+from pagination import invalid_query
 from routes import Routes
 from schemas import BlankIsNull, BookPublic, Isbn, RequestModel, Title
 from sources import REFS, Candidate, Source
@@ -56,7 +56,7 @@ async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: C
     Answers are kept for an hour. Where the source is down it is 502, where it is slow 504.
     """
     if (query.q is None) == (query.isbn is None):
-        raise bad_query("q", "is needed, or isbn, and only one of them")
+        raise invalid_query("q", "is needed, or isbn, and only one of them")
     wanted = catalogues.Search(query.q, query.isbn, query.start_index, query.max_results)
     found = await catalogues.search(query.source, wanted)
     return Candidates(items=found.items, total=found.total)

@@ -332,7 +332,7 @@ async def list_events(query: Annotated[EventsQuery, Query()], viewer: Viewer) ->
     Public changes for anyone; with a bearer token also your own private ones.
     """
     wanted = Filter(viewer, split_types(query.types))
-    return await database.scan(_events_page, wanted, query)
+    return await database.read_in_thread(_events_page, wanted, query)
 
 
 @router.get("/stream", response_class=EventSourceResponse, responses=answers(429) | {200: STREAM})

@@ -61,7 +61,7 @@ class Job:
     def keep(self) -> None:
         """Now and then while it reads, tell the other workers that it is alive."""
         if self.kept_at is None or models.utcnow() - self.kept_at > LEASE / 5:
-            database.transact(_keep, self)
+            database.write_sync(_keep, self)
             self.kept_at = models.utcnow()
 
 
@@ -80,7 +80,7 @@ class StoredFile(io.RawIOBase):
     def readinto(self, target: Any) -> int:
         if not self.piece:
             self.job.keep()  # a long file takes longer than its lease
-            self.piece = database.snapshot(_find_chunk, self.job.upload_id, self.number) or b""
+            self.piece = database.read_sync(_find_chunk, self.job.upload_id, self.number) or b""
             self.number += 1
         size = min(len(target), len(self.piece))
         target[:size], self.piece = self.piece[:size], self.piece[size:]
@@ -167,7 +167,7 @@ class Stopped(Exception):
 
 def run_upload(upload_id: int) -> None:
     """Bring a stored file in. Of several workers that try, one does it; what was done before is not done again."""
-    job = database.transact(_claim, upload_id)
+    job = database.write_sync(_claim, upload_id)
     if job is None:
         return
     try:
@@ -181,29 +181,29 @@ def run_upload(upload_id: int) -> None:
 def _run(job: Job) -> None:
     try:
         table = Table(job)
-        database.transact(_describe, job, table)
+        database.write_sync(_describe, job, table)
         memory, rows = Memory(table.columns.ours), table.rows(job.done)
         if memory.ours:
             for row, _ in islice(table.rows(0), job.done):  # what this job did before it was stopped
                 memory.see(row)
-        enricher = Enricher(lambda: database.transact(_keep, job)) if job.enrich else None
+        enricher = Enricher(lambda: database.write_sync(_keep, job)) if job.enrich else None
         while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
             if enricher and not enricher.fill_in([row for row, _ in batch]):
-                database.transact(_release, job)
+                database.write_sync(_release, job)
                 return
-            database.transact(_store_batch, job, memory, [row for row, _ in batch], batch[-1][1])
+            database.write_sync(_store_batch, job, memory, [row for row, _ in batch], batch[-1][1])
             if events.server_is_stopping():
-                database.transact(_release, job)
+                database.write_sync(_release, job)
                 return
-        database.transact(_finish, job, None)
+        database.write_sync(_finish, job, None)
     except UnreadableFile as error:
-        database.transact(_finish, job, str(error))
+        database.write_sync(_finish, job, str(error))
     except (Stopped, *INTERRUPTIONS):
         raise
     except Exception:
         # The last line of defence of a job that nobody waits for: it must end in a state that its owner can see.
         log.exception("upload %s failed", job.upload_id)
-        database.transact(_finish, job, "Something went wrong here; it is in the server's log.")
+        database.write_sync(_finish, job, "Something went wrong here; it is in the server's log.")
 
 
 def _claim(session: Session, upload_id: int) -> Job | None:

@@ -13,11 +13,11 @@ import database
 import events
 from auth import CurrentUser
 from books import PUBLIC, BookId, as_book, no_such_book
+from database import CompiledQuery
 from manual import FOLLOWED_PAGE, answers
 from models import Book, Principal, ShelfEntry, ShelfStatus, SortableTimestamp, User
-from pages import JsonPage, Listing, Order, Page, PageQuery, json_answer, named
+from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, json_answer, named
 from routes import Routes
-from rows import AsJson, Prepared
 from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id
 
 router = Routes(prefix="/my-library", tags=["My library"])
@@ -42,13 +42,13 @@ CONDITIONS: dict[str, ColumnElement[bool]] = {
     "book_id": col(ShelfEntry.book_id) == sa.bindparam("book_id"),
 }
 ENTRIES = Listing(
-    sa.select(AsJson({**ENTRY, "book": AsJson(PUBLIC)})).join_from(
+    sa.select(JsonObject({**ENTRY, "book": JsonObject(PUBLIC)})).join_from(
         ShelfEntry, Book, col(ShelfEntry.book_id) == col(Book.id)
     ),
     CONDITIONS.__getitem__,
 )
-COUNT_ENTRIES: dict[tuple[str, ...], Prepared] = {
-    asked: Prepared(sa.select(sa.func.count()).select_from(ShelfEntry).where(*map(CONDITIONS.__getitem__, asked)))
+COUNT_ENTRIES: dict[tuple[str, ...], CompiledQuery] = {
+    asked: CompiledQuery(sa.select(sa.func.count()).select_from(ShelfEntry).where(*map(CONDITIONS.__getitem__, asked)))
     for asked in (("mine",), ("mine", "status"), ("mine", "book_id"), ("mine", "status", "book_id"))
 }
 Sort = Literal["added", "updated", "title", "author", "rating", "-added", "-updated", "-title", "-author", "-rating"]
@@ -68,7 +68,7 @@ def as_entry(row: Any) -> dict[str, Any]:
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My shelf, the newest first. `X-Event-Cursor` is the id of the last change that the page contains."""
     # Newest or oldest first is the order of an index; anything else may have to sort all of a shelf.
-    how = database.scan if query.start or query.sort not in ("added", "-added") else database.read
+    how = database.read_in_thread if query.start or query.sort not in ("added", "-added") else database.read
     page, cursor = await how(_find_entries, user.id, query)
     return json_answer(page, request, cursor)
 
@@ -255,7 +255,7 @@ class ShelfStats(BaseModel):
 @router.get("/stats")
 async def read_stats(user: CurrentUser) -> ShelfStats:
     """My library in figures: by status, what I read each year, how I rate, what I read most."""
-    return await database.scan(_count_entries, user.id)
+    return await database.read_in_thread(_count_entries, user.id)
 
 
 def _count_entries(connection: Connection, user_id: int) -> ShelfStats:

@@ -35,7 +35,7 @@ from auth import (
 )
 from manual import PAGE, answers
 from models import CodePurpose, LoginSession, OneTimeCode, Principal, User
-from pages import Order, Page, PageQuery, named, page_answer, read_page
+from pagination import Order, Page, PageQuery, named, page_answer, read_page
 from routes import Routes
 from schemas import Id, RequestModel, SessionPublic, Storable
 from settings import settings

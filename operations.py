@@ -26,13 +26,12 @@ import harvest
 import imports
 import logins
 import models
-import sqlite
 from auth import Admin
+from database import Sqlite
 from manual import answers
 from models import Setting
 from routes import Routes
 from settings import VERSION, settings
-from sqlite import Sqlite
 
 if sys.platform != "win32":
     import resource
@@ -86,7 +85,7 @@ RESUME_SECONDS = 5  # between two looks for uploads that nobody is at
 @contextlib.asynccontextmanager
 async def running_jobs() -> AsyncIterator[None]:
     async with anyio.create_task_group() as jobs:
-        jobs.start_soon(every, 1, database.tidy)
+        jobs.start_soon(every, 1, database.checkpoint_wal)
         jobs.start_soon(every, RESUME_SECONDS, resume_uploads)
         jobs.start_soon(every, 60, prune_events)
         jobs.start_soon(every, 600, sweep_logins)
@@ -122,7 +121,7 @@ def take_turn(session: Session, work: str, span: timedelta) -> bool:
 
 async def resume_uploads() -> None:
     """Take up the uploads of processes that died, this one's earlier life included."""
-    for upload_id in await database.scan(imports.abandoned_uploads):
+    for upload_id in await database.read_in_thread(imports.abandoned_uploads):
         await database.run_job(imports.run_upload, upload_id)
 
 
@@ -223,7 +222,7 @@ def _copy(file: str) -> BinaryIO:
     handle, path = tempfile.mkstemp(prefix="books-backup-", dir=Path(file).parent)
     os.close(handle)
     try:
-        sqlite.copy_to(file, Path(path))
+        database.copy_sqlite(file, Path(path))
         return open(path, "rb")  # closed when it is sent
     finally:
         os.unlink(path)

@@ -44,7 +44,7 @@ class Postgresql:
         # One moment for all statements of a read.
         self.reader = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self.writer = self.engine.execution_options(writes=True)
-        event.listen(self.engine, "begin", _take_the_write_lock)
+        event.listen(self.engine, "begin", take_write_lock)
 
     def close(self) -> None:
         self.engine.dispose()
@@ -53,7 +53,7 @@ class Postgresql:
     def insert_many(session: Session, table: Table, rows: Sequence[Mapping[str, Any]], same: Mapping[str, Any]) -> None:
         dialect = session.get_bind().dialect
         names = [*rows[0], *same]
-        prepare = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) or _as_it_is for name in names]
+        prepare = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) or _unchanged for name in names]
         connection: Any = session.connection().connection.dbapi_connection
         cursor = connection.cursor()
         columns = ", ".join(f'"{name}"' for name in names)
@@ -104,17 +104,17 @@ class Postgresql:
         return isinstance(error, psycopg.errors.DiskFull)
 
 
-def _as_it_is(value: object) -> object:
+def _unchanged(value: object) -> object:
     return value
 
 
-def _take_the_write_lock(connection: Connection) -> None:
+def take_write_lock(connection: Connection) -> None:
     if connection.get_execution_options().get("writes"):
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITE_LOCK})")
 
 
 @contextmanager
-def migrating(url: str) -> Iterator[Connection]:
+def postgresql_migration(url: str) -> Iterator[Connection]:
     """A transaction that keeps other processes waiting, for the migrations."""
     engine = create_engine(url, connect_args={"connect_timeout": 10})
     try:

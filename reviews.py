@@ -14,7 +14,7 @@ from auth import Staff
 from books import FIND_BOOK, BookId, book_to_change, no_such_book
 from manual import PAGE, answers
 from models import ShelfEntry, User
-from pages import Order, Page, PageQuery, named, page_answer, read_page
+from pagination import Order, Page, PageQuery, named, page_answer, read_page
 from routes import Routes
 from schemas import EntryUpdate, ReviewPublic, Username
 
@@ -31,7 +31,7 @@ REVIEW_PAGE = TypeAdapter(Page[ReviewPublic])
 @router.get("/{book_id:id}/reviews", response_model=Page[ReviewPublic], responses=PAGE)
 async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], request: Request) -> Response:
     """What readers say of a book, the newest entry first. They are written at `/my-library/{book_id}`."""
-    return page_answer(await database.scan(_find_reviews, book_id, query), REVIEW_PAGE, request)
+    return page_answer(await database.read_in_thread(_find_reviews, book_id, query), REVIEW_PAGE, request)
 
 
 def _find_reviews(connection: Connection, book_id: int, query: PageQuery) -> dict[str, Any]:

@@ -26,17 +26,7 @@ from starlette.convertors import IntegerConvertor, register_url_convertor
 from stdnum import isbn as isbn_numbers
 
 import models
-from models import (
-    MAX_COPIES,
-    MAX_ID,
-    MIN_YEAR,
-    LoanStatus,
-    OnDuplicate,
-    Role,
-    ShelfStatus,
-    UploadStatus,
-    loan_status,
-)
+from models import MAX_COPIES, MAX_ID, MIN_YEAR, LoanStatus, OnDuplicate, Role, ShelfStatus, UploadStatus, loan_status
 
 Printed = TypeVar("Printed", int, date)
 

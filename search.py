@@ -17,8 +17,8 @@ from sqlmodel import Session, col
 from stdnum import isbn as isbn_numbers
 
 import database
+from database import CompiledQuery, connection_of
 from models import Book, normalize, sort_key
-from rows import Prepared, connection_of
 
 FTS = sa.table("book_fts")
 BOOKS_BY_WORDS = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
@@ -108,9 +108,9 @@ def best_first(  # noqa: PLR0917  # they are what a walk consists of
 
 
 FEW = 200  # matches, up to which it is quicker to look at each
-MATCHES = Prepared(sa.select(sa.literal_column("rowid")).select_from(FTS).where(sa.text("book_fts MATCH :words")))
+MATCHES = CompiledQuery(sa.select(sa.literal_column("rowid")).select_from(FTS).where(sa.text("book_fts MATCH :words")))
 AMONG = sa.text("SELECT value FROM json_each(:ids)")
-SAME_TITLE = Prepared(
+SAME_TITLE = CompiledQuery(
     sa.select(col(Book.id)).where(col(Book.title_key) == sa.bindparam("title"), col(Book.id).in_(AMONG))
 )
 
@@ -140,7 +140,7 @@ def index_books(session: Session, first: int, last: int) -> None:
     INDEX.all(connection_of(session), {"first": first, "last": last})
 
 
-INDEX = Prepared(
+INDEX = CompiledQuery(
     sa.text(
         "INSERT INTO book_fts (rowid, title, author, isbn, publisher)"
         " SELECT id, title, author, isbn, publisher FROM book WHERE id BETWEEN :first AND :last"

@@ -123,7 +123,7 @@ def test_the_database_holds_no_secret_in_plain(client: TestClient, reader: Perso
         tables: tuple[Any, ...] = (User, LoginSession, OneTimeCode)
         return str([vars(row) for table in tables for row in session.exec(select(table))])
 
-    rows = database.transact(stored)
+    rows = database.write_sync(stored)
     assert PASSWORD not in rows
     assert jwt.get_unverified_claims(reader.tokens["refresh_token"])["jti"] not in rows
     assert code_in(code) not in rows
@@ -149,10 +149,10 @@ def test_a_hash_of_older_parameters_is_renewed_at_the_next_login(client: TestCli
     def age(session: Session) -> None:
         user_named(session, reader.username).password_hash = old
 
-    database.transact(age)
+    database.write_sync(age)
     for _ in range(2):
         assert client.post("/login", json={"username": "rita", "password": PASSWORD}).status_code == 200
-    assert "m=19456,t=2,p=1" in database.transact(hash_of)
+    assert "m=19456,t=2,p=1" in database.write_sync(hash_of)
 
 
 def test_the_list_of_common_passwords_is_what_it_says() -> None:
@@ -246,8 +246,8 @@ def test_nor_does_it_with_an_admin_who_is_one_no_more(client: TestClient, admin:
     admin.post("/users", json={**NEW, "role": "admin"})
     assert Person(client, "rita").patch("/users/1", json={"role": "reader"}).status_code == 200
     with pytest.raises(RuntimeError, match="admin still has the password of development mode: set ADMIN_PASSWORD"):
-        database.transact(auth._replace_development_passwords, None)
-    database.transact(auth._replace_development_passwords, "long enough")
+        database.write_sync(auth._replace_development_passwords, None)
+    database.write_sync(auth._replace_development_passwords, "long enough")
     assert client.post("/login", data={"username": "admin", "password": "admin"}).status_code == 401
 
 

@@ -473,7 +473,7 @@ def test_one_five_does_not_beat_a_thousand_ratings_of_four_point_eight(client: T
             rated = session.get_one(Book, book)
             rated.rating_count, rated.rating_sum = count, total
 
-    database.transact(rate)
+    database.write_sync(rate)
     assert found(client, sort="-rating") == ["a thousand", "ten fives", "one five", "a thousand threes"]
     assert found(client, sort="rating") == ["a thousand threes", "one five", "ten fives", "a thousand"]
 

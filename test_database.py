@@ -19,7 +19,6 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, SQLModel
 
 import database
-import sqlite
 from conftest import HERE, Person, Server, url_of, wait_for
 from database import Violation
 from models import Setting
@@ -37,7 +36,7 @@ def count_up(url: str) -> None:
 
     def work() -> None:
         for _ in range(STEPS):
-            database.transact(step)
+            database.write_sync(step)
 
     async def run() -> None:
         database.open_database(url)
@@ -119,7 +118,7 @@ def test_the_migrations_make_what_the_models_say_and_an_index_of_words(client: T
         return {one for one in named if one[1] != "ix_book_score"}  # whose expression PostgreSQL spells its own way
 
     # Two columns and their indexes that only the search knows of.
-    assert database.snapshot(differences) == {
+    assert database.read_sync(differences) == {
         ("remove_column", "words"),
         ("remove_column", "title_words"),
         ("remove_index", "ix_book_words"),
@@ -191,10 +190,10 @@ def test_workers_of_one_server_share_the_file(serve: Callable[..., Server]) -> N
 @pytest.mark.sqlite
 def test_the_pragmas_are_in_force(client: TestClient) -> None:
     def pragmas(connection: sa.Connection) -> dict[str, object]:
-        return {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in sqlite.PRAGMAS}
+        return {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in database.PRAGMAS}
 
     expected = {"journal_mode": "wal", "synchronous": 1, "foreign_keys": 1, "busy_timeout": 10000}
-    found = database.snapshot(pragmas)
+    found = database.read_sync(pragmas)
     assert found.items() >= expected.items()
     assert client.portal is not None
     assert client.portal.call(database.read, pragmas) == found
@@ -230,12 +229,12 @@ VIOLATIONS = {
 @pytest.mark.parametrize(("statement", "expected"), VIOLATIONS.values(), ids=VIOLATIONS)
 def test_violations_name_their_field(client: TestClient, statement: str, expected: Violation) -> None:
     with pytest.raises(IntegrityError) as failure:
-        database.transact(lambda session: session.execute(sa.text(statement)))
+        database.write_sync(lambda session: session.execute(sa.text(statement)))
     assert database.violation(failure.value) == expected
 
 
 @pytest.mark.sqlite
-@pytest.mark.parametrize("way", [database.put, database.write], ids=["inline", "in a thread"])
+@pytest.mark.parametrize("way", [database.write_inline, database.write], ids=["inline", "in a thread"])
 def test_a_change_that_fails_at_its_commit_is_over(client: TestClient, reader: Person, way: Any) -> None:
     """As it does where the disk is full, or as here where a reference is looked at last."""
 
@@ -259,7 +258,7 @@ def test_a_read_sees_one_moment(client: TestClient, admin: Person) -> None:
     def count_twice(connection: sa.Connection) -> tuple[int, int]:
         first = connection.exec_driver_sql("SELECT count(*) FROM book").scalar_one()
         with ThreadPoolExecutor(1) as other:
-            other.submit(database.transact, add_one).result()
+            other.submit(database.write_sync, add_one).result()
         return first, connection.exec_driver_sql("SELECT count(*) FROM book").scalar_one()
 
     def add_one(session: Session) -> None:
@@ -269,5 +268,5 @@ def test_a_read_sees_one_moment(client: TestClient, admin: Person) -> None:
         books.add_book(session, BookCreate(title="A", author="B"), 1)
 
     assert client.portal is not None
-    assert database.snapshot(count_twice) == (0, 0)
+    assert database.read_sync(count_twice) == (0, 0)
     assert client.portal.call(database.read, count_twice) == (1, 1)

@@ -52,7 +52,7 @@ class LendingDesk(RuleBasedStateMachine):
             self.staff.post(f"/loans/{loan}/return")
 
     def figures(self) -> list[tuple[int, ...]]:
-        return [tuple(row) for row in database.snapshot(lambda connection: connection.execute(HELD).all())]
+        return [tuple(row) for row in database.read_sync(lambda connection: connection.execute(HELD).all())]
 
     def held(self, book: int) -> int:
         return sum(quantity for _, of, quantity in self.open.values() if of == book)

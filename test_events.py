@@ -204,7 +204,7 @@ def test_a_client_far_behind_reads_the_log_then_goes_on_live(client: TestClient,
         for number in range(feed.BUFFER + 700):
             events.record(session, "book.updated", {"number": number})
 
-    database.transact(fill)
+    database.write_sync(fill)
     wait_for(lambda: True if feed.feed.head > start + feed.BUFFER else None)
     total = feed.BUFFER + 700
     text = client.get("/stream", params={"since": start, "limit": total}).text

@@ -637,7 +637,7 @@ def test_a_job_that_waits_is_alive_and_holds_nobody_up(
         assert asked.wait(5)
         waits: list[float] = []
         while not upload.done():
-            assert database.snapshot(imports.abandoned_uploads) == []
+            assert database.read_sync(imports.abandoned_uploads) == []
             started = time.monotonic()
             reader.add_book(title=f"Meanwhile {len(waits)}")
             waits.append(time.monotonic() - started)

@@ -280,7 +280,7 @@ def test_a_late_commit_is_missed_unless_writers_take_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: bool
 ) -> None:
     if not locked:
-        monkeypatch.setattr(postgresql, "_take_the_write_lock", lambda _connection: None)
+        monkeypatch.setattr(postgresql, "take_write_lock", lambda _connection: None)
     has_its_id, may_commit = threading.Event(), threading.Event()
 
     def slowly(session: Session) -> None:
@@ -294,9 +294,9 @@ def test_a_late_commit_is_missed_unless_writers_take_turns(
 
     with service(tmp_path / "books.db") as admin, ThreadPoolExecutor(5) as pool:
         start = int(admin.client.get("/events").json()["next"])
-        slow = pool.submit(database.transact, slowly)
+        slow = pool.submit(database.write_sync, slowly)
         assert has_its_id.wait(20)
-        quick = [pool.submit(database.transact, quickly) for _ in range(4)]
+        quick = [pool.submit(database.write_sync, quickly) for _ in range(4)]
         if locked:
             time.sleep(0.5)  # in which they could, if they did not wait
             assert not any(one.done() for one in quick)
@@ -307,7 +307,7 @@ def test_a_late_commit_is_missed_unless_writers_take_turns(
         may_commit.set()
         for one in (slow, *quick):
             one.result(20)
-        database.transact(quickly)
+        database.write_sync(quickly)
         log = log_of(admin.client, start)
         assert len(log) == 6
         wait_for(lambda: feed.feed.head == log[-1] or None)

@@ -567,7 +567,7 @@ def test_an_upload_can_be_cancelled_and_says_what_stays(
     assert [(answer["status"], answer["inserted"]) for answer in cancelled] == [("cancelled", 10)]
     assert client.get("/books").json()["total"] == 10
     assert reader.delete(f"/books/upload/{upload['id']}").json()["detail"] == "This upload is cancelled already."
-    assert database.transact(lambda session: session.exec(select(UploadChunk)).all()) == []
+    assert database.write_sync(lambda session: session.exec(select(UploadChunk)).all()) == []
 
 
 # --- large ones ---------------------------------------------------------------------------------------------------
@@ -677,7 +677,7 @@ def test_an_export_that_is_taken_up_again_stays_with_who_took_it(
 
     def see(self: placing.Memory, row: Row) -> None:
         clock.advance(seconds=imports.LEASE.total_seconds() / 30)
-        thieves.append(database.transact(imports._claim, int(where.rsplit("/", 1)[1])))
+        thieves.append(database.write_sync(imports._claim, int(where.rsplit("/", 1)[1])))
 
     with monkeypatch.context() as patch:
         patch.setattr(placing.Memory, "see", see)
@@ -701,7 +701,7 @@ def test_a_long_look_for_the_order_of_dates_outlives_no_lease(
 
     def day_first(self: imports.Table) -> bool | None:
         told: bool | None = found.func(self)
-        thieves.append(database.transact(imports._claim, 1))
+        thieves.append(database.write_sync(imports._claim, 1))
         return told
 
     monkeypatch.setattr(imports, "_find_chunk", look)

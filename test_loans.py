@@ -387,7 +387,7 @@ def at_once(people: list[Person], path: str, **options: Any) -> list[int]:
 def on_loan(book: int) -> int:
     """By the loans themselves."""
     query = sa.text("SELECT coalesce(sum(quantity), 0) FROM loan WHERE book_id = :book AND returned_at IS NULL")
-    return int(database.snapshot(lambda connection: connection.execute(query, {"book": book}).scalar_one()))
+    return int(database.read_sync(lambda connection: connection.execute(query, {"book": book}).scalar_one()))
 
 
 @pytest.mark.slow

@@ -29,7 +29,6 @@ import events
 import feed
 import imports
 import operations
-import sqlite
 import uploads
 from conftest import HERE, Clock, Person, Server, recurring_work, sign_up, wait_for
 from main import app
@@ -128,7 +127,7 @@ def test_who_waits_to_write_keeps_nobody_from_reading_nor_waits_for_ever(
     backend: Any = database.backend()
     with ThreadPoolExecutor(12) as pool:
         with backend.write_lock:
-            monkeypatch.setattr(sqlite, "PATIENCE", 3)
+            monkeypatch.setattr(database, "BUSY_TIMEOUT", 3)
             waiting = [pool.submit(reader.patch, "/books/1", json={"pages": number}) for number in range(1, 13)]
             time.sleep(0.5)
             began = time.monotonic()
@@ -208,7 +207,7 @@ def test_an_upload_that_finds_no_room_on_its_way_in_is_507(reader: Person, monke
 
 def test_of_all_that_ask_one_is_told_to_do_the_work(client: TestClient, clock: Clock) -> None:
     def ask(_number: int) -> bool:
-        return database.transact(operations.take_turn, "work", timedelta(hours=1))
+        return database.write_sync(operations.take_turn, "work", timedelta(hours=1))
 
     for _ in range(2):
         with ThreadPoolExecutor(10) as pool:
@@ -239,7 +238,7 @@ def test_what_is_left_over_is_seen_to_from_the_start(
     def seen_to() -> bool:
         left = client.get("/events", params={"limit": 100}).json()["items"]
         upload = admin.get(where).json()
-        return len(left) < 20 and (database.transact(old_logins), upload["status"]) == (0, "completed")
+        return len(left) < 20 and (database.write_sync(old_logins), upload["status"]) == (0, "completed")
 
     admin = Person(client, "admin", "admin")
     assert not seen_to()
@@ -315,13 +314,13 @@ def test_the_log_of_changes_is_kept_bounded(
     def oldest() -> int:
         return int(client.get("/events", params={"limit": 1}).json()["items"][0]["id"])
 
-    database.transact(fill)
+    database.write_sync(fill)
     before, cursor = oldest(), int(client.get("/books").headers["X-Event-Cursor"])
-    assert database.transact(events.prune) is False, "there is room"
+    assert database.write_sync(events.prune) is False, "there is room"
     monkeypatch.setattr(settings, "event_retention", 20)
     monkeypatch.setattr(events, "PRUNED_AT_ONCE", 12)
     steps = 0
-    while database.transact(events.prune):
+    while database.write_sync(events.prune):
         steps += 1
     assert steps >= 2
     left = client.get("/events", params={"limit": 100}).json()["items"]

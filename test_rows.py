@@ -13,11 +13,11 @@ from sqlmodel import Session
 import database
 from books import BOOKS, FIND_BOOK, ORDERS, counting
 from conftest import Person
+from database import CompiledQuery
 from library import COUNT_ENTRIES, ENTRIES
 from library import ORDERS as SHELF_ORDERS
 from models import Book
-from pages import Page
-from rows import Prepared
+from pagination import Page
 from schemas import BookPublic, EntryPublic
 from search import SAME_TITLE
 
@@ -51,7 +51,7 @@ def test_books_and_shelves_are_what_their_shapes_say(
         figures = {"count": len(ratings), "sum": sum(ratings), "id": made["id"]}
         session.execute(sa.text("UPDATE book SET rating_count = :count, rating_sum = :sum WHERE id = :id"), figures)
 
-    database.transact(rate)
+    database.write_sync(rate)
     expected = {**made, "rating": sum(ratings) / len(ratings) if ratings else None, "rating_count": len(ratings)}
     book = client.get(f"/books/{made['id']}").json()
     assert book == expected == as_declared(BookPublic, book)
@@ -99,11 +99,11 @@ def test_genres_and_languages_are_counted_as_they_change(client: TestClient, adm
         else:
             body = chance.choice(told) | ({"title": "T", "author": "A"} if what == "put" else {})
             assert admin.request(what.upper(), f"/books/{chance.choice(ids)}", json=body).status_code == 200
-        kept, found = database.snapshot(counted)
+        kept, found = database.read_sync(counted)
         assert kept == found
     rows = "".join(f"Book {n},Somebody,{chance.choice(['Novel', 'NOVEL', 'Poetry', ''])},de\n" for n in range(300))
     assert admin.upload(f"title,author,genre,language\n{rows}")["status"] == "completed"
-    kept, found = database.snapshot(counted)
+    kept, found = database.read_sync(counted)
     assert kept == found
     for genre in client.get("/books/genres").json():
         assert client.get("/books", params={"genre": genre["genre"].upper()}).json()["total"] == genre["count"]
@@ -114,8 +114,8 @@ def test_genres_and_languages_are_counted_as_they_change(client: TestClient, adm
         session.execute(sa.text("UPDATE book SET genre = 'Essay', language = NULL WHERE id % 2 = 0"))
         session.execute(sa.text("DELETE FROM book WHERE id % 3 = 0"))
 
-    database.transact(clear)
-    kept, found = database.snapshot(counted)
+    database.write_sync(clear)
+    kept, found = database.read_sync(counted)
     assert kept == found
 
 
@@ -128,7 +128,9 @@ VALUES |= {"year_from": 1900, "year_to": 1999, "start": 0, "most": 21, "title": 
 MIDDLE = {"title": ("shared", "a"), "author": ("a",), "year": (1950,), "rating": (0.0,)}
 
 
-def pages_of(asked: tuple[str, ...], orders: Iterable[str]) -> Iterator[tuple[str, list[Prepared], dict[str, Any]]]:
+def pages_of(
+    asked: tuple[str, ...], orders: Iterable[str]
+) -> Iterator[tuple[str, list[CompiledQuery], dict[str, Any]]]:
     """The statements of these pages of the catalogue, by name, with what is bound."""
     for name in orders:
         for by_cursor in (False, True):
@@ -137,7 +139,7 @@ def pages_of(asked: tuple[str, ...], orders: Iterable[str]) -> Iterator[tuple[st
             yield f"{asked} by {name}, cursor: {by_cursor}", BOOKS._prepare(asked, ORDERS[name], by_cursor), bound
 
 
-def plan(connection: sa.Connection, statement: Prepared, bound: dict[str, Any]) -> list[str]:
+def plan(connection: sa.Connection, statement: CompiledQuery, bound: dict[str, Any]) -> list[str]:
     driver: Any = connection.connection.dbapi_connection
     sql, constants = statement._compiled
     return [row[3] for row in driver.execute(f"EXPLAIN QUERY PLAN {sql}", {**constants, **VALUES, **bound})]
@@ -162,10 +164,10 @@ def test_every_list_is_read_by_an_index(client: TestClient) -> None:
         for statement in singles:
             assert "SCAN book" not in plan(connection, statement, {}), statement._compiled
 
-    database.snapshot(check)
+    database.read_sync(check)
 
 
-def cost_of(statements: list[Prepared], bound: dict[str, Any]) -> int:
+def cost_of(statements: list[CompiledQuery], bound: dict[str, Any]) -> int:
     """How many steps SQLite takes for a page, in hundreds."""
 
     def run(connection: sa.Connection) -> int:
@@ -187,7 +189,7 @@ def cost_of(statements: list[Prepared], bound: dict[str, Any]) -> int:
             driver.set_progress_handler(None, 0)
         return taken
 
-    return database.snapshot(run)
+    return database.read_sync(run)
 
 
 def fill(session: Session, first: int, last: int) -> None:
@@ -203,11 +205,11 @@ def fill(session: Session, first: int, last: int) -> None:
 @pytest.mark.sqlite
 def test_a_page_costs_the_same_in_a_catalogue_ten_times_as_large(client: TestClient) -> None:
     """Even where all books have the same title, author and rating, and wherever the page begins."""
-    database.transact(fill, 0, 1000)
+    database.write_sync(fill, 0, 1000)
     pages = [*pages_of((), ORDERS)]
     for asked in (("genre",), ("language",), ("available",), ("added_by",)):
         pages += pages_of(asked, ["id", "-id"])
     before = [cost_of(prepared, bound) for _, prepared, bound in pages]
-    database.transact(fill, 1000, 10_000)
+    database.write_sync(fill, 1000, 10_000)
     for (name, prepared, bound), cost in zip(pages, before, strict=True):
         assert cost_of(prepared, bound) <= 2 * cost + 5, name

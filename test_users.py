@@ -202,7 +202,7 @@ def test_an_address_that_is_in_use_after_all_is_not_taken_back(
 ) -> None:
     """The operator gave it to the first admin, say."""
     confirmed.patch("/users/me", json={"email": "new@example.com"})
-    database.transact(lambda session: session.add(User(username="root", email="rita@example.com", password_hash="")))
+    database.write_sync(lambda session: session.add(User(username="root", email="rita@example.com", password_hash="")))
     undo = f"/auth/verify-email/{token_in(last_to('rita@example.com', mailbox))}"
     assert client.get(undo).json()["detail"] == "This email is taken."
     assert "409" in client.get("/openapi.json").json()["paths"]["/auth/verify-email/{token}"]["get"]["responses"]
@@ -311,7 +311,7 @@ def test_an_account_that_goes_while_it_is_asked_for_is_signed_out(
 ) -> None:
     monkeypatch.setattr(auth, "_find_principal", lambda *_: Principal(999, "gone", "reader", 1))
     answer = reader.request(*asked.split())
-    assert database.transact(logins._ask_again, 999) is None
+    assert database.write_sync(logins._ask_again, 999) is None
     assert (answer.status_code, answer.headers["Content-Type"]) == (401, "application/problem+json")
 
 
@@ -471,7 +471,7 @@ def test_rights_that_went_while_a_change_waited_change_nothing(client: TestClien
     ]
     for change in changes:
         with pytest.raises(HTTPException, match="401"):
-            database.transact(*change)
+            database.write_sync(*change)
 
 
 def test_what_an_admin_has_decided_the_old_address_does_not_undo(

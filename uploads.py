@@ -18,7 +18,7 @@ from formats import REASON
 from imports import CHUNK, CHUNKS, end, run_upload
 from manual import PAGE, answers
 from models import OnDuplicate, Principal, Upload, UploadError, UploadStatus
-from pages import Order, Page, PageQuery, named, page_answer, read_page
+from pagination import Order, Page, PageQuery, named, page_answer, read_page
 from routes import Routes
 from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic
 from settings import settings
@@ -224,7 +224,7 @@ def _find_header(connection: Connection, upload_id: int, user: Principal) -> lis
 def _refused_rows(upload_id: int, header: list[str]) -> Iterator[str]:
     yield to_csv([[*header, REASON]])
     last = 0
-    while refused := database.snapshot(_next_refused, upload_id, last):
+    while refused := database.read_sync(_next_refused, upload_id, last):
         rows: dict[int, list[str]] = {}
         reasons: dict[int, list[str]] = {}
         for error in refused:

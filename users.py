@@ -25,7 +25,7 @@ from logins import end_sessions
 from mail import Email
 from manual import PAGE, answers
 from models import Book, Event, Loan, LoginSession, Principal, Role, ShelfEntry, Upload, UploadError, User
-from pages import Order, Page, PageQuery, named, page_answer, read_page
+from pagination import Order, Page, PageQuery, named, page_answer, read_page
 from routes import Routes
 from schemas import (
     AccountCreate,
@@ -198,7 +198,7 @@ def _export(user: Principal, account: UserPublic) -> Iterator[str]:
     for name, part in _parts(user).items():
         yield f',\n"{name}": ['
         last, separator = 0, "\n"
-        while rows := database.snapshot(_next_rows, part, last):
+        while rows := database.read_sync(_next_rows, part, last):
             last = rows[-1][-1]
             items = [part.shape.model_validate(part.item(row)).model_dump_json() for row in rows]
             yield separator + ",\n".join(items)
@@ -262,7 +262,7 @@ def no_such_user() -> HTTPException:
 @router.get("", response_model=Page[UserPublic], responses=answers(403) | PAGE)
 async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request: Request) -> Response:
     """Everybody who has an account."""
-    return page_answer(await database.scan(_find_users, query), USER_PAGE, request)
+    return page_answer(await database.read_in_thread(_find_users, query), USER_PAGE, request)
 
 
 def _find_users(connection: Connection, query: UserQuery) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""A page of a list: by cursor to walk it, by offset to jump in it.
-
-A cursor holds the sort keys of the last row that was shown, so the next page starts at its place in the index: the
-cost does not grow with depth, and rows that come or go meanwhile neither repeat nor hide others.
-"""
+"""Lists: rows rendered as JSON by the database, pages by cursor or offset, and batches for exports."""
 
 import base64
 import binascii
@@ -13,21 +9,24 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 from urllib.parse import quote
 
+import sqlalchemy as sa
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection, Float, Integer, Select, and_, bindparam, func, or_
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 import database
-from models import MAX_ID
-from rows import Prepared
+from database import CompiledQuery
+from models import MAX_ID, Cents, UtcDateTime
 from schemas import BlankIsNull, RequestModel, pattern
 
 T = TypeVar("T")
 Key = str | int | float
-CURSOR_MAX = 20_000  # characters: two keys, of whatever letters
+MAX_CURSOR = 20_000  # characters: two keys, of whatever letters
 BASE64 = pattern(r"^[A-Za-z0-9_-]*$", "is not one that this service gave")
-Cursor = Annotated[str, Field(max_length=CURSOR_MAX, pattern=BASE64)]
+Cursor = Annotated[str, Field(max_length=MAX_CURSOR, pattern=BASE64)]
 
 
 class Page(BaseModel, Generic[T]):
@@ -51,7 +50,7 @@ class PageQuery(RequestModel):
         if not self.cursor:
             return None
         if self.start:
-            raise bad_query("cursor", "and offset exclude each other")
+            raise invalid_query("cursor", "and offset exclude each other")
         return order.decode(self.cursor)
 
 
@@ -102,11 +101,11 @@ class Order:
         try:
             name, *keys = json.loads(base64.urlsafe_b64decode(cursor.encode() + b"=="))
         except (ValueError, TypeError, binascii.Error, RecursionError):
-            raise bad_query("cursor", "is not one that this service gave") from None
+            raise invalid_query("cursor", "is not one that this service gave") from None
         if name != self.name:
-            raise bad_query("cursor", "belongs to a list in another order")
+            raise invalid_query("cursor", "belongs to a list in another order")
         if len(keys) != len(self.columns) or not all(map(_fits, keys, self.kinds)):
-            raise bad_query("cursor", "is not one that this service gave")
+            raise invalid_query("cursor", "is not one that this service gave")
         return list(keys)
 
 
@@ -123,7 +122,7 @@ def _fits(key: object, kind: Any) -> bool:
     return isinstance(key, kind) and not isinstance(key, bool) and abs(key) <= MAX_ID
 
 
-def bad_query(name: str, message: str) -> RequestValidationError:
+def invalid_query(name: str, message: str) -> RequestValidationError:
     return RequestValidationError([{"loc": ("query", name), "msg": message, "type": "value_error"}])
 
 
@@ -171,7 +170,7 @@ class Listing:
         self.select, self.condition = select, conditions
         self._page = functools.lru_cache(1000)(self._prepare)
 
-    def _prepare(self, asked: tuple[str, ...], order: Order, by_cursor: bool) -> list[Prepared]:
+    def _prepare(self, asked: tuple[str, ...], order: Order, by_cursor: bool) -> list[CompiledQuery]:
         """The statements whose rows, one after the other's, are the page."""
         *_, row_id = order.columns
         page = self.select.where(*map(self.condition, asked))
@@ -184,7 +183,7 @@ class Listing:
         if asked:  # what must be sorted is sorted as ids: to make JSON of each row that is passed over takes far longer
             chosen = [page.with_only_columns(row_id, maintain_column_froms=True) for page in pages]
             pages = [self.select.where(row_id.in_(ids)).order_by(*order.by()) for ids in chosen]
-        return [Prepared(page.add_columns(*order.columns)) for page in pages]
+        return [CompiledQuery(page.add_columns(*order.columns)) for page in pages]
 
     def page(  # noqa: PLR0917  # what one page is made of
         self,
@@ -241,3 +240,56 @@ def _answer(body: bytes, following: str | None, request: Request, event_cursor: 
     if event_cursor is not None:
         headers["X-Event-Cursor"] = str(event_cursor)
     return Response(body, headers=headers, media_type="application/json")
+
+
+class JsonObject(FunctionElement[str]):
+    """These columns as the text of a JSON object, as their shape would show them."""
+
+    inherit_cache = False
+    type = sa.Text()
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        self.names = [*columns]
+        super().__init__(*columns.values())
+
+
+def _pairs(element: JsonObject, value: Callable[[Any], str]) -> str:
+    return ", ".join(f"'{name}', {value(column)}" for name, column in zip(element.names, element.clauses, strict=True))
+
+
+@compiles(JsonObject, "sqlite")
+def _json_object(element: JsonObject, compiler: Any, **options: Any) -> str:
+    def value(column: Any) -> str:
+        if isinstance(column, JsonObject):
+            return _json_object(column, compiler, **options)
+        text = str(compiler.process(getattr(column, "element", column), **options))
+        if isinstance(column.type, UtcDateTime):
+            return f"replace(replace({text}, ' ', 'T'), '.000000', '') || 'Z'"
+        if isinstance(column.type, Cents):
+            return f"{text} / 100.0"
+        if isinstance(column.type, sa.JSON):
+            return f"json({text})"
+        if isinstance(column.type, sa.Float):  # in as few digits as tell it from all other numbers
+            short, whole = (f"printf('%!.{digits}g', {text})" for digits in (15, 17))
+            exact = f"CASE WHEN CAST({short} AS REAL) = {text} THEN {short} ELSE {whole} END"
+            return f"CASE WHEN {text} IS NOT NULL THEN json({exact}) END"
+        return text
+
+    return f"json_object({_pairs(element, value)})"
+
+
+@compiles(JsonObject, "postgresql")
+def _json_build_object(element: JsonObject, compiler: Any, **options: Any) -> str:
+    def built(element: JsonObject) -> str:
+        return f"json_build_object({_pairs(element, value)})"
+
+    def value(column: Any) -> str:
+        if isinstance(column, JsonObject):
+            return built(column)
+        text = str(compiler.process(getattr(column, "element", column), **options))
+        if isinstance(column.type, UtcDateTime):
+            moment = f"to_char({text} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
+            return f"replace({moment}, '.000000Z', 'Z')"
+        return f"({text} / 100.0)::float8" if isinstance(column.type, Cents) else text
+
+    return f"{built(element)}::text"
