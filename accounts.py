@@ -14,25 +14,24 @@ from sqlmodel import Session, col
 import database
 import mail
 import models
-import throttle
-from auth import (
-    NOBODYS_HASH,
-    CurrentUser,
-    audit,
-    bad_body,
-    hash_password,
-    not_signed_in,
-    refuse_if_changed,
-    refuse_weak,
-    seal,
-    verify_password,
-)
+import security
+from events import record_account_event
 from logins import ask_to_confirm, end_sessions, make_link
 from mail import Email
 from manual import answers
 from models import CodePurpose, LoginSession, OneTimeCode, Principal, Role, User
 from routes import Routes
-from schemas import EmailAddress, Password, RequestModel, Storable, UserCreate, UserPublic, pattern
+from schemas import EmailAddress, Password, RequestModel, Storable, UserCreate, UserPublic, invalid_body, pattern
+from security import (
+    DUMMY_PASSWORD_HASH,
+    CurrentUser,
+    check_password_strength,
+    check_still_authorized,
+    hash_password,
+    hmac_hash,
+    unauthorized,
+    verify_password,
+)
 
 router = Routes(tags=["Accounts"])
 
@@ -50,7 +49,7 @@ async def register(new: UserCreate, request: Request, response: Response, tasks:
 
     User names and e-mail addresses are unique whatever their case; 409 names the one that is taken.
     """
-    await throttle.check("register", request, new.email)
+    await security.check_rate_limit("register", request, new.email)
     user = await create_account(new, Role.reader, tasks)
     response.headers["Location"] = "/users/me"
     return user
@@ -59,7 +58,7 @@ async def register(new: UserCreate, request: Request, response: Response, tasks:
 async def create_account(
     new: UserCreate, role: Role, tasks: BackgroundTasks, by: Principal | None = None
 ) -> UserPublic:
-    refuse_weak("password", new.password, new.username, new.email)
+    check_password_strength("password", new.password, new.username, new.email)
     user, letter = await database.write(_make, new, await hash_password(new.password), role, by)
     tasks.add_task(mail.send, letter)
     return user
@@ -69,9 +68,9 @@ def _make(
     session: Session, new: UserCreate, password_hash: str, role: Role, by: Principal | None
 ) -> tuple[UserPublic, Email]:
     if by is not None:
-        refuse_if_changed(session, by)
+        check_still_authorized(session, by)
     user = add_user(session, new, password_hash, role)
-    audit(session, user.id, "created", username=user.username, role=role, by=by.id if by else user.id)
+    record_account_event(session, user.id, "created", username=user.username, role=role, by=by.id if by else user.id)
     return UserPublic.model_validate(user), ask_to_confirm(session, user)
 
 
@@ -117,16 +116,16 @@ async def verify_email(token: Annotated[str, Path(max_length=100), Storable], re
 
 
 def _confirm(session: Session, token: str) -> Confirmed | None:
-    of_token = col(OneTimeCode.code_hash) == seal(CodePurpose.verify_email, token)
+    of_token = col(OneTimeCode.code_hash) == hmac_hash(CodePurpose.verify_email, token)
     code = session.scalars(sa.select(OneTimeCode).where(of_token, _is_good()).with_for_update()).first()
     if code is None:
         return None
     user = session.get_one(User, code.user_id)
     if code.email not in (None, user.email):
         # Sent with the news that this confirmed address was replaced: its owner takes it back.
-        audit(session, user.id, "email_restored", old=user.email, new=code.email)
+        record_account_event(session, user.id, "email_restored", old=user.email, new=code.email)
         user.email, user.email_verified_at = str(code.email), None
-        user.password_hash = NOBODYS_HASH  # whoever replaced the address may know the password, or have set it
+        user.password_hash = DUMMY_PASSWORD_HASH  # whoever replaced the address may know the password, or have set it
         cancel_codes(session, user.id, CodePurpose.reset_password)
         end_sessions(session, user.id, sa.true())
     # Whoever had an address first has the last word: links that went to later ones since are no good any more.
@@ -154,7 +153,7 @@ def change_address(session: Session, user: User, new: str, by: int) -> list[Emai
     cancel_codes(session, user.id, CodePurpose.reset_password)
     user.email, user.email_verified_at = _free(session, new, user.id), None
     session.flush()
-    audit(session, user.id, "email_changed", old=old, new=new, by=by)
+    record_account_event(session, user.id, "email_changed", old=old, new=new, by=by)
     letters = [mail.address_changed(old, user.username, new, undo)]
     if session.scalars(sa.select(OneTimeCode).where(_links_of(user), _is_good())).first() is None:
         return [*letters, ask_to_confirm(session, user)]
@@ -165,7 +164,7 @@ def change_address(session: Session, user: User, new: str, by: int) -> list[Emai
 def _mark_confirmed(session: Session, user: User) -> None:
     if user.email_verified_at is None:
         user.email_verified_at = models.utcnow()
-        audit(session, user.id, "email_verified", email=user.email)
+        record_account_event(session, user.id, "email_verified", email=user.email)
 
 
 def _is_good() -> ColumnElement[bool]:
@@ -184,7 +183,7 @@ class Notice(BaseModel):
 @router.post("/auth/verify-email", status_code=202, responses=answers(409, 429))
 async def request_verification(user: CurrentUser, request: Request, tasks: BackgroundTasks) -> Notice:
     """Ask for another link. 409 where the address is confirmed already."""
-    await throttle.check("verify", request, user.id)
+    await security.check_rate_limit("verify", request, user.id)
     letter = await database.write(_another_link, user.id)
     tasks.add_task(mail.send, letter)
     return Notice(detail=f"A new link is on its way to {letter.to}.")
@@ -193,7 +192,7 @@ async def request_verification(user: CurrentUser, request: Request, tasks: Backg
 def _another_link(session: Session, user_id: int) -> Email:
     user = session.get(User, user_id)
     if user is None:
-        raise not_signed_in()
+        raise unauthorized()
     if user.email_verified_at is not None:
         raise HTTPException(409, "Your e-mail address is confirmed already.")
     return ask_to_confirm(session, user)
@@ -212,7 +211,7 @@ async def forgot_password(given: ForgottenPassword, request: Request, tasks: Bac
 
     The answer is the same whether or not there is such an account.
     """
-    await throttle.check("forgot", request, given.email)
+    await security.check_rate_limit("forgot", request, given.email)
     tasks.add_task(_mail_code, given.email)  # all of it: the answer must not take longer for addresses that we know
     return Notice(detail="If an account has this address, a code is on its way to it.")
 
@@ -225,7 +224,7 @@ async def _mail_code(email: str) -> None:
 
 def _start_reset(session: Session, email: str) -> Email | None:
     user = session.scalars(sa.select(User).where(col(User.email) == email, col(User.is_active))).first()
-    audit(session, user.id if user else None, "reset_requested")
+    record_account_event(session, user.id if user else None, "reset_requested")
     if user is None:
         return None
     code = f"{secrets.randbelow(10**6):06}"
@@ -235,7 +234,7 @@ def _start_reset(session: Session, email: str) -> Email | None:
             user_id=user.id,
             purpose=CodePurpose.reset_password,
             email=user.email,
-            code_hash=seal(CodePurpose.reset_password, user.id, code),
+            code_hash=hmac_hash(CodePurpose.reset_password, user.id, code),
             expires_at=models.utcnow() + CODE_LIFETIME,
         )
     )
@@ -259,21 +258,21 @@ class PasswordReset(RequestModel):
 async def reset_password(given: PasswordReset, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password with the code that was mailed. Ends every session."""
     answer_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS
-    await throttle.check("reset", request, given.email)
-    refuse_weak("new_password", given.new_password, given.email)
+    await security.check_rate_limit("reset", request, given.email)
+    check_password_strength("new_password", given.new_password, given.email)
     right = await database.write(_try_code, given.email, given.otp)
     letter = None
     if right is not None:
-        refuse_weak("new_password", given.new_password, right.username)
+        check_password_strength("new_password", given.new_password, right.username)
         letter = await database.write(_use_code, right, await hash_password(given.new_password))
     if right is None or letter is None:
         await asyncio.sleep(answer_at - asyncio.get_running_loop().time())
         raise HTTPException(400, "The code is wrong, used up or too old. Ask for a new one.")
     tasks.add_task(mail.send, letter)
     # Somebody who has failed before has come in.
-    await throttle.forgive("reset", request, given.email)
+    await security.reset_rate_limit("reset", request, given.email)
     for name in (given.email, right.username.lower()):
-        await throttle.forgive("login", request, name)
+        await security.reset_rate_limit("login", request, name)
 
 
 class RightCode(NamedTuple):
@@ -291,7 +290,7 @@ def _try_code(session: Session, email: str, otp: str) -> RightCode | None:
         return None
     code, user = found
     code.attempts += 1
-    if not secrets.compare_digest(code.code_hash, seal(CodePurpose.reset_password, user.id, otp)):
+    if not secrets.compare_digest(code.code_hash, hmac_hash(CodePurpose.reset_password, user.id, otp)):
         return None
     return RightCode(code.id, user.id, user.username)
 
@@ -310,7 +309,7 @@ def _set_password(session: Session, user: User, password_hash: str, what: str, e
     user.password_hash = password_hash
     cancel_codes(session, user.id, CodePurpose.reset_password)
     end_sessions(session, user.id, ending)
-    audit(session, user.id, what)
+    record_account_event(session, user.id, what)
     return mail.password_changed(user.email, user.username)
 
 
@@ -323,9 +322,9 @@ class PasswordChange(RequestModel):
 async def change_password(given: PasswordChange, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password. Ends all my sessions but this one."""
     if given.new_password == given.current_password:
-        raise bad_body("new_password", "must not be the current one")
+        raise invalid_body("new_password", "must not be the current one")
     me = await with_password(user, given.current_password, request)
-    refuse_weak("new_password", given.new_password, me.username, me.email)
+    check_password_strength("new_password", given.new_password, me.username, me.email)
     password_hash = await hash_password(given.new_password)
     tasks.add_task(mail.send, await database.write(_change_password, user, me.password_hash, password_hash))
 
@@ -340,17 +339,17 @@ def still_me(session: Session, user: Principal, verified_hash: str) -> User:
     me = session.get(User, user.id, with_for_update=True)
     login = session.get(LoginSession, user.session_id)
     if me is None or me.password_hash != verified_hash or login is None or login.revoked_at is not None:
-        raise not_signed_in()
+        raise unauthorized()
     return me
 
 
 async def with_password(user: Principal, password: str, request: Request) -> Any:
     """My account, after I have shown that I know its password."""
-    await throttle.check("password", request, user.id)
+    await security.check_rate_limit("password", request, user.id)
     me = await read_account(user)
     right, _ = await verify_password(password, me.password_hash)
     if not right:
-        await database.write(audit, user.id, "password_refused")
+        await database.write(record_account_event, user.id, "password_refused")
         raise HTTPException(403, "This is not your password.")
     return me
 
@@ -359,7 +358,7 @@ async def read_account(user: Principal) -> Any:
     """My account; 401 where it was deleted after my token was looked at."""
     me = await database.read(find_user, user.id)
     if me is None:
-        raise not_signed_in()
+        raise unauthorized()
     return me
 
 

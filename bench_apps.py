@@ -162,14 +162,14 @@ def make_book(number: int, chance: random.Random) -> dict[str, Any]:
 
 def make_database(file: Path, books: int, shelf: int = 500) -> None:
     """A catalogue, and the shelf of the one admin."""
-    import auth
+    import security
 
     url = f"sqlite:///{file}"
     chance = random.Random(1)
 
     async def fill() -> None:
         database.open_database(url)
-        auth.prepare()
+        security.prepare()
         moment = datetime(2026, 1, 1, tzinfo=UTC)
         same: dict[str, Any] = {
             "copies": 1,

@@ -14,7 +14,6 @@ from sqlmodel import Session, col
 import database
 import events
 import models
-from auth import Contributor, CurrentUser, Viewer, not_signed_in
 from database import CompiledQuery, Insert
 from manual import FOLLOWED_PAGE, answers
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
@@ -22,6 +21,7 @@ from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, en
 from routes import Routes
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
 from search import AMONG, FEW, Words, best_first, count_matches, few_best_first, has_words, index_books
+from security import Contributor, CurrentUser, Viewer, unauthorized
 
 router = Routes(prefix="/books", tags=["Catalogue"])
 
@@ -154,7 +154,7 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
     `X-Event-Cursor` is the id of the last change that the page contains: follow `/stream?since=` from there.
     """
     if query.added_by and viewer is None:
-        raise not_signed_in()
+        raise unauthorized()
     asked = query.asked()
     # A walk through all or one genre is short; what must count, match or sort may take long.
     short = asked == () or (asked in COUNTED and query.sort in (None, "id"))

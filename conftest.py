@@ -27,7 +27,6 @@ from fastapi.testclient import TestClient
 from sqlmodel import Session, col, select
 
 import accounts
-import auth
 import catalogues
 import database
 import logins
@@ -35,6 +34,7 @@ import mail
 import models
 import operations
 import schemas
+import security
 from mail import Email
 from main import app
 from settings import settings
@@ -303,7 +303,7 @@ def code_in(letter: Email) -> str:
     return str(re.findall(r"^ +(\d{6})\s*$", letter.text, re.MULTILINE)[0])
 
 
-PASSWORD_HASH = auth.passwords.hash(PASSWORD)
+PASSWORD_HASH = security.passwords.hash(PASSWORD)
 
 
 def make(client: httpx.Client, username: str, role: models.Role = models.Role.reader) -> Person:

@@ -123,7 +123,7 @@ async def write_inline(change: Callable[Concatenate[Session, P], T], *args: P.ar
     """`write` for a change of a row or two. On SQLite it runs inline, unless somebody else writes for long."""
     where = backend()
     if isinstance(where, Sqlite):
-        async with where.turns:  # in the order of their coming
+        async with where.writer_queue:  # in the order of their coming
             for turn in range(INLINE_TRIES):
                 with where.inline_transaction() as session:
                     if session is not None:
@@ -173,8 +173,8 @@ MIGRATIONS = Path(__file__).resolve().parent / "migrations"
 
 def migrate(url: str) -> None:
     """Run the migrations that are missing. Processes that start at once wait for the first of them."""
-    migrating = sqlite_migration if url.startswith("sqlite") else _postgresql().migrating
-    with migrating(url) as connection:
+    migration = sqlite_migration if url.startswith("sqlite") else _postgresql().postgresql_migration
+    with migration(url) as connection:
         if _revision(connection) == max(path.stem[:4] for path in (MIGRATIONS / "versions").glob("0*.py")):
             return
         from alembic import command  # noqa: PLC0415  # a start that finds nothing to migrate does without it
@@ -266,7 +266,7 @@ class Sqlite:
         driver.execute("PRAGMA busy_timeout=0")  # it must not keep the event loop waiting for whoever else has the file
         self.kept_driver = driver
         self.unchecked = 0  # transactions since the last checkpoint
-        self.turns = asyncio.Lock()
+        self.writer_queue = asyncio.Lock()
         self.write_lock = WriteLock(f"{self.engine.url.database}-lock")
 
     def close(self) -> None:
@@ -336,7 +336,7 @@ class Sqlite:
                 columns.append(map(f, cells) if f else cells)
         session.connection().exec_driver_sql(str(statement), list(zip(*columns, strict=False)))
 
-    async def watch(self, nudge: Callable[[], None]) -> None:
+    async def listen(self, notify: Callable[[], None]) -> None:
         """Nudge whenever another connection, of this process or another, has committed."""
         with self.loop_engine.connect() as connection:
             driver = connection.connection.dbapi_connection  # by SQLAlchemy it takes twenty times as long
@@ -350,11 +350,11 @@ class Sqlite:
                 else:
                     if version != seen:
                         seen = version
-                        nudge()
+                        notify()
                 await asyncio.sleep(POLL_INTERVAL)
 
     @staticmethod
-    def announce(session: Session) -> None:
+    def notify_listeners(session: Session) -> None:
         """Others look for themselves."""
 
     @staticmethod

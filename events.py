@@ -182,3 +182,12 @@ def prune(session: Session) -> bool:
 def server_is_stopping() -> bool:
     """Whether uvicorn was told to stop. Its lifespan says so only after the jobs are done, which is too late."""
     return bool(getattr(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), "should_exit", False))
+
+
+def record_account_event(session: Session, /, user_id: int | None, what: str, **data: object) -> None:
+    """Keep in the log what happened to an account, for its owner and admins to read.
+
+    What was tried on an account that there is not is kept, too: ids of events are public, and one that is missing
+    would tell who has an account.
+    """
+    record(session, f"account.{what}", data, owner=user_id, private=True)

@@ -12,7 +12,6 @@ from sqlmodel import col
 
 import database
 import models
-from auth import CurrentUser, Viewer, not_signed_in
 from books import ONE_BOOK, ORDERS, PUBLIC, BookFilter, as_book, condition
 from cells import to_html
 from csvfiles import to_csv
@@ -21,6 +20,7 @@ from library import SELECT_ENTRIES, as_entry
 from models import Book, ShelfEntry
 from pagination import Order
 from routes import Routes
+from security import CurrentUser, Viewer, unauthorized
 
 router = Routes(tags=["In and out"])
 
@@ -45,7 +45,7 @@ async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -
     before it, which is taken away on the way in.
     """
     if query.added_by and viewer is None:
-        raise not_signed_in()
+        raise unauthorized()
     columns = [getattr(Book, name) for name in BOOK_COLUMNS] if query.format == "csv" else [*PUBLIC.values()]
     found = sa.select(*columns).where(*map(condition, query.asked())).params(query.values(viewer))
     batches = _batches(found, ORDERS[query.sort or "id"])

@@ -8,12 +8,12 @@ from pydantic import BaseModel, Field, StringConstraints
 
 import catalogues
 import database
-from auth import Contributor, CurrentUser, bad_body
 from books import add_book, etag_of
 from manual import answers
 from pagination import invalid_query
 from routes import Routes
-from schemas import BlankIsNull, BookPublic, Isbn, RequestModel, Title
+from schemas import BlankIsNull, BookPublic, Isbn, RequestModel, Title, invalid_body
+from security import Contributor, CurrentUser
 from sources import REFS, Candidate, Source
 
 AT_ONCE = 20  # requests of this process that wait for another catalogue
@@ -71,7 +71,7 @@ class ExternalBook(RequestModel):
 async def add_external_book(wanted: ExternalBook, user: Contributor, response: Response) -> BookPublic:
     """Add a book as Google Books or Open Library has it now. An ISBN that is here already is refused with 409."""
     if not REFS[wanted.source].fullmatch(wanted.ref):
-        raise bad_body("ref", f"is not one of {wanted.source.label}")
+        raise invalid_body("ref", f"is not one of {wanted.source.label}")
     found = await catalogues.fetch(wanted.source, wanted.ref)
     if found is None:
         raise HTTPException(404, f"{wanted.source.label} has no such book.")

@@ -29,13 +29,13 @@ from sse_starlette.sse import SendTimeoutError
 from starlette.types import Receive, Scope, Send
 
 import database
-import throttle
-from auth import Viewer, is_still
+import security
 from events import EVENT_ID_MAX, Filter, Logged, after, floor, head
 from manual import answers
 from models import Event
 from routes import Routes
 from schemas import BlankIsNull, EventPublic, RequestModel, pattern
+from security import Viewer, is_token_valid
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -56,7 +56,7 @@ STREAMS, STREAMS_OF_ADDRESS = 4000, 1500
 @orm_event.listens_for(Session, "before_commit")
 def _tell_other_processes(session: Session) -> None:
     if session.info.get("recorded", False):
-        database.backend().announce(session)
+        database.backend().notify_listeners(session)
 
 
 @orm_event.listens_for(Session, "after_commit")
@@ -78,26 +78,26 @@ class Feed:
     closing: anyio.Event | None = None  # sse-starlette sets it at SIGTERM
     streams: Counter[str] = field(default_factory=Counter)  # how many are open, by address
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _nudged: asyncio.Event = field(default_factory=asyncio.Event)
+    _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _loop: asyncio.AbstractEventLoop | None = None
 
     def wake(self) -> None:
         """This process has committed an event. Safe from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: a job's last commit at shutdown
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._nudged.set)
+                self._loop.call_soon_threadsafe(self._woken.set)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.buffer.clear()
         self.start = self.head = await database.read(head)
-        self.closing, self._changed, self._nudged = anyio.Event(), asyncio.Event(), asyncio.Event()
+        self.closing, self._changed, self._woken = anyio.Event(), asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
         # anyio's cancelling, unlike asyncio's, waits for what is in a thread: it still needs the database.
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._tail)
             tasks.start_soon(self._close)
-            tasks.start_soon(database.backend().watch, self._nudged.set)
+            tasks.start_soon(database.backend().listen, self._woken.set)
             try:
                 yield
             finally:
@@ -107,8 +107,8 @@ class Feed:
     async def _tail(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._nudged.wait(), LOOK_SECONDS)
-            self._nudged.clear()
+                await asyncio.wait_for(self._woken.wait(), LOOK_SECONDS)
+            self._woken.clear()
             try:
                 while events := await database.read(_kept_after, self.head):
                     self._append(events)
@@ -116,12 +116,12 @@ class Feed:
                 if events is None:  # pruned before they were read: streams that are not past them will notice
                     self.buffer.clear()
                     self.start = self.head = await database.read(floor)
-                    self._nudged.set()
+                    self._woken.set()
             except Exception as error:
                 # Whatever it is, it may be better in a while; what was missed is still in the log.
                 log.error("can't read the change log: %s", error, exc_info=not isinstance(error, OperationalError))
                 await asyncio.sleep(1)
-                self._nudged.set()
+                self._woken.set()
 
     async def _breathe(self) -> None:
         """Let the streams send, then others do what they came for. Where many write and many listen, what comes
@@ -208,7 +208,7 @@ class Feed:
             for event in events:
                 at = event.id
                 if wanted.admits(event):
-                    if event.private and wanted.viewer and not await _patiently(is_still, wanted.viewer):
+                    if event.private and wanted.viewer and not await _patiently(is_token_valid, wanted.viewer):
                         left = 0
                         break
                     chunk.append(event.frame)
@@ -222,7 +222,7 @@ class Feed:
                 return
             if clock() - looked_at >= HEARTBEAT_SECONDS:
                 looked_at = clock()
-                if wanted.viewer and not await _patiently(is_still, wanted.viewer):
+                if wanted.viewer and not await _patiently(is_token_valid, wanted.viewer):
                     return
             if not events:
                 with contextlib.suppress(TimeoutError):
@@ -367,7 +367,7 @@ class Stream(EventSourceResponse):
         transport: asyncio.Transport | None = scope.get("books.transport")
         if transport is not None:
             _limit_silence(transport)
-        with feed.place_for(throttle.address_of(Request(scope))):
+        with feed.place_for(security.client_address(Request(scope))):
             try:
                 await super().__call__(scope, receive, send)
             except* SendTimeoutError:

@@ -11,7 +11,6 @@ from sqlmodel import Session, col
 
 import database
 import events
-from auth import CurrentUser
 from books import PUBLIC, BookId, as_book, no_such_book
 from database import CompiledQuery
 from manual import FOLLOWED_PAGE, answers
@@ -19,6 +18,7 @@ from models import Book, Principal, ShelfEntry, ShelfStatus, SortableTimestamp, 
 from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, json_answer, named
 from routes import Routes
 from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id
+from security import CurrentUser
 
 router = Routes(prefix="/my-library", tags=["My library"])
 

@@ -16,13 +16,13 @@ from sqlmodel import Session, col
 import database
 import events
 import models
-from auth import CurrentUser, Staff
 from books import BookId, no_such_book
 from manual import FOLLOWED_PAGE, answers
 from models import MAX_COPIES, MAX_RENEWALS, Book, DomainError, Loan, LoanStatus, Principal, User
 from pagination import Order, Page, PageQuery, named, page_answer, read_page
 from routes import Routes
 from schemas import Id, LoanCreate, LoanPublic, StockChange, StockPublic
+from security import CurrentUser, Staff
 from settings import settings
 
 router = Routes(tags=["Lending"])

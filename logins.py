@@ -17,27 +17,26 @@ from starlette.background import BackgroundTask
 import database
 import mail
 import models
-import throttle
-from auth import (
-    NOBODYS_HASH,
-    TOKEN_MAX,
-    Claims,
-    CurrentUser,
-    audit,
-    bad_body,
-    hash_secret,
-    not_signed_in,
-    one_of_each,
-    seal,
-    sign,
-    verify,
-    verify_password,
-)
+import security
+from events import record_account_event
 from manual import PAGE, answers
 from models import CodePurpose, LoginSession, OneTimeCode, Principal, User
 from pagination import Order, Page, PageQuery, named, page_answer, read_page
 from routes import Routes
-from schemas import Id, RequestModel, SessionPublic, Storable
+from schemas import Id, RequestModel, SessionPublic, Storable, invalid_body
+from security import (
+    DUMMY_PASSWORD_HASH,
+    MAX_TOKEN,
+    Claims,
+    CurrentUser,
+    create_token,
+    hmac_hash,
+    reject_repeated_fields,
+    sha256,
+    unauthorized,
+    verify_password,
+    verify_token,
+)
 from settings import settings
 
 router = Routes(tags=["Accounts"])
@@ -56,13 +55,13 @@ class TokenPair(BaseModel):
 
 
 class RefreshRequest(RequestModel):
-    refresh_token: Annotated[str, Field(max_length=TOKEN_MAX), Storable]
+    refresh_token: Annotated[str, Field(max_length=MAX_TOKEN), Storable]
 
 
 def _renew(login: LoginSession, jti: str) -> TokenPair:
     """A new pair for this login, in place of its last. The caller's transaction keeps the new hash."""
     now = models.utcnow()
-    login.previous_hash, login.refresh_hash = login.refresh_hash, hash_secret(jti)
+    login.previous_hash, login.refresh_hash = login.refresh_hash, sha256(jti)
     login.last_used_at, login.expires_at = now, now + timedelta(days=settings.refresh_token_expire_days)
     return _pair(login, jti)
 
@@ -70,15 +69,15 @@ def _renew(login: LoginSession, jti: str) -> TokenPair:
 def _pair(login: LoginSession, jti: str) -> TokenPair:
     now, lifetime = models.utcnow(), timedelta(minutes=settings.access_token_expire_minutes)
     return TokenPair(
-        access_token=sign("access", login, now, now + lifetime, secrets.token_urlsafe(12)),
+        access_token=create_token("access", login, now, now + lifetime, secrets.token_urlsafe(12)),
         expires_in=int(lifetime.total_seconds()),
-        refresh_token=sign("refresh", login, login.last_used_at, login.expires_at, jti),
+        refresh_token=create_token("refresh", login, login.last_used_at, login.expires_at, jti),
     )
 
 
 def _successor(jti: str) -> str:
     """The id of the refresh token that follows this one: always the same, and to be known only by who has the key."""
-    return seal("refresh", jti)
+    return hmac_hash("refresh", jti)
 
 
 # --- signing in and out -------------------------------------------------------------------------------------------
@@ -94,10 +93,10 @@ async def credentials(request: Request) -> Credentials:
     try:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
             return Credentials.model_validate_json(await request.body(), extra="forbid")
-        await one_of_each(request)
+        await reject_repeated_fields(request)
         form = {name: value for name, value in (await request.form()).items() if isinstance(value, str)}
         if any(name.lstrip().startswith("{") for name in form):  # as curl sends it
-            raise bad_body("username", "is needed in a form; JSON needs the Content-Type application/json")
+            raise invalid_body("username", "is needed in a form; JSON needs the Content-Type application/json")
         return Credentials.model_validate(form)
     except ValidationError as error:
         found = error.errors(include_input=False, include_url=False)
@@ -125,19 +124,19 @@ async def login(given: Annotated[Credentials, Depends(credentials)], request: Re
     """
     name, device = given.username.strip().lower(), Device.of(request)
     # By what was typed: a common count for somebody's name and address would tell that they belong together.
-    await throttle.check("login", request, name)
+    await security.check_rate_limit("login", request, name)
     account = await database.read(_find_account, name) or NOBODY
     right, new_hash = await verify_password(given.password, account.password_hash)
     if right and settings.require_verified_email and account.is_active and account.email_verified_at is None:
         why = "Confirm your e-mail address first: open the link that was mailed to you."
-        may_mail = not await throttle.wait_for("verify", request, account.id)
+        may_mail = not await security.hit_rate_limit("verify", request, account.id)
         raise Refused(403, why, after=BackgroundTask(_mail_link_again, account.id) if may_mail else None)
     pair = await database.write(start_session, account, device, new_hash) if right else None
     if pair is None:
         raise Refused(
             401, "Wrong user name or password.", BackgroundTask(database.write, _record_failure, account, device)
         )
-    await throttle.forgive("login", request, name)
+    await security.reset_rate_limit("login", request, name)
     return pair
 
 
@@ -150,7 +149,7 @@ class Device(NamedTuple):
     @classmethod
     def of(cls, request: Request) -> "Device":
         agent = request.headers.get("user-agent")
-        return cls(throttle.address_of(request), agent and agent[:200])
+        return cls(security.client_address(request), agent and agent[:200])
 
 
 class Account(NamedTuple):
@@ -162,7 +161,7 @@ class Account(NamedTuple):
     email_verified_at: datetime | None
 
 
-NOBODY = Account(0, NOBODYS_HASH, is_active=False, email_verified_at=None)  # ids begin with 1
+NOBODY = Account(0, DUMMY_PASSWORD_HASH, is_active=False, email_verified_at=None)  # ids begin with 1
 
 
 def _find_account(connection: Connection, name: str) -> Account | None:
@@ -183,7 +182,7 @@ class Refused(HTTPException):
 
 def _record_failure(session: Session, account: Account, device: Device) -> None:
     known = session.get(User, account.id) is not None
-    audit(session, account.id if known else None, "login_failed", **device._asdict())
+    record_account_event(session, account.id if known else None, "login_failed", **device._asdict())
 
 
 def start_session(session: Session, account: Account, device: Device, new_hash: str | None) -> TokenPair | None:
@@ -196,7 +195,7 @@ def start_session(session: Session, account: Account, device: Device, new_hash: 
     login = LoginSession(user_id=user.id, refresh_hash="", user_agent=device.user_agent)
     session.add(login)
     session.flush()
-    audit(session, user.id, "login", session_id=login.id, **device._asdict())
+    record_account_event(session, user.id, "login", session_id=login.id, **device._asdict())
     return _renew(login, secrets.token_urlsafe(24))
 
 
@@ -207,11 +206,11 @@ async def refresh(given: RefreshRequest, request: Request) -> TokenPair:
     But a client whose answer got lost may ask again within 10 seconds, and gets the same refresh token as before, so
     that there is never more than one that is good.
     """
-    claims = verify("refresh", given.refresh_token)
-    await throttle.check("refresh", request, claims and claims.sid)
+    claims = verify_token("refresh", given.refresh_token)
+    await security.check_rate_limit("refresh", request, claims and claims.sid)
     pair = None if claims is None else await database.write(_rotate, claims)
     if pair is None:
-        raise not_signed_in()
+        raise unauthorized()
     return pair
 
 
@@ -222,14 +221,14 @@ def _rotate(session: Session, claims: Claims) -> TokenPair | None:
     user = session.get_one(User, login.user_id)
     if not user.is_active or (settings.require_verified_email and user.email_verified_at is None):
         return None
-    shown = hash_secret(claims.jti)
+    shown = sha256(claims.jti)
     if hmac.compare_digest(login.refresh_hash, shown):
         return _renew(login, _successor(claims.jti))
     if login.previous_hash == shown and models.utcnow() - login.last_used_at <= RETRY_WITHIN:
         return _pair(login, _successor(claims.jti))
     # We signed it, and it is not the current one: it was used before, by its owner or by a thief.
     login.revoked_at = models.utcnow()
-    audit(session, login.user_id, "token_reused", session_id=login.id)
+    record_account_event(session, login.user_id, "token_reused", session_id=login.id)
     return None
 
 
@@ -247,7 +246,7 @@ async def logout_everywhere(user: CurrentUser) -> None:
 
 def _log_out(session: Session, user: Principal, which: sa.ColumnElement[bool]) -> None:
     for session_id in end_sessions(session, user.id, which):
-        audit(session, user.id, "logout", session_id=session_id)
+        record_account_event(session, user.id, "logout", session_id=session_id)
 
 
 def end_sessions(session: Session, user_id: int, which: sa.ColumnElement[bool]) -> Sequence[int]:
@@ -288,7 +287,7 @@ async def end_session(session_id: Annotated[Id, Path(description="The session's 
 def _end_session(session: Session, user: Principal, session_id: int) -> bool:
     ended = end_sessions(session, user.id, col(LoginSession.id) == session_id)
     if ended:
-        audit(session, user.id, "logout", session_id=session_id)
+        record_account_event(session, user.id, "logout", session_id=session_id)
     return bool(ended)
 
 
@@ -309,7 +308,7 @@ LINK_AGAIN_AFTER = timedelta(minutes=5)  # for who tries to sign in and has not 
 def make_link(session: Session, user: User, lifetime: timedelta = LINK_LIFETIME) -> str:
     """The token of a link that makes the address that the user has now the confirmed one, also if it changes."""
     token = secrets.token_urlsafe(24)
-    expires_at, sealed = models.utcnow() + lifetime, seal(CodePurpose.verify_email, token)
+    expires_at, sealed = models.utcnow() + lifetime, hmac_hash(CodePurpose.verify_email, token)
     session.add(
         OneTimeCode(
             user_id=user.id,

@@ -65,7 +65,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import accounts
-import auth
 import books
 import database
 import exports
@@ -77,7 +76,7 @@ import logins
 import manual
 import operations
 import reviews
-import throttle
+import security
 import uploads
 import users
 from manual import TAGS
@@ -102,8 +101,8 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     database.open_database(settings.database_url)
     serving = False
     try:
-        auth.prepare()
-        throttle.open_counters()
+        security.prepare()
+        security.open_rate_limits()
         async with feed.feed.running(), operations.running_jobs():
             serving = True
             yield

@@ -26,11 +26,11 @@ import harvest
 import imports
 import logins
 import models
-from auth import Admin
 from database import Sqlite
 from manual import answers
 from models import Setting
 from routes import Routes
+from security import Admin
 from settings import VERSION, settings
 
 if sys.platform != "win32":
@@ -47,7 +47,7 @@ def configure_logging() -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     if not log.handlers:
         handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-        if settings.log_file is not None:  # by several workers, which take turns to begin a new file
+        if settings.log_file is not None:  # by several workers, which take writer_queue to begin a new file
             from concurrent_log_handler import (  # noqa: PLC0415  # 5 MB of memory, which few need
                 ConcurrentRotatingFileHandler,
             )
@@ -138,7 +138,7 @@ async def sweep_logins() -> None:
 
 # --- is it well? --------------------------------------------------------------------------------------------------
 
-PROBE_PATIENCE = 15  # longer than a writer waits for others
+PROBE_TIMEOUT = 15  # longer than a writer waits for others
 PROBE_SECONDS = 5  # how long the answer is taken to be true: asking must not be a way to keep the disk busy
 
 
@@ -165,9 +165,9 @@ async def health() -> Health:
         if _Probe.running is None or _Probe.running.done():
             _Probe.running = asyncio.create_task(database.write(_probe))
         probe = _Probe.running
-        done, _ = await asyncio.wait([probe], timeout=PROBE_PATIENCE)
+        done, _ = await asyncio.wait([probe], timeout=PROBE_TIMEOUT)
         if not done:
-            raise _unwell("written", TimeoutError(f"for {PROBE_PATIENCE} s somebody else has been writing"))
+            raise _unwell("written", TimeoutError(f"for {PROBE_TIMEOUT} s somebody else has been writing"))
         try:
             probe.result()
         except DBAPIError as error:

@@ -61,7 +61,7 @@ class Postgresql:
             for row in rows:
                 copy.write_row([f(row[n] if n in row else same[n]) for n, f in zip(names, prepare, strict=True)])
 
-    async def watch(self, nudge: Callable[[], None]) -> None:
+    async def listen(self, notify: Callable[[], None]) -> None:
         """Nudge whenever somebody has committed an event; also after each new connection, for what went unheard."""
         address = make_url(self.url).set(drivername="postgresql").render_as_string(hide_password=False)
         while True:
@@ -72,9 +72,9 @@ class Postgresql:
                     )
                 try:
                     await listener.execute(f"LISTEN {CHANNEL}")
-                    nudge()
+                    notify()
                     async for _ in listener.notifies():
-                        nudge()
+                        notify()
                 finally:  # its own `async with` rolls back first, which can't be done when this is cancelled
                     await listener.close()
             except psycopg.Error as error:
@@ -82,7 +82,7 @@ class Postgresql:
             await asyncio.sleep(0.5)
 
     @staticmethod
-    def announce(session: Session) -> None:
+    def notify_listeners(session: Session) -> None:
         """Tell the listeners, when this transaction is committed."""
         session.connection().exec_driver_sql(f"NOTIFY {CHANNEL}")
 

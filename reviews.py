@@ -10,13 +10,13 @@ from sqlmodel import Session, col
 
 import database
 import library
-from auth import Staff
 from books import FIND_BOOK, BookId, book_to_change, no_such_book
 from manual import PAGE, answers
 from models import ShelfEntry, User
 from pagination import Order, Page, PageQuery, named, page_answer, read_page
 from routes import Routes
 from schemas import EntryUpdate, ReviewPublic, Username
+from security import Staff
 
 router = Routes(prefix="/books", tags=["Catalogue"])
 

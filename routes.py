@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
-import auth
+import security
 
 BODY_MAX = 1 << 20  # bytes of a request, but for uploads
 Handler = Callable[..., Awaitable[Any]]
@@ -78,7 +78,7 @@ class ShortRoute(APIRoute):
         except ClientDisconnect:
             return None
         for name, checks in self.identified.items():
-            values[name] = await auth.identify(_token(scope))
+            values[name] = await security.get_principal(_token(scope))
             for check in checks:
                 values[name] = await check(values[name])
         response = await self.endpoint(**values)
@@ -92,7 +92,7 @@ def _dependency(marks: Any) -> Any:
 
 def _checks(dependency: Any) -> list[Handler]:
     """What a user goes through that `auth.identify` has found: dependencies on each other, the outermost last."""
-    if dependency is auth.identify:
+    if dependency is security.get_principal:
         return []
     (parameter,) = inspect.signature(dependency, eval_str=True).parameters.values()
     return [*_checks(_dependency(parameter.annotation.__metadata__)), dependency]

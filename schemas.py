@@ -5,6 +5,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -491,3 +492,7 @@ class LoanPublic(BaseModel):
     @property
     def status(self) -> LoanStatus:
         return loan_status(self.due_at, self.returned_at)
+
+
+def invalid_body(field: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": ("body", field), "msg": message, "type": "value_error"}])

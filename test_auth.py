@@ -14,9 +14,9 @@ from jose import jws, jwt
 from passlib.context import CryptContext
 from sqlmodel import Session, select
 
-import auth
 import database
 import models
+import security
 from conftest import NEW, PASSWORD, Clock, Person, Server, code_in, make, sign_up, token_in, user_named
 from mail import Email
 from models import LoginSession, OneTimeCode, User
@@ -30,7 +30,7 @@ def forged(client: TestClient, key: str | None = None, algorithm: str = "HS256",
     tokens = Person(client, "admin", "admin").tokens
     real = jwt.get_unverified_claims(tokens["access_token"])
     changed = {name: value for name, value in {**real, **claims}.items() if value is not None}
-    return str(jwt.encode(changed, auth._Key.value if key is None else key, algorithm=algorithm))
+    return str(jwt.encode(changed, security._SigningKey.value if key is None else key, algorithm=algorithm))
 
 
 def part(value: object) -> str:
@@ -67,7 +67,7 @@ FORGERIES: dict[str, Callable[[TestClient], str]] = {
     "an algorithm that is a list": lambda client: f"{part({'alg': ['HS256']})}.{forged(client).split('.', 1)[1]}",
     "a header that is a list": lambda client: f"{part(['HS256'])}.{forged(client).split('.', 1)[1]}",
     "RSA": signed_with_rsa,
-    "claims that are a list": lambda client: str(jws.sign(b"[1]", auth._Key.value, algorithm="HS256")),
+    "claims that are a list": lambda client: str(jws.sign(b"[1]", security._SigningKey.value, algorithm="HS256")),
     "claims that are no JSON": lambda client: f"{part({'alg': 'HS256'})}.e30x.AAAA",
     "another signature": lambda client: forged(client)[:-4] + "AAAA",
     "expired": lambda client: forged(client, exp=models.utcnow() - timedelta(seconds=1)),
@@ -133,11 +133,11 @@ def test_the_database_holds_no_secret_in_plain(client: TestClient, reader: Perso
 
 def test_six_digits_can_not_be_guessed_from_the_database(client: TestClient) -> None:
     """Without the key of the service, trying all of a million codes against a stored hash finds nothing."""
-    before = auth.seal("reset_password", 1, "271828")
-    assert before == auth.seal("reset_password", 1, "271828")
+    before = security.hmac_hash("reset_password", 1, "271828")
+    assert before == security.hmac_hash("reset_password", 1, "271828")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auth._Key, "value", "another key")
-        assert auth.seal("reset_password", 1, "271828") != before
+        patch.setattr(security._SigningKey, "value", "another key")
+        assert security.hmac_hash("reset_password", 1, "271828") != before
 
 
 def test_a_hash_of_older_parameters_is_renewed_at_the_next_login(client: TestClient, reader: Person) -> None:
@@ -246,8 +246,8 @@ def test_nor_does_it_with_an_admin_who_is_one_no_more(client: TestClient, admin:
     admin.post("/users", json={**NEW, "role": "admin"})
     assert Person(client, "rita").patch("/users/1", json={"role": "reader"}).status_code == 200
     with pytest.raises(RuntimeError, match="admin still has the password of development mode: set ADMIN_PASSWORD"):
-        database.write_sync(auth._replace_development_passwords, None)
-    database.write_sync(auth._replace_development_passwords, "long enough")
+        database.write_sync(security._replace_development_passwords, None)
+    database.write_sync(security._replace_development_passwords, "long enough")
     assert client.post("/login", data={"username": "admin", "password": "admin"}).status_code == 401
 
 

@@ -122,7 +122,7 @@ def test_who_waits_to_write_keeps_nobody_from_reading_nor_waits_for_ever(
     client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader.add_book(title="Dune", genre="Novel")
-    monkeypatch.setattr(operations, "PROBE_PATIENCE", 0.2)
+    monkeypatch.setattr(operations, "PROBE_TIMEOUT", 0.2)
     monkeypatch.setattr(operations._Probe, "at", float("-inf"))
     backend: Any = database.backend()
     with ThreadPoolExecutor(12) as pool:

@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from starlette.requests import Request
 
-import throttle
+import security
 from conftest import HERE, NEW, PASSWORD, Clock, Person, Server, code_in, free_port, wait_for
 from mail import Email
 from settings import settings
@@ -196,7 +196,7 @@ def test_without_a_proxy_that_is_trusted_the_header_says_nothing(serve: Callable
     ],
 )
 def test_where_a_request_comes_from(client: tuple[str, int] | None, place: str) -> None:
-    assert throttle.address_of(Request({"type": "http", "client": client})) == place
+    assert security.client_address(Request({"type": "http", "client": client})) == place
 
 
 # --- where it is counted ------------------------------------------------------------------------------------------
@@ -243,5 +243,5 @@ def test_the_readme_states_the_limits() -> None:
     section = (HERE / "README.md").read_text().split("\n### Limits\n")[1].split("\n### ")[0]
     told = re.findall(r"^\| (\w+) \| (.*?) \| (.*?) \| (.*?) \|$", section, re.MULTILINE)
     assert told == [
-        (name, *(limit.replace("per", "in") for limit in allowed)) for name, allowed in throttle.LIMITS.items()
+        (name, *(limit.replace("per", "in") for limit in allowed)) for name, allowed in security.RATE_LIMITS.items()
     ]

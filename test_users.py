@@ -10,10 +10,10 @@ from fastapi import HTTPException
 from fastapi.testclient import TestClient
 
 import accounts
-import auth
 import database
 import feed
 import logins
+import security
 import users
 from conftest import DUNE, NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in, wait_for
 from mail import Email
@@ -309,7 +309,7 @@ def test_all_that_is_stored_of_me_is_one_file(client: TestClient, reader: Person
 def test_an_account_that_goes_while_it_is_asked_for_is_signed_out(
     reader: Person, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
-    monkeypatch.setattr(auth, "_find_principal", lambda *_: Principal(999, "gone", "reader", 1))
+    monkeypatch.setattr(security, "_find_principal", lambda *_: Principal(999, "gone", "reader", 1))
     answer = reader.request(*asked.split())
     assert database.write_sync(logins._ask_again, 999) is None
     assert (answer.status_code, answer.headers["Content-Type"]) == (401, "application/problem+json")

@@ -11,7 +11,6 @@ from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
 import database
-from auth import Contributor, CurrentUser, bad_body, one_of_each
 from cells import printable
 from csvfiles import to_csv
 from formats import REASON
@@ -20,7 +19,8 @@ from manual import PAGE, answers
 from models import OnDuplicate, Principal, Upload, UploadError, UploadStatus
 from pagination import Order, Page, PageQuery, named, page_answer, read_page
 from routes import Routes
-from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic
+from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic, invalid_body
+from security import Contributor, CurrentUser, reject_repeated_fields
 from settings import settings
 
 router = Routes(tags=["In and out"])
@@ -63,7 +63,7 @@ class NoQuery(RequestModel):
     """What is asked of an upload is in its form: the same in the query would be passed over, `dry_run` with it."""
 
 
-OneOfEach = Annotated[None, Depends(one_of_each)]
+OneOfEach = Annotated[None, Depends(reject_repeated_fields)]
 
 
 @router.post("/books/upload", status_code=202, max_body_size=UPLOAD_MAX, responses=answers(403) | TAKEN)
@@ -110,7 +110,7 @@ async def _take(
     form: ShelfForm, user: Principal, tasks: BackgroundTasks, response: Response, *, shelve: bool, enrich: bool
 ) -> UploadPublic:
     if not form.file.size:
-        raise bad_body("file", "is empty")
+        raise invalid_body("file", "is empty")
     if form.file.size > settings.max_upload_mb << 20:
         raise HTTPException(413, f"The largest file that is taken has {settings.max_upload_mb} MiB.")
     upload = await database.write(_store_file, form, user.id, shelve=shelve, enrich=enrich)

@@ -17,10 +17,10 @@ import library
 import loans
 import mail
 import models
-import throttle
+import security
 from accounts import change_address, create_account, find_user, read_account, still_me, with_password
-from auth import Admin, CurrentUser, audit, refuse_if_changed
 from books import SELECT_BOOKS, as_book, disown_books
+from events import record_account_event
 from logins import end_sessions
 from mail import Email
 from manual import PAGE, answers
@@ -45,6 +45,7 @@ from schemas import (
     UserPublic,
     UserUpdate,
 )
+from security import Admin, CurrentUser, check_still_authorized
 from settings import settings
 
 router = Routes(prefix="/users", tags=["Users"])
@@ -65,7 +66,7 @@ async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tas
     A new address must be confirmed by the link that is mailed there; the old one is told.
     """
     if "email" in change.model_fields_set:
-        await throttle.check("verify", request, user.id)
+        await security.check_rate_limit("verify", request, user.id)
     return await _update(user.id, change, user, tasks)
 
 
@@ -80,7 +81,7 @@ def _change_account(
     session: Session, user_id: int, change: UserUpdate, by: Principal
 ) -> tuple[UserPublic, list[Email]]:
     admins = _lock_admins(session)
-    refuse_if_changed(session, by)  # now that nobody else changes admins
+    check_still_authorized(session, by)  # now that nobody else changes admins
     user = session.get(User, user_id, with_for_update=True)
     if user is None:
         raise no_such_user()
@@ -93,10 +94,10 @@ def _change_account(
         _keep_an_admin(admins, user_id)
     letters = change_address(session, user, new_email, by.id) if new_email != user.email else []
     if user.role != role:
-        audit(session, user_id, "role_changed", old=role, new=user.role, by=by.id)
+        record_account_event(session, user_id, "role_changed", old=role, new=user.role, by=by.id)
     if user.is_active != was_active:
         end_sessions(session, user_id, sa.true())  # so that they stay dead when it is switched on again
-        audit(session, user_id, "switched_on" if user.is_active else "switched_off", by=by.id)
+        record_account_event(session, user_id, "switched_on" if user.is_active else "switched_off", by=by.id)
     return UserPublic.model_validate(user), letters
 
 
@@ -138,7 +139,7 @@ def _delete_my_account(session: Session, user: Principal, verified_hash: str) ->
 
 def _delete_account(session: Session, user_id: int, by: Principal) -> Email:
     admins = _lock_admins(session)
-    refuse_if_changed(session, by)  # now that nobody else changes admins
+    check_still_authorized(session, by)  # now that nobody else changes admins
     user = session.get(User, user_id, with_for_update=True)
     if user is None:
         raise no_such_user()

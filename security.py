@@ -1,21 +1,29 @@
-"""Who is asking: passwords, tokens, the signed-in user, roles, and the first admin."""
+"""Password hashing, JWTs, the current-user dependency, roles, rate limits and the first admin."""
 
 import asyncio
 import functools
 import hashlib
 import hmac
+import ipaddress
 import logging
+import math
 import multiprocessing
 import secrets
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
+import anyio.to_thread
+import limits
 import sqlalchemy as sa
 from fastapi import Depends, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.security import OAuth2PasswordBearer
 from jose import JWTError, jwt
+from limits.errors import StorageError
+from limits.storage import MemoryStorage, storage_from_string
+from limits.strategies import FixedWindowRateLimiter
 from passlib.context import CryptContext
 from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 from sqlalchemy import Connection
@@ -23,15 +31,14 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlmodel import Session, col
 
 import database
-import events
 import models
 from database import CompiledQuery, connection_of
 from models import LoginSession, Principal, Role, Setting, User
-from schemas import EmailAddress, Id, Username
+from schemas import EmailAddress, Id, Username, invalid_body
 from settings import COMMON_PASSWORDS, settings
 
-log = logging.getLogger("books.auth")
-TOKEN_MAX = 4000  # characters; ours have some 300
+log = logging.getLogger("books.security")
+MAX_TOKEN = 4000  # characters; ours have some 300
 
 # --- passwords ----------------------------------------------------------------------------------------------------
 
@@ -43,7 +50,7 @@ passwords = CryptContext(
 # At most two at once, off the event loop: enough to use both cores, and a flood of logins waits here, not elsewhere.
 hashers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="argon2")
 # Verified where there is no such user, so that the answer takes the same time.
-NOBODYS_HASH = passwords.hash(secrets.token_urlsafe())
+DUMMY_PASSWORD_HASH = passwords.hash(secrets.token_urlsafe())
 
 
 async def hash_password(password: str) -> str:
@@ -57,38 +64,34 @@ async def verify_password(password: str, password_hash: str) -> tuple[bool, str 
     return right, new_hash
 
 
-def refuse_weak(field: str, password: str, *names: str) -> None:
+def check_password_strength(field: str, password: str, *names: str) -> None:
     """422 for a password that is somebody's first guess."""
     if password.lower() in [name.lower() for name in names]:
-        raise bad_body(field, "must not be the user name or the e-mail address")
+        raise invalid_body(field, "must not be the user name or the e-mail address")
     if password.lower() in COMMON_PASSWORDS:
-        raise bad_body(field, "is one of the most common passwords: choose another")
+        raise invalid_body(field, "is one of the most common passwords: choose another")
 
 
-def bad_body(field: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("body", field), "msg": message, "type": "value_error"}])
-
-
-async def one_of_each(request: Request) -> None:
+async def reject_repeated_fields(request: Request) -> None:
     """Refuse a form that gives a field twice (RFC 6749, 3.2): else the last counts, and nobody is told."""
     names = [name for name, _ in (await request.form()).multi_items()]
     for name in names:
         if names.count(name) > 1:
-            raise bad_body(name, "is given more than once")
+            raise invalid_body(name, "is given more than once")
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
 
 
-class _Key:
+class _SigningKey:
     """What signs tokens: SECRET_KEY, or in development mode a random key from the database."""
 
     value = ""
 
 
-def sign(kind: str, login: LoginSession, issued: datetime, expires: datetime, jti: str) -> str:
+def create_token(kind: str, login: LoginSession, issued: datetime, expires: datetime, jti: str) -> str:
     claims = {"sub": str(login.user_id), "sid": str(login.id), "iat": issued, "exp": expires, "jti": jti}
-    return str(jwt.encode({**claims, "typ": kind}, _Key.value, algorithm="HS256"))
+    return str(jwt.encode({**claims, "typ": kind}, _SigningKey.value, algorithm="HS256"))
 
 
 class Claims(BaseModel):
@@ -101,18 +104,18 @@ class Claims(BaseModel):
 
 
 @functools.lru_cache(1000)
-def _claims(token: str, key: str) -> Claims:
+def _decode(token: str, key: str) -> Claims:
     """What a token with a good signature says: that never changes. Whether its login still lives is not asked here."""
     # Whether it has expired is asked of our own clock; that it has an expiry, Claims insists on.
     return Claims.model_validate(jwt.decode(token, key, ["HS256"], options={"verify_exp": False}))
 
 
-def verify(kind: str, token: str) -> Claims | None:
+def verify_token(kind: str, token: str) -> Claims | None:
     """The claims of a token of this kind, or None. Tokens of one kind never pass for another."""
-    if len(token) > TOKEN_MAX:
+    if len(token) > MAX_TOKEN:
         return None
     try:
-        claims = _claims(token, _Key.value)
+        claims = _decode(token, _SigningKey.value)
     except (JWTError, ValidationError, RecursionError):
         return None
     now = models.utcnow().timestamp()
@@ -120,14 +123,14 @@ def verify(kind: str, token: str) -> Claims | None:
     return None if claims.typ != kind or issued_later or claims.exp <= now else claims
 
 
-def hash_secret(secret: str) -> str:
+def sha256(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def seal(*parts: object) -> str:
+def hmac_hash(*parts: object) -> str:
     """A hash that nobody can try values against without the key: the database alone does not give a code away."""
     text = ":".join(map(str, parts))
-    return hmac.new(_Key.value.encode(), text.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(_SigningKey.value.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
 # --- who is asking ------------------------------------------------------------------------------------------------
@@ -135,7 +138,7 @@ def seal(*parts: object) -> str:
 bearer = OAuth2PasswordBearer(tokenUrl="login", auto_error=False)
 
 
-def not_signed_in(detail: str = "Sign in first: the token is missing, expired or revoked.") -> HTTPException:
+def unauthorized(detail: str = "Sign in first: the token is missing, expired or revoked.") -> HTTPException:
     return HTTPException(401, detail, {"WWW-Authenticate": "Bearer"})
 
 
@@ -156,40 +159,40 @@ def _find_principal(connection: Connection, user_id: int, session_id: int, expir
     return None if row is None else Principal._make((*row, expires_at))
 
 
-async def identify(token: Annotated[str | None, Depends(bearer)]) -> Principal | None:
+async def get_principal(token: Annotated[str | None, Depends(bearer)]) -> Principal | None:
     """Who signed in, None without a token. A token that is no good is an error even where none is needed."""
     if token is None:
         return None
-    claims = verify("access", token)
+    claims = verify_token("access", token)
     principal = None
     if claims is not None:
         principal = await database.read(_find_principal, claims.sub, claims.sid, claims.exp)
     if principal is None:
-        raise not_signed_in()
+        raise unauthorized()
     return principal
 
 
-async def is_still(principal: Principal) -> bool:
+async def is_token_valid(principal: Principal) -> bool:
     """Whether the token is still good, and its owner still who they were: for answers that take long."""
     now = await database.read(_find_principal, principal.id, principal.session_id, principal.expires_at)
     return now == principal and models.utcnow().timestamp() < principal.expires_at
 
 
-def refuse_if_changed(session: Session, principal: Principal) -> None:
+def check_still_authorized(session: Session, principal: Principal) -> None:
     """In a change of an account, which may have waited for others: what it rests on may be gone meanwhile."""
     asked = principal.id, principal.session_id, principal.expires_at
     if _find_principal(connection_of(session), *asked) != principal:
-        raise not_signed_in()
+        raise unauthorized()
 
 
-async def current_user(principal: Annotated[Principal | None, Depends(identify)]) -> Principal:
+async def get_current_user(principal: Annotated[Principal | None, Depends(get_principal)]) -> Principal:
     if principal is None:
-        raise not_signed_in()
+        raise unauthorized()
     return principal
 
 
-Viewer = Annotated[Principal | None, Depends(identify)]
-CurrentUser = Annotated[Principal, Depends(current_user)]
+Viewer = Annotated[Principal | None, Depends(get_principal)]
+CurrentUser = Annotated[Principal, Depends(get_current_user)]
 
 
 def require(*roles: Role) -> Any:
@@ -207,22 +210,13 @@ Staff = Annotated[Principal, require(Role.librarian, Role.admin)]
 Admin = Annotated[Principal, require(Role.admin)]
 
 
-async def may_add(user: CurrentUser) -> Principal:
+async def get_contributor(user: CurrentUser) -> Principal:
     if not (settings.readers_can_add or user.is_staff):
         raise HTTPException(403, "Here only librarians and admins add books.")
     return user
 
 
-Contributor = Annotated[Principal, Depends(may_add)]
-
-
-def audit(session: Session, /, user_id: int | None, what: str, **data: object) -> None:
-    """Keep in the log what happened to an account, for its owner and admins to read.
-
-    What was tried on an account that there is not is kept, too: ids of events are public, and one that is missing
-    would tell who has an account.
-    """
-    events.record(session, f"account.{what}", data, owner=user_id, private=True)
+Contributor = Annotated[Principal, Depends(get_contributor)]
 
 
 # --- the first start ----------------------------------------------------------------------------------------------
@@ -240,10 +234,10 @@ def _prepare(session: Session) -> None:
     if settings.secret_key is None:
         kept = session.get(Setting, "secret_key") or Setting(key="secret_key", value=secrets.token_hex(32))
         session.add(kept)
-        _Key.value = kept.value
+        _SigningKey.value = kept.value
         password = password or "admin"
     else:
-        _Key.value = settings.secret_key.get_secret_value()
+        _SigningKey.value = settings.secret_key.get_secret_value()
         _replace_development_passwords(session, password)
     admins = session.scalars(sa.select(User).where(col(User.role) == Role.admin)).all()
     if password is None or admins:
@@ -287,7 +281,7 @@ def _tell_of_development_mode() -> None:
 def _look_around(session: Session) -> tuple[bool, str | None]:
     """Whether no other worker has told of this start, and which admin still has the password `admin`: the one whose
     hash is the one that was made of it."""
-    start = hash_secret(multiprocessing.current_process().authkey.hex())  # random, and the same for all its workers
+    start = sha256(multiprocessing.current_process().authkey.hex())  # random, and the same for all its workers
     kept = session.get(Setting, "last_start") or Setting(key="last_start", value="")
     first, kept.value = kept.value != start, start
     session.add(kept)
@@ -308,3 +302,108 @@ def _replace_development_passwords(session: Session, password: str | None) -> No
             raise RuntimeError(f"{admin.username} still has the password of development mode: set ADMIN_PASSWORD")
         admin.password_hash = passwords.hash(password)
         log.warning("%s had the password of development mode: it is ADMIN_PASSWORD now.", admin.username)
+
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class RateLimit(NamedTuple):
+    """How many attempts. `together` is for one account from one address; the limit for an account from all addresses
+    is wider, so that it takes many addresses to lock somebody else out."""
+
+    address: str
+    together: str
+    account: str
+
+
+RATE_LIMITS = {
+    "login": RateLimit("100 per 1 minute", "10 per 15 minutes", "100 per 1 hour"),
+    "register": RateLimit("50 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
+    "refresh": RateLimit("60 per 1 minute", "30 per 1 minute", "60 per 1 minute"),
+    "forgot": RateLimit("30 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
+    "reset": RateLimit("30 per 1 hour", "10 per 1 hour", "30 per 1 hour"),
+    "verify": RateLimit("30 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
+    "password": RateLimit("30 per 1 hour", "10 per 1 hour", "20 per 1 hour"),
+}
+
+
+class _Counters:
+    """This process's own, and those that RATE_LIMIT_STORAGE shares between processes, if it does."""
+
+    own = FixedWindowRateLimiter(MemoryStorage())
+    shared: FixedWindowRateLimiter | None = None
+
+
+def open_rate_limits() -> None:
+    _Counters.own.storage.reset()
+    _Counters.shared = None
+    if not settings.rate_limit_storage.startswith("memory:"):
+        patience = {"socket_timeout": 1, "socket_connect_timeout": 1}
+        storage = storage_from_string(settings.rate_limit_storage, wrap_exceptions=True, **patience)
+        _Counters.shared = FixedWindowRateLimiter(storage)
+
+
+async def check_rate_limit(action: str, request: Request, account: object = None) -> None:
+    """Count an attempt at `action`, or refuse it: 429 that says when to come back."""
+    if seconds := await hit_rate_limit(action, request, account):
+        raise HTTPException(429, f"Too many attempts. Try again in {seconds} s.", {"Retry-After": str(seconds)})
+
+
+async def hit_rate_limit(action: str, request: Request, account: object = None) -> int:
+    """Count an attempt: 0, or the seconds until the next one may be made."""
+    if settings.rate_limits:
+        for limit, key in _keys(action, request, account):
+            if seconds := await _run(_hit, limit, key):
+                return seconds
+    return 0
+
+
+async def reset_rate_limit(action: str, request: Request, account: object) -> None:
+    """Forget the attempts on this account: its owner has come in."""
+    if settings.rate_limits:
+        for limit, key in _keys(action, request, account)[1:]:
+            await _run(FixedWindowRateLimiter.clear, limit, key)
+
+
+def _keys(action: str, request: Request, account: object) -> list[tuple[limits.RateLimitItem, str]]:
+    allowed, address = RATE_LIMITS[action], client_address(request)
+    keys = [(limits.parse(allowed.address), f"{action} from {address}")]
+    if account is not None:
+        # A hash: what was typed may be long, and somebody's address is nobody's business in a shared storage.
+        name = hashlib.blake2b(str(account).encode(), digest_size=16).hexdigest()
+        keys.append((limits.parse(allowed.together), f"{action} of {name} from {address}"))
+        keys.append((limits.parse(allowed.account), f"{action} of {name}"))
+    return keys
+
+
+def client_address(request: Request) -> str:
+    """Where a request comes from. An IPv6 network of 64 bits is one place: each of its hosts can take any address.
+
+    Behind a proxy, uvicorn puts the client's address here, if it was told to trust that proxy.
+    """
+    host = request.client.host if request.client else "nowhere"
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host[:100]
+    if address.version == 4:
+        return host
+    return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
+
+
+def _hit(limiter: FixedWindowRateLimiter, limit: limits.RateLimitItem, key: str) -> int:
+    """Count it: 0, or the seconds until there is room again."""
+    if limiter.hit(limit, key):
+        return 0
+    return max(1, math.ceil(limiter.get_window_stats(limit, key).reset_time - time.time()))
+
+
+async def _run(use: Callable[Concatenate[FixedWindowRateLimiter, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Use the shared counters, or our own where there are none, or while they do not answer."""
+    if _Counters.shared is not None:
+        try:
+            return await anyio.to_thread.run_sync(functools.partial(use, _Counters.shared, *args, **kwargs))
+        except StorageError as error:
+            log.error("RATE_LIMIT_STORAGE does not answer; counting in this process: %s", error)
+    return use(_Counters.own, *args, **kwargs)
