@@ -12,7 +12,7 @@ from fastapi import HTTPException
 
 import catalogues
 import events
-from formats import LOOKED_UP, FileBook, Problem, Row
+from csv_files import LOOKED_UP, FileBook, ImportRow, RowIssue
 from schemas import CSV_CONTEXT
 from sources import Candidate, Source
 
@@ -35,7 +35,7 @@ class Enricher:
         self.patience = catalogues.A_JOB_WAITS
         self.has_asked = False
 
-    def fill_in(self, rows: Sequence[Row]) -> bool:
+    def fill_in(self, rows: Sequence[ImportRow]) -> bool:
         """Decide the rows that wait for what is looked up. False where the server stops first."""
         waiting = [row for row in rows if row.wanted]
         if not waiting:
@@ -78,7 +78,7 @@ class Enricher:
         return await catalogues.by_isbn(isbns, self.patience)
 
 
-def complete(row: Row, found: Candidate | None, down: str | None) -> None:
+def complete(row: ImportRow, found: Candidate | None, down: str | None) -> None:
     """Make the book of what the row says and of what was found; what the row says wins."""
     source = Source.openlibrary.label
     lacks = {"title", "author"} - row.values.keys()
@@ -96,6 +96,6 @@ def complete(row: Row, found: Candidate | None, down: str | None) -> None:
         row.values |= {name: fills[name] for name in row.filled}
     elif down is not None:
         row.problems.append(
-            Problem("isbn", row.values["isbn"], f"could not be looked up, the book is in as it is: {down}")
+            RowIssue("isbn", row.values["isbn"], f"could not be looked up, the book is in as it is: {down}")
         )
     row.book, row.wanted = FileBook.model_validate(row.values, context=CSV_CONTEXT), None

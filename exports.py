@@ -13,9 +13,7 @@ from sqlmodel import col
 import database
 import models
 from books import ONE_BOOK, ORDERS, PUBLIC, BookFilter, as_book, condition
-from cells import to_html
-from csvfiles import to_csv
-from formats import BOOK_COLUMNS, OUR_COLUMNS, SHELVES
+from csv_files import BOOK_COLUMNS, OUR_COLUMNS, SHELVES, to_csv, to_html
 from library import SELECT_ENTRIES, as_entry
 from models import Book, ShelfEntry
 from pagination import Order

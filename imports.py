@@ -26,10 +26,25 @@ import catalogues
 import database
 import events
 import models
-from cells import printable, storable, which_comes_first
-from csvfiles import MEANINGLESS, Broken, Dialect, UnreadableFile, detect_dialect, detect_encoding, records
+from csv_files import (
+    MEANINGLESS,
+    BrokenRecord,
+    ColumnMapping,
+    Dialect,
+    ImportRow,
+    RowParser,
+    UnreadableFile,
+    describe_header,
+    detect_dialect,
+    detect_encoding,
+    known_columns,
+    printable,
+    read_header,
+    records,
+    strip_invalid,
+    which_comes_first,
+)
 from enrichment import Enricher
-from formats import Columns, Reader, Row, known_columns, read_header, seen
 from models import Principal, Upload, UploadChunk, UploadError, UploadStatus, User
 from placing import Batch, Memory
 from schemas import UploadPublic
@@ -109,9 +124,9 @@ class Table:
         buffered = io.BufferedReader(file, CHUNK)
         return file, io.TextIOWrapper(buffered, encoding=self.encoding, errors=MEANINGLESS, newline="")
 
-    def _read_header(self) -> Columns:
+    def _read_header(self) -> ColumnMapping:
         for _, record in self._records(self._text()[1]):
-            if isinstance(record, Broken):
+            if isinstance(record, BrokenRecord):
                 raise UnreadableFile(f"The first row can't be read: {record.why}.")
             if any("\x00" in cell for cell in record):
                 raise UnreadableFile("This is not a text file.")
@@ -121,19 +136,19 @@ class Table:
             return columns
         raise UnreadableFile("The file is empty: it has no header.")
 
-    def _records(self, text: TextIO) -> Iterator[tuple[int, list[str] | Broken]]:
+    def _records(self, text: TextIO) -> Iterator[tuple[int, list[str] | BrokenRecord]]:
         """Numbered as a spreadsheet does. Blank lines are none, and no more is Excel's `sep=;`."""
         for number, record in enumerate(records(text, self.dialect), start=1):
             if record and not (number == 1 and len(record) <= 2 and record[0] == "sep="):
                 yield number, record
 
-    def rows(self, skip: int) -> Iterator[tuple[Row, int]]:
+    def rows(self, skip: int) -> Iterator[tuple[ImportRow, int]]:
         """The rows after the first `skip`, each with how many bytes have been read."""
         file, text = self._text()
-        reader = Reader(self.columns, lambda: self.day_first, enrich=self.enrich)
+        reader = RowParser(self.columns, lambda: self.day_first, enrich=self.enrich)
         for number, record in islice(self._records(text), 1 + skip, None):
-            if isinstance(record, Broken):
-                yield Row(number, [record.line]).refuse(None, record.line, record.why), file.position
+            if isinstance(record, BrokenRecord):
+                yield ImportRow(number, [record.line]).refuse(None, record.line, record.why), file.position
             else:
                 yield reader.row(number, record), file.position
 
@@ -147,7 +162,7 @@ class Table:
         ]
         day = month = False
         for _, record in self._records(self._text()[1]):
-            if not isinstance(record, Broken) and len(record) == len(self.columns.header):
+            if not isinstance(record, BrokenRecord) and len(record) == len(self.columns.header):
                 told = which_comes_first([record[i] for i in cells])
                 day, month = day or told[0], month or told[1]
                 if day and month:
@@ -259,13 +274,13 @@ def _keep(session: Session, job: Job) -> None:
 def _describe(session: Session, job: Job, table: Table) -> None:
     upload, columns = _mine(session, job), table.columns
     if upload.shelve and not columns.format.has_shelf:
-        raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {seen(columns.header)}")
+        raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {describe_header(columns.header)}")
     upload.format, upload.encoding, upload.delimiter = columns.format, table.encoding, table.dialect.delimiter
-    upload.header = [storable(cell[:CELL_MAX]) for cell in columns.header]
+    upload.header = [strip_invalid(cell[:CELL_MAX]) for cell in columns.header]
     upload.ignored_columns = columns.ignored
 
 
-def _store_batch(session: Session, job: Job, memory: Memory, rows: Sequence[Row], position: int) -> None:
+def _store_batch(session: Session, job: Job, memory: Memory, rows: Sequence[ImportRow], position: int) -> None:
     upload = _mine(session, job)
     owner = session.get_one(User, upload.user_id)
     batch = Batch(session, upload, Principal(owner.id, owner.username, owner.role, 0), memory)
@@ -286,7 +301,7 @@ def _store_batch(session: Session, job: Job, memory: Memory, rows: Sequence[Row]
         _tell_progress(session, upload)
 
 
-def _store_problems(session: Session, upload_id: int, rows: Sequence[Row]) -> None:
+def _store_problems(session: Session, upload_id: int, rows: Sequence[ImportRow]) -> None:
     problems = [
         UploadError(
             upload_id=upload_id,
@@ -296,7 +311,7 @@ def _store_problems(session: Session, upload_id: int, rows: Sequence[Row]) -> No
             value=printable(problem.value),
             message=problem.message,
             # Once for each row, to be given back.
-            cells=[storable(cell[:CELL_MAX]) for cell in row.cells] if row.book is None and first else None,
+            cells=[strip_invalid(cell[:CELL_MAX]) for cell in row.cells] if row.book is None and first else None,
         )
         for row in rows
         for first, problem in zip(chain([True], repeat(False)), row.problems, strict=False)

@@ -13,7 +13,7 @@ import events
 import library
 import models
 from books import revise_book
-from formats import Entry, Problem, Row
+from csv_files import ImportRow, RowIssue, ShelfData
 from models import Book, DomainError, OnDuplicate, Principal, ShelfEntry, Upload
 from schemas import BookBase, BookUpdate, EntryUpdate
 from search import index_books
@@ -34,7 +34,7 @@ class Memory:
     times: Counter[int] = field(default_factory=Counter)  # how often a title and author has come, by hash
     imagined: set[int] = field(default_factory=set)  # hashes of what a dry run would have put in
 
-    def see(self, row: Row) -> None:
+    def see(self, row: ImportRow) -> None:
         if row.book is not None:
             self.key_of(row.book)
 
@@ -62,10 +62,10 @@ class Batch:
         self.twins: set[Key] = set()  # titles and authors that several books have, none of them an ISBN
         self.outcomes: Counter[str] = Counter()
 
-    def place(self, rows: Sequence[Row]) -> None:
+    def place(self, rows: Sequence[ImportRow]) -> None:
         good = [(row, self.memory.key_of(row.book)) for row in rows if row.book is not None]
         self._find([(key, row.book) for row, key in good if row.book is not None])
-        new: dict[Key, Row] = {}
+        new: dict[Key, ImportRow] = {}
         for row, key in good:
             if key not in self.ids and key not in new and not self._is_imagined(key):
                 if settings.readers_can_add or self.owner.is_staff:
@@ -121,7 +121,7 @@ class Batch:
             found.setdefault(_title_and_author(title, author), book_id)
         return found
 
-    def _insert(self, new: dict[Key, Row]) -> None:
+    def _insert(self, new: dict[Key, ImportRow]) -> None:
         """Insert and index many books at once. The transaction has the write lock: their ids have no gaps."""
         if not new:
             return
@@ -134,7 +134,7 @@ class Batch:
         told = {"upload_id": self.upload.id, "count": len(new), "first_id": first, "last_id": last}
         events.record(self.session, "books.imported", told)
 
-    def _update_books(self, rows: Sequence[tuple[Row, Key]]) -> set[int]:
+    def _update_books(self, rows: Sequence[tuple[ImportRow, Key]]) -> set[int]:
         """Change what the file says otherwise, where the owner may. Those rows."""
         if not self.updating:
             return set()
@@ -145,7 +145,7 @@ class Batch:
         found = sa.select(Book).where(col(Book.id).in_(ids)).with_for_update()
         return {book.id: book for book in self.session.scalars(found)}
 
-    def _update(self, row: Row, key: Key, book: Book) -> bool:
+    def _update(self, row: ImportRow, key: Key, book: Book) -> bool:
         # Where the title is the key, it says nothing new.
         names = row.told - ({"isbn"} if isinstance(key, str) else {"title", "author"})
         said = {name: getattr(row.book, name) for name in names}
@@ -155,19 +155,19 @@ class Batch:
             return False
         if key in self.twins:
             why = "there are several books of this title and author: which of them is meant, the file does not tell"
-            row.problems.append(Problem(None, "", why))
+            row.problems.append(RowIssue(None, "", why))
             return False
         if not (self.owner.is_staff or book.added_by == self.owner.id):
             if not self.upload.shelve:
                 why = "this book was added by somebody else: only they, librarians and admins change it"
-                row.problems.append(Problem(None, "", why))
+                row.problems.append(RowIssue(None, "", why))
             return False
         revise_book(self.session, book, BookUpdate.model_validate(said))
         return True
 
     # --- the shelf ---
 
-    def _shelve(self, rows: Sequence[tuple[Row, Key]]) -> tuple[set[int], set[int]]:
+    def _shelve(self, rows: Sequence[tuple[ImportRow, Key]]) -> tuple[set[int], set[int]]:
         """Put the books on the owner's shelf; the rows that did, and those that changed what was there."""
         ids = {self.ids[key] for _, key in rows if key in self.ids}
         mine = sa.select(ShelfEntry).where(col(ShelfEntry.user_id) == self.owner.id, col(ShelfEntry.book_id).in_(ids))
@@ -188,7 +188,7 @@ class Batch:
             events.record(self.session, "shelf.imported", told, owner=self.owner.id)
         return shelved, moved
 
-    def _add_entry(self, told: Entry, book: Book) -> ShelfEntry:
+    def _add_entry(self, told: ShelfData, book: Book) -> ShelfEntry:
         entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, **told._asdict() | {"added_at": models.utcnow()})
         entry.added_at = told.added_at or entry.added_at
         self.session.add(entry)
@@ -197,13 +197,13 @@ class Batch:
             library.record_review(self.session, "review.created", book, entry, self.owner.username)
         return entry
 
-    def _update_entry(self, row: Row, entry: ShelfEntry, book: Book) -> bool:
+    def _update_entry(self, row: ImportRow, entry: ShelfEntry, book: Book) -> bool:
         assert row.entry is not None
         told = {name: value for name, value in row.entry._asdict().items() if value not in (None, [])}
         told = {name: value for name, value in told.items() if getattr(entry, name) != value}
         if not told:
             return False
-        before = {name: getattr(entry, name) for name in (*Entry._fields, "updated_at")}
+        before = {name: getattr(entry, name) for name in (*ShelfData._fields, "updated_at")}
         if added_at := told.pop("added_at", None):
             entry.added_at = added_at
         had_rating, was_review, said = entry.rating, entry.is_review, (entry.rating, entry.review)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, WrapValidator
 
-from cells import BadValue, from_html, mend_isbn, read_date
+from csv_files import InvalidCell, from_html, read_date, repair_isbn
 from schemas import BookCreate, BookUpdate
 
 T = TypeVar("T")
@@ -85,14 +85,14 @@ def date_and_year(text: str | None) -> dict[str, Any]:
     text = (text or "").strip()
     try:
         day, year = read_date("published_date", text, lambda: None)
-    except BadValue:
+    except InvalidCell:
         years = re.findall(r"(?<!\d)\d{4}(?!\d)", text)
         day, year = None, int(years[0]) if len(years) == 1 else None
     return {"published_date": day, "publication_year": day.year if day else year}
 
 
 def first_isbn(texts: Sequence[str]) -> str | None:
-    return next(filter(None, map(mend_isbn, texts)), None)
+    return next(filter(None, map(repair_isbn, texts)), None)
 
 
 def names(texts: Sequence[str]) -> str | None:

@@ -18,14 +18,14 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Connection
 from sqlmodel import Session, select
 
-import csvfiles
+import csv_files
 import database
 import events
 import imports
 import placing
 import uploads
 from conftest import DUNE, HERE, REAL_BOOKS, Clock, Person, Postgres, Server, sign_up, wait_for
-from formats import Row
+from csv_files import ImportRow
 from models import UploadChunk, User
 from settings import settings
 
@@ -279,18 +279,18 @@ def test_the_refused_rows_come_back_uncut_and_whatever_was_warned_of(
 
 
 def test_quotes_that_never_close_are_not_read_as_often_as_there_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(csvfiles, "REREAD_MAX", 100_000)
-    lines, read = csvfiles.Lines.__next__, 0
+    monkeypatch.setattr(csv_files, "MAX_REREAD", 100_000)
+    lines, read = csv_files.LineReader.__next__, 0
 
-    def count(self: csvfiles.Lines) -> str:
+    def count(self: csv_files.LineReader) -> str:
         nonlocal read
         read += 1
         return lines(self)
 
-    monkeypatch.setattr(csvfiles.Lines, "__next__", count)
+    monkeypatch.setattr(csv_files.LineReader, "__next__", count)
     text = io.StringIO("title,author\n" + 'x","\n' * 1000, newline="")
-    with pytest.raises(csvfiles.UnreadableFile, match="does not close"):
-        list(csvfiles.records(text, csvfiles.Dialect()))
+    with pytest.raises(csv_files.UnreadableFile, match="does not close"):
+        list(csv_files.records(text, csv_files.Dialect()))
     assert read < 10_000, "it was half a million"
 
 
@@ -675,7 +675,7 @@ def test_an_export_that_is_taken_up_again_stays_with_who_took_it(
     wait_for(lambda: reader.get(where).json()["rows"] == 40 or None)
     thieves = []
 
-    def see(self: placing.Memory, row: Row) -> None:
+    def see(self: placing.Memory, row: ImportRow) -> None:
         clock.advance(seconds=imports.LEASE.total_seconds() / 30)
         thieves.append(database.write_sync(imports._claim, int(where.rsplit("/", 1)[1])))
 

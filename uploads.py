@@ -11,9 +11,7 @@ from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
 import database
-from cells import printable
-from csvfiles import to_csv
-from formats import REASON
+from csv_files import REASON, printable, to_csv
 from imports import CHUNK, CHUNKS, end, run_upload
 from manual import PAGE, answers
 from models import OnDuplicate, Principal, Upload, UploadError, UploadStatus
