@@ -256,7 +256,7 @@ def measure(bench: Bench, case: Case, servers: Sequence["Served"], rounds: int) 
 
 def measure_export(ours: "Served", file: Path) -> dict[str, float]:
     """The catalogue as CSV, and the same columns by `sqlite3` and `csv` alone."""
-    from formats import BOOK_COLUMNS
+    from csv_files import BOOK_COLUMNS
 
     def by_us() -> None:
         with ours.client.stream("GET", "/books/export") as answer:

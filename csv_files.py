@@ -505,7 +505,7 @@ class ImportRow:
     entry: ShelfData | None = None
     problems: list[RowIssue] = field(default_factory=list)
 
-    def refuse(self, field_name: str | None, value: str, message: str) -> "Row":
+    def refuse(self, field_name: str | None, value: str, message: str) -> "ImportRow":
         self.book, self.wanted, self.problems = None, None, [RowIssue(field_name, value, message)]
         return self
 
