@@ -15,12 +15,11 @@ import database
 import mail
 import models
 import security
+from api import Router, errors
 from events import record_account_event
 from logins import ask_to_confirm, end_sessions, make_link
 from mail import Email
-from manual import answers
 from models import CodePurpose, LoginSession, OneTimeCode, Principal, Role, User
-from routes import Routes
 from schemas import EmailAddress, Password, RequestModel, Storable, UserCreate, UserPublic, invalid_body, pattern
 from security import (
     DUMMY_PASSWORD_HASH,
@@ -33,7 +32,7 @@ from security import (
     verify_password,
 )
 
-router = Routes(tags=["Accounts"])
+router = Router(tags=["Accounts"])
 
 CODE_TRIES = 5
 CODE_LIFETIME = timedelta(minutes=10)
@@ -43,7 +42,7 @@ REFUSAL_SECONDS = 0.3  # how long each refusal of a code takes, whatever it was 
 # --- making one ---------------------------------------------------------------------------------------------------
 
 
-@router.post("/auth/register", status_code=201, responses=answers(409, 429, sends={201: "Location"}))
+@router.post("/auth/register", status_code=201, responses=errors(409, 429, sends={201: "Location"}))
 async def register(new: UserCreate, request: Request, response: Response, tasks: BackgroundTasks) -> UserPublic:
     """Make an account with the role reader, and mail a link that confirms its address.
 
@@ -102,7 +101,7 @@ class Confirmed(BaseModel):
 A_PAGE = {"content": {"text/plain": {"schema": {"type": "string"}}}}  # for browsers
 
 
-@router.get("/auth/verify-email/{token}", response_model=Confirmed, responses=answers(409, 507) | {200: A_PAGE})
+@router.get("/auth/verify-email/{token}", response_model=Confirmed, responses=errors(409, 507) | {200: A_PAGE})
 async def verify_email(token: Annotated[str, Path(max_length=100), Storable], request: Request) -> Response:
     """Follow the link that was mailed: the address is confirmed. The link works once, for 24 hours."""
     confirmed = await database.write(_confirm, token)
@@ -180,7 +179,7 @@ class Notice(BaseModel):
     detail: str
 
 
-@router.post("/auth/verify-email", status_code=202, responses=answers(409, 429))
+@router.post("/auth/verify-email", status_code=202, responses=errors(409, 429))
 async def request_verification(user: CurrentUser, request: Request, tasks: BackgroundTasks) -> Notice:
     """Ask for another link. 409 where the address is confirmed already."""
     await security.check_rate_limit("verify", request, user.id)
@@ -205,7 +204,7 @@ class ForgottenPassword(RequestModel):
     email: EmailAddress
 
 
-@router.post("/auth/forgot-password", status_code=202, responses=answers(429))
+@router.post("/auth/forgot-password", status_code=202, responses=errors(429))
 async def forgot_password(given: ForgottenPassword, request: Request, tasks: BackgroundTasks) -> Notice:
     """Have a 6-digit code mailed, good for 10 minutes, 5 tries and one use. It takes the place of the one before.
 
@@ -254,7 +253,7 @@ class PasswordReset(RequestModel):
     new_password: Password
 
 
-@router.post("/auth/reset-password", status_code=204, responses=answers(429))
+@router.post("/auth/reset-password", status_code=204, responses=errors(429))
 async def reset_password(given: PasswordReset, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password with the code that was mailed. Ends every session."""
     answer_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS
@@ -318,7 +317,7 @@ class PasswordChange(RequestModel):
     new_password: Password
 
 
-@router.post("/auth/change-password", status_code=204, responses=answers(403, 429))
+@router.post("/auth/change-password", status_code=204, responses=errors(403, 429))
 async def change_password(given: PasswordChange, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password. Ends all my sessions but this one."""
     if given.new_password == given.current_password:

@@ -14,16 +14,15 @@ from sqlmodel import Session, col
 import database
 import events
 import models
+from api import FOLLOWED_PAGE, Router, errors
 from database import CompiledQuery, Insert
-from manual import FOLLOWED_PAGE, answers
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
 from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, named
-from routes import Routes
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
 from search import AMONG, FEW, Words, best_first, count_matches, few_best_first, has_words, index_books
 from security import Contributor, CurrentUser, Viewer, unauthorized
 
-router = Routes(prefix="/books", tags=["Catalogue"])
+router = Router(prefix="/books", tags=["Catalogue"])
 
 BookId = Annotated[Id, Path(description="The book's `id`.")]
 
@@ -227,7 +226,7 @@ def names_etag(header: str, etag: str) -> bool:
     return header.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in header.split(","))
 
 
-CHANGED = answers(403, 409, 412, sends={200: "ETag"})
+CHANGED = errors(403, 409, 412, sends={200: "ETag"})
 NOT_MODIFIED: dict[int | str, Any] = {304: {"description": "It is still the version that you have."}}
 
 
@@ -235,7 +234,7 @@ IfMatch = Annotated[str | None, Header(description="The `ETag` that the change i
 IfNoneMatch = Annotated[str | None, Header(description="The `ETag` that you have; 304 when it is still true.")]
 
 
-@router.short("GET", "/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | answers(sends={200: "ETag"}))
+@router.short("GET", "/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | errors(sends={200: "ETag"}))
 async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
     """One book. Its `ETag` names its version."""
     row = await database.read(FIND_BOOK.first, {"book_id": book_id})
@@ -248,7 +247,7 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
     return Response(body, media_type="application/json", headers=headers)
 
 
-ADDED = answers(403, 409, sends={201: "Location ETag"})
+ADDED = errors(403, 409, sends={201: "Location ETag"})
 
 
 @router.short("POST", "", status_code=201, response_model=BookPublic, responses=ADDED)
@@ -343,7 +342,7 @@ def book_to_change(session: Session, book_id: int, if_match: str | None = None) 
     return book
 
 
-@router.delete("/{book_id:id}", status_code=204, responses=answers(403, 409, 412))
+@router.delete("/{book_id:id}", status_code=204, responses=errors(403, 409, 412))
 async def delete_book(book_id: BookId, user: CurrentUser, if_match: IfMatch = None) -> None:
     """Delete a book with its reviews and shelf entries.
 

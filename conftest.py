@@ -31,8 +31,8 @@ import catalogues
 import database
 import logins
 import mail
+import main
 import models
-import operations
 import schemas
 import security
 from mail import Email
@@ -251,12 +251,12 @@ def client(first_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(settings, "database_url", copy_of(first_start, tmp_path / "books.db"))
     monkeypatch.setattr(settings, "rate_limits", False)  # but for the tests that are about them
     # What recurs comes when it likes, also between two lines of a test. Who wants it asks for `recurring_work`.
-    monkeypatch.setattr(operations, "running_jobs", nullcontext)
+    monkeypatch.setattr(main, "recurring_jobs", nullcontext)
     with TestClient(app) as visitor:
         yield visitor
 
 
-def recurring_work(client: httpx.Client, running: Any = operations.running_jobs) -> AbstractContextManager[None]:
+def recurring_work(client: httpx.Client, running: Any = main.recurring_jobs) -> AbstractContextManager[None]:
     assert isinstance(client, TestClient)
     assert client.portal is not None
     return client.portal.wrap_async_context_manager(running())

@@ -12,15 +12,15 @@ from sqlmodel import col
 
 import database
 import models
+from api import Router
 from books import ONE_BOOK, ORDERS, PUBLIC, BookFilter, as_book, condition
 from csv_files import BOOK_COLUMNS, OUR_COLUMNS, SHELVES, to_csv, to_html
 from library import SELECT_ENTRIES, as_entry
 from models import Book, ShelfEntry
 from pagination import Order
-from routes import Routes
 from security import CurrentUser, Viewer, unauthorized
 
-router = Routes(tags=["In and out"])
+router = Router(tags=["In and out"])
 
 BATCH = 1000  # rows that are in memory at once
 

@@ -8,10 +8,9 @@ from pydantic import BaseModel, Field, StringConstraints
 
 import catalogues
 import database
+from api import Router, errors
 from books import add_book, etag_of
-from manual import answers
 from pagination import invalid_query
-from routes import Routes
 from schemas import BlankIsNull, BookPublic, Isbn, RequestModel, Title, invalid_body
 from security import Contributor, CurrentUser
 from sources import REFS, Candidate, Source
@@ -33,7 +32,7 @@ async def take_turn() -> AsyncIterator[None]:
         _Waiting.count -= 1
 
 
-router = Routes(prefix="/books/external", tags=["In and out"], dependencies=[Depends(take_turn)])
+router = Router(prefix="/books/external", tags=["In and out"], dependencies=[Depends(take_turn)])
 
 
 class ExternalQuery(RequestModel):
@@ -49,7 +48,7 @@ class Candidates(BaseModel):
     total: int = Field(description="How many the source says it has; Google Books only guesses.")
 
 
-@router.get("", responses=answers(502, 504))
+@router.get("", responses=errors(502, 504))
 async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: CurrentUser) -> Candidates:
     """Look for books in Google Books or Open Library, by words or by ISBN.
 
@@ -67,7 +66,7 @@ class ExternalBook(RequestModel):
     ref: Annotated[str, StringConstraints(max_length=40)] = Field(examples=["zyTCAlFPjgYC"])
 
 
-@router.post("", status_code=201, responses=answers(403, 404, 409, 502, 504, sends={201: "Location ETag"}))
+@router.post("", status_code=201, responses=errors(403, 404, 409, 502, 504, sends={201: "Location ETag"}))
 async def add_external_book(wanted: ExternalBook, user: Contributor, response: Response) -> BookPublic:
     """Add a book as Google Books or Open Library has it now. An ISBN that is here already is refused with 409."""
     if not REFS[wanted.source].fullmatch(wanted.ref):

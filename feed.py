@@ -30,17 +30,16 @@ from starlette.types import Receive, Scope, Send
 
 import database
 import security
+from api import Router, errors
 from events import EVENT_ID_MAX, Filter, Logged, after, floor, head
-from manual import answers
 from models import Event
-from routes import Routes
 from schemas import BlankIsNull, EventPublic, RequestModel, pattern
 from security import Viewer, is_token_valid
 
 T = TypeVar("T")
 P = ParamSpec("P")
 log = logging.getLogger("books.feed")
-router = Routes(tags=["Changes"])
+router = Router(tags=["Changes"])
 
 LOOK_SECONDS = 5  # without being told that there is something new
 HEARTBEAT_SECONDS = 15  # well under the 55 s after which Heroku's router cuts a silent connection
@@ -335,7 +334,7 @@ async def list_events(query: Annotated[EventsQuery, Query()], viewer: Viewer) ->
     return await database.read_in_thread(_events_page, wanted, query)
 
 
-@router.get("/stream", response_class=EventSourceResponse, responses=answers(429) | {200: STREAM})
+@router.get("/stream", response_class=EventSourceResponse, responses=errors(429) | {200: STREAM})
 async def stream(
     query: Annotated[StreamQuery, Query()],
     viewer: Viewer,

@@ -11,16 +11,15 @@ from sqlmodel import Session, col
 
 import database
 import events
+from api import FOLLOWED_PAGE, Router, errors
 from books import PUBLIC, BookId, as_book, no_such_book
 from database import CompiledQuery
-from manual import FOLLOWED_PAGE, answers
 from models import Book, Principal, ShelfEntry, ShelfStatus, SortableTimestamp, User
 from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, json_answer, named
-from routes import Routes
 from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id
 from security import CurrentUser
 
-router = Routes(prefix="/my-library", tags=["My library"])
+router = Router(prefix="/my-library", tags=["My library"])
 
 ENTRY: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic.model_fields if name != "book"}
 SELECT_ENTRIES = sa.select(*ENTRY.values(), *PUBLIC.values()).join_from(
@@ -99,7 +98,7 @@ def not_on_shelf() -> HTTPException:
     return HTTPException(404, "This book is not on your shelf.")
 
 
-@router.post("/{book_id:id}", status_code=201, responses=answers(409, sends={201: "Location"}))
+@router.post("/{book_id:id}", status_code=201, responses=errors(409, sends={201: "Location"}))
 async def shelve_book(
     book_id: BookId, user: CurrentUser, response: Response, new: EntryCreate | None = None
 ) -> EntryPublic:

@@ -16,16 +16,15 @@ from sqlmodel import Session, col
 import database
 import events
 import models
+from api import FOLLOWED_PAGE, Router, errors
 from books import BookId, no_such_book
-from manual import FOLLOWED_PAGE, answers
 from models import MAX_COPIES, MAX_RENEWALS, Book, DomainError, Loan, LoanStatus, Principal, User
 from pagination import Order, Page, PageQuery, named, page_answer, read_page
-from routes import Routes
 from schemas import Id, LoanCreate, LoanPublic, StockChange, StockPublic
 from security import CurrentUser, Staff
 from settings import settings
 
-router = Routes(tags=["Lending"])
+router = Router(tags=["Lending"])
 
 LoanId = Annotated[Id, Path(description="The loan's `id`.")]
 LOAN: dict[str, Any] = {name: getattr(Loan, name) for name in LoanPublic.model_fields if hasattr(Loan, name)}
@@ -61,7 +60,7 @@ def _find_stock(connection: Connection, book_id: int) -> StockPublic | None:
     return None if row is None else StockPublic.model_validate(row._asdict())
 
 
-@router.post("/books/{book_id:id}/stock", responses=answers(403, 409))
+@router.post("/books/{book_id:id}/stock", responses=errors(403, 409))
 async def change_stock(book_id: BookId, change: StockChange, user: Staff) -> StockPublic:
     """Add copies, or with a negative `quantity` remove some. Those on loan can't be removed: 409."""
     return await database.write(_change_stock, book_id, change.quantity)
@@ -102,7 +101,7 @@ def _move(session: Session, book_id: int, *, copies: int = 0, available: int) ->
 # --- loans --------------------------------------------------------------------------------------------------------
 
 
-@router.post("/loans", status_code=201, responses=answers(403, 404, 409, sends={201: "Location"}))
+@router.post("/loans", status_code=201, responses=errors(403, 404, 409, sends={201: "Location"}))
 async def borrow(new: LoanCreate, user: CurrentUser, response: Response) -> LoanPublic:
     """Borrow copies of a book. 409 where too few are here. Staff may lend to somebody else, by `user_id`."""
     loan = await database.write(_borrow, new, user)
@@ -175,7 +174,7 @@ class LoanQuery(PageQuery):
         return by_status[self.status] + of_user
 
 
-@router.get("/loans", response_model=Page[LoanPublic], responses=answers(403) | FOLLOWED_PAGE)
+@router.get("/loans", response_model=Page[LoanPublic], responses=errors(403) | FOLLOWED_PAGE)
 async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My loans, the newest first; for staff, everybody's.
 
@@ -214,7 +213,7 @@ def _find_loan(connection: Connection, loan_id: int, user: Principal) -> Any:
     return connection.execute(SELECT_LOANS.where(col(Loan.id) == loan_id, _visible(user))).first()
 
 
-@router.post("/loans/{loan_id:id}/return", responses=answers(409))
+@router.post("/loans/{loan_id:id}/return", responses=errors(409))
 async def return_loan(loan_id: LoanId, user: CurrentUser) -> LoanPublic:
     """Bring the copies back. 409 where they are back already."""
     return await database.write(_return, loan_id, user)
@@ -228,7 +227,7 @@ def _return(session: Session, loan_id: int, user: Principal) -> LoanPublic:
     return _tell(session, "loan.returned", loan)
 
 
-@router.post("/loans/{loan_id:id}/renew", responses=answers(409))
+@router.post("/loans/{loan_id:id}/renew", responses=errors(409))
 async def renew_loan(loan_id: LoanId, user: CurrentUser) -> LoanPublic:
     """Keep it for `LOAN_DAYS` longer than `due_at`. At most twice, and not when it is overdue: 409."""
     return await database.write(_renew, loan_id, user)

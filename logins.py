@@ -18,11 +18,10 @@ import database
 import mail
 import models
 import security
+from api import PAGE, Router, errors
 from events import record_account_event
-from manual import PAGE, answers
 from models import CodePurpose, LoginSession, OneTimeCode, Principal, User
 from pagination import Order, Page, PageQuery, named, page_answer, read_page
-from routes import Routes
 from schemas import Id, RequestModel, SessionPublic, Storable, invalid_body
 from security import (
     DUMMY_PASSWORD_HASH,
@@ -39,7 +38,7 @@ from security import (
 )
 from settings import settings
 
-router = Routes(tags=["Accounts"])
+router = Router(tags=["Accounts"])
 
 # --- pairs of tokens ----------------------------------------------------------------------------------------------
 
@@ -114,8 +113,8 @@ LOGIN_BODY = {
 }
 
 
-@router.post("/login", openapi_extra=LOGIN_BODY, responses=answers(401, 403, 429))
-@router.post("/auth/token", openapi_extra=LOGIN_BODY, name="token", responses=answers(401, 403, 429))
+@router.post("/login", openapi_extra=LOGIN_BODY, responses=errors(401, 403, 429))
+@router.post("/auth/token", openapi_extra=LOGIN_BODY, name="token", responses=errors(401, 403, 429))
 async def login(given: Annotated[Credentials, Depends(credentials)], request: Request) -> TokenPair:
     """Sign in, with a form (OAuth2 password grant) or JSON.
 
@@ -199,7 +198,7 @@ def start_session(session: Session, account: Account, device: Device, new_hash: 
     return _renew(login, secrets.token_urlsafe(24))
 
 
-@router.post("/auth/refresh", responses=answers(401, 429))
+@router.post("/auth/refresh", responses=errors(401, 429))
 async def refresh(given: RefreshRequest, request: Request) -> TokenPair:
     """Change a refresh token for a new pair. Each is good once: one that is shown again ends its whole login.
 

@@ -1,98 +1,246 @@
-"""Books API: a small library service. This module puts the parts together; read them in this order.
+"""TOUR"""
 
-    settings.py   what can be set, and what is refused
-    sqlite.py     one writer at a time, short reads and changes inline
-    postgresql.py the same promises on a server
-    database.py   the file, its transactions, and what runs inline or in a thread
-    values.py     the clock, kinds of value, columns: what tables and shapes are made of
-    people.py     users, logins, codes: tables, shapes and rules
-    records.py    settings, uploads, events, likewise
-    models.py     books, shelves, loans, likewise
-    rows.py       statements compiled once, rows as JSON
-    manual.py     what /docs says beside what FastAPI knows
-    pages.py      lists: cursors, offsets, links
-    search.py     words: what is looked up, and what matches best
-    events.py     the change log
-    mail.py       letters, and how they are sent
-    throttle.py   rate limits
-    auth.py       passwords, tokens, the signed-in user, roles
-    routes.py     how paths get into the app, and the short way of those asked most
-    feed.py       /events and /stream
-    logins.py     signing in, refreshing, signing out
-    books.py      the catalogue and its search
-    library.py    /my-library
-    reviews.py    what readers say of a book
-    loans.py      the lending desk: stock, loans
-    csvfiles.py   CSV: encodings, delimiters, records
-    cells.py      numbers, dates and ISBNs as they come
-    sources.py    what Google Books and Open Library say of books
-    catalogues.py asking them, within bounds
-    formats.py    the columns of other services, and what a row says
-    placing.py    rows on their way into the catalogue and onto a shelf
-    enrichment.py filling in what rows lack, from Open Library
-    imports.py    the stored file, and the job that brings it in
-    uploads.py    taking a file, how it goes, what was refused
-    exports.py    the catalogue and my shelf as files
-    external.py   finding and adding books of other catalogues
-    harvest.py    new books, once a day
-    accounts.py   registration, confirming an address, forgotten passwords
-    users.py      my profile, administration
-    operations.py logging, work that recurs, /health, the backup
-    problems.py   every error as a problem document: which status, and what is said of it
-    index.html    the front page, which uses nothing but the paths of the above
-
-A request: `Manners` below, the route, `auth.identify` if it asks for a user, one read or one transaction by way of
-`database`, the answer. Whatever goes wrong on the way becomes a problem document in one of the handlers of `problems`.
-"""
-
-import base64
+import asyncio
 import contextlib
 import gc
 import hashlib
 import logging
-import re
-import secrets
+import os
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
 
-from fastapi import FastAPI, Header, Response
-from fastapi.responses import FileResponse, HTMLResponse
+import anyio
+import anyio.to_thread
+from fastapi import FastAPI, Header, HTTPException, Response
+from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlmodel import Session
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.staticfiles import StaticFiles
 
 import accounts
+import api
 import books
 import database
+import events
 import exports
 import external
 import feed
+import harvest
+import imports
 import library
 import loans
 import logins
-import manual
-import operations
+import models
 import reviews
 import security
 import uploads
 import users
-from manual import TAGS
-from problems import HANDLERS, TOO_LARGE, problem
-from settings import HERE, VERSION, settings
+from api import HANDLERS, TAGS, RequestMiddleware, Router, disk_full, errors
+from database import Sqlite
+from models import Setting, claim_job
+from security import Admin
+from settings import STATIC, VERSION, settings
+
+if sys.platform != "win32":
+    import resource
 
 log = logging.getLogger("books")
-access_log = logging.getLogger("books.access")
+router = Router(tags=["Service"])
+
+# --- the log ------------------------------------------------------------------------------------------------------
+
+
+def configure_logging() -> None:
+    # What our lines do not tell need not be found out for each of them (as Python's logging HOWTO has it).
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    if not log.handlers:
+        handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+        if settings.log_file is not None:  # by several workers, which take writer_queue to begin a new file
+            from concurrent_log_handler import (  # noqa: PLC0415  # 5 MB of memory, which few need
+                ConcurrentRotatingFileHandler,
+            )
+
+            handlers.append(ConcurrentRotatingFileHandler(settings.log_file, maxBytes=10 << 20, backupCount=5))
+        for handler in handlers:
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+            log.addHandler(handler)
+    log.setLevel(settings.log_level)
+    # Our own line per request says more. Without handlers uvicorn doesn't even format its own.
+    uvicorn_access = logging.getLogger("uvicorn.access")
+    uvicorn_access.handlers.clear()
+    uvicorn_access.propagate = False
+
+
+# --- room for many ------------------------------------------------------------------------------------------------
+
+
+def allow_many_connections() -> None:
+    """Each is an open file, streams and clients that are slow to say what they want among them. The usual limit for a
+    start, 1,024, is a fraction of what one process can hold."""
+    if sys.platform != "win32":
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(CONNECTIONS, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+# --- work that recurs ---------------------------------------------------------------------------------------------
+
+CONNECTIONS = 65_536
+RESUME_SECONDS = 5  # between two looks for uploads that nobody is at
+
+
+@contextlib.asynccontextmanager
+async def recurring_jobs() -> AsyncIterator[None]:
+    async with anyio.create_task_group() as jobs:
+        jobs.start_soon(run_every, 1, database.checkpoint_wal)
+        jobs.start_soon(run_every, RESUME_SECONDS, resume_uploads)
+        jobs.start_soon(run_every, 60, prune_events)
+        jobs.start_soon(run_every, 600, sweep_logins)
+        if settings.harvest_query is not None:
+            jobs.start_soon(run_every, harvest.LOOK_SECONDS, harvest.harvest)
+        try:
+            yield
+        finally:
+            jobs.cancel_scope.cancel()
+
+
+async def run_every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        try:
+            await work()
+        except OperationalError as error:  # a full disk, a locked file: it may be better in a while
+            log.error("%s: %s", work.__name__, error)
+        except Exception:
+            # Whatever it is, it must not take the service with it.
+            log.exception("%s failed", work.__name__)
+        await anyio.sleep(seconds)
+
+
+async def resume_uploads() -> None:
+    """Take up the uploads of processes that died, this one's earlier life included."""
+    for upload_id in await database.read_in_thread(imports.abandoned_uploads):
+        await database.run_job(imports.run_upload, upload_id)
+
+
+async def prune_events() -> None:
+    if await database.write(claim_job, "pruning", timedelta(seconds=50)):
+        while await database.write(events.prune):  # noqa: ASYNC110  # there is nothing to wait for
+            await anyio.sleep(0.05)  # others write, too
+
+
+async def sweep_logins() -> None:
+    if await database.write(claim_job, "sweep", timedelta(minutes=55)):
+        await database.write(logins.sweep)
+
+
+# --- is it well? --------------------------------------------------------------------------------------------------
+
+PROBE_TIMEOUT = 15  # longer than a writer waits for others
+PROBE_SECONDS = 5  # how long the answer is taken to be true: asking must not be a way to keep the disk busy
+
+
+class _Probe:
+    at = float("-inf")
+    running: asyncio.Task[None] | None = None
+
+
+class Health(BaseModel):
+    status: str
+    version: str
+    database: str
+
+
+@router.get("/health")
+async def health() -> Health:
+    """Whether the service can read and write its database: 200, or 503 with what is wrong."""
+    try:
+        await database.read(events.head)
+    except DBAPIError as error:
+        raise _unwell("read", error.orig) from None
+    if time.monotonic() - _Probe.at > PROBE_SECONDS:
+        # One for all that ask; and whoever holds the lock, the answer must come.
+        if _Probe.running is None or _Probe.running.done():
+            _Probe.running = asyncio.create_task(database.write(_probe))
+        probe = _Probe.running
+        done, _ = await asyncio.wait([probe], timeout=PROBE_TIMEOUT)
+        if not done:
+            raise _unwell("written", TimeoutError(f"for {PROBE_TIMEOUT} s somebody else has been writing"))
+        try:
+            probe.result()
+        except DBAPIError as error:
+            raise _unwell("written", error.orig) from None
+        _Probe.at = time.monotonic()
+    return Health(status="ok", version=VERSION, database=database.backend().kind)
+
+
+def _probe(session: Session) -> None:
+    session.merge(Setting(key="probed", value=models.utcnow().isoformat()))
+
+
+def _unwell(what: str, error: BaseException | None) -> HTTPException:
+    log.error("the database can't be %s: %s", what, error)
+    return HTTPException(503, f"The database can't be {what}.", {"Retry-After": "5"})
+
+
+# --- backup -------------------------------------------------------------------------------------------------------
+
+
+BACKUP = errors(403, 409, 507) | {
+    200: {"content": {"application/vnd.sqlite3": {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+@router.get("/admin/backup", response_class=StreamingResponse, responses=BACKUP)
+async def back_up(admin: Admin) -> StreamingResponse:
+    """A copy of the SQLite file as of one moment, while writes go on. On PostgreSQL 409: use `pg_dump`."""
+    where = database.backend()
+    if not isinstance(where, Sqlite):
+        raise HTTPException(409, "This service keeps its data in PostgreSQL: back it up with pg_dump.")
+    try:
+        copy = await anyio.to_thread.run_sync(_copy, str(where.engine.url.database))
+    except OSError as error:
+        raise disk_full(error) from None
+    name = f"books-{models.utcnow():%Y%m%d-%H%M%S}.db"
+    headers = {
+        "Content-Disposition": f'attachment; filename="{name}"',
+        "Content-Length": str(os.fstat(copy.fileno()).st_size),
+    }
+    return StreamingResponse(_pieces(copy), media_type="application/vnd.sqlite3", headers=headers)
+
+
+def _copy(file: str) -> BinaryIO:
+    """Beside the file, where there is room for it; without a name, so that nothing is left if we are killed."""
+    handle, path = tempfile.mkstemp(prefix="books-backup-", dir=Path(file).parent)
+    os.close(handle)
+    try:
+        database.copy_sqlite(file, Path(path))
+        return open(path, "rb")  # closed when it is sent
+    finally:
+        os.unlink(path)
+
+
+def _pieces(copy: BinaryIO) -> Iterator[bytes]:
+    with copy:
+        yield from iter(lambda: copy.read(1 << 20), b"")
+
 
 # --- life ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-    operations.configure_logging()
-    operations.allow_many_connections()
+    configure_logging()
+    allow_many_connections()
     # Each call of SQLite gives Python's lock away, and a busy thread (an import) keeps it for this long: with the 5 ms
     # that Python has by itself, a read of a book beside an import took 90 ms.
     sys.setswitchinterval(0.0005)
@@ -103,7 +251,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     try:
         security.prepare()
         security.open_rate_limits()
-        async with feed.feed.running(), operations.running_jobs():
+        async with feed.feed.running(), recurring_jobs():
             serving = True
             yield
     except Exception:
@@ -117,135 +265,12 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         database.close_database()
 
 
-# --- every request ------------------------------------------------------------------------------------------------
-
-
-SECURITY_HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-frame-options", b"DENY"),  # for browsers that do not know frame-ancestors
-)
-# Nothing that is answered here is a page, but for the front page (see below) and the docs. Those start themselves by a
-# script within the page, and draw with styles and pictures within it; nobody's data is written into that page.
-POLICY = b"default-src 'none'; frame-ancestors 'none'"
-DOCS_POLICY = (
-    b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-    b"img-src 'self' data:; worker-src blob:; frame-ancestors 'none'"
-)
-DOCS = ("/docs", "/docs/oauth2-redirect", "/redoc")
-A_YEAR_OF_HTTPS = (b"strict-transport-security", b"max-age=31536000")
-NO_STORE = (b"cache-control", b"no-store")
-# Where HEAD is not GET without a body: a stream would never end, and a link in a mail is used up by following it.
-VERIFY_LINK = "/auth/verify-email/"
-NO_HEAD = ("/stream", VERIFY_LINK)
-# What Starlette answers by itself, in plain text: its body limit, its CORS, and its files to a bad `Range`.
-PLAIN = {
-    413: TOO_LARGE,
-    416: "The file has no such range.",
-    400: "The header Range can't be read.",
-}
-NOT_FOR_OTHERS = "Another site may not call it so: its address, the method or a header is not among those that may."
-
-
-class Manners:
-    """What every path has in common: its log line, request id and headers, HEAD, both spellings of `/books/`."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            refused = problem(404, "There is no web socket here: /stream sends Server-Sent Events.")
-            return await refused(scope, receive, send)
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        started, status, told = time.perf_counter(), 0, not access_log.isEnabledFor(logging.INFO)
-        replaced = False
-        request_id = secrets.token_hex(8)
-        # A copy: the server must still see HEAD to know that it sends no body.
-        root = scope.get("root_path", "").rstrip("/")
-        path = scope["path"].removeprefix(root).rstrip("/") or "/"
-        head = scope["method"] == "HEAD" and not path.startswith(NO_HEAD)
-        inner = {**scope, "path": root + path, "method": "GET" if head else scope["method"]}
-        inner["books.transport"] = getattr(getattr(receive, "__self__", None), "transport", None)  # uvicorn's
-
-        def tell() -> None:
-            nonlocal told
-            told = True
-            milliseconds = (time.perf_counter() - started) * 1000
-            shown = scope["raw_path"].decode("ascii", "replace")[:500]
-            if path.startswith(VERIFY_LINK):  # what follows is a secret
-                shown = root + VERIFY_LINK
-            access_log.info("%s %s %d %.1f ms %s", scope["method"], shown, status, milliseconds, request_id)
-
-        async def answer(message: Message) -> None:
-            nonlocal status, replaced
-            if replaced:
-                return
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if status in PLAIN and is_plain(message):
-                    detail = NOT_FOR_OTHERS if scope["method"] == "OPTIONS" else PLAIN[status]
-                    await problem(status, detail)(scope, receive, answer)
-                    replaced = True
-                    return
-                message["headers"] = [*message["headers"], *headers_of_every_answer(scope, path, message)]
-                message["headers"].append((b"x-request-id", request_id.encode()))
-            await send(message)
-            if message["type"] == "http.response.body" and not message.get("more_body") and not told:
-                tell()  # here, not at the end: background tasks run on after the answer
-
-        try:
-            await self.app(inner, receive, answer)
-        except Exception:
-            if not status:
-                bug = problem(500, "Something went wrong here; it is in the server's log.")
-                await bug(scope, receive, answer)
-            raise  # the server logs it
-        finally:
-            if not told:  # the server stops, or the client is gone
-                tell()
-
-
-def headers_of_every_answer(scope: Scope, path: str, message: Message) -> Iterator[tuple[bytes, bytes]]:
-    yield from SECURITY_HEADERS
-    yield b"content-security-policy", DOCS_POLICY if path in DOCS else FRONT_POLICY if path == "/" else POLICY
-    if scope["scheme"] == "https":
-        yield A_YEAR_OF_HTTPS
-    # What is answered to a token may be somebody's own; only what has an ETag is the same for all.
-    theirs = has(scope, b"authorization") and not has(message, b"etag")
-    if theirs or path.startswith(("/login", "/auth/")):
-        yield NO_STORE
-
-
-def has(message: Scope | Message, header: bytes) -> bool:
-    return any(name == header for name, _ in message["headers"])
-
-
-def is_plain(message: Message) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/plain") for name, value in message["headers"])
-
-
 # --- the front page -----------------------------------------------------------------------------------------------
 
-FRONT_PAGE = (HERE / "index.html").read_text("utf-8")
+FRONT_PAGE = (STATIC / "index.html").read_text("utf-8")
 if settings.makes_admin_admin:
     FRONT_PAGE = FRONT_PAGE.replace("<body>", '<body data-hint="In development mode: admin / admin.">')
 FRONT_ETAG = f'"{hashlib.sha256(FRONT_PAGE.encode()).hexdigest()[:32]}"'
-
-
-def hash_source(tag: str) -> str:
-    """How a policy names the page's own script or style; what has another hash, a browser does not run."""
-    inline = re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", FRONT_PAGE, re.DOTALL)
-    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in inline)
-
-
-# Trusted types: a browser that knows them refuses to take text for HTML, whatever a later change of the script tries.
-FRONT_POLICY = (
-    f"default-src 'none'; script-src {hash_source('script')}; style-src {hash_source('style')}; img-src data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'"
-).encode()
 
 
 # --- the app ------------------------------------------------------------------------------------------------------
@@ -269,7 +294,7 @@ if settings.cors_origins:
         allow_headers=["Authorization", "If-Match", "If-None-Match", "Last-Event-ID"],
         expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Event-Cursor", "X-Request-ID"],
     )
-app.add_middleware(Manners)  # outermost: what goes wrong further in is answered with its headers, too
+app.add_middleware(RequestMiddleware)  # outermost: what goes wrong further in is answered with its headers, too
 ROUTERS = (  # what is asked most comes first, even before /docs: routes are tried in turn
     books.router,
     library.router,
@@ -282,9 +307,9 @@ ROUTERS = (  # what is asked most comes first, even before /docs: routes are tri
     external.router,
     loans.router,
     feed.router,
-    operations.router,
+    router,
 )
-app.router.routes[:0] = [route for router in ROUTERS for route in router.routes]
+app.router.routes[:0] = [route for each in ROUTERS for route in each.routes]
 
 
 plain_openapi = app.openapi
@@ -292,7 +317,7 @@ plain_openapi = app.openapi
 
 def openapi() -> dict[str, Any]:
     if app.openapi_schema is None:
-        manual.complete(plain_openapi())
+        api.complete(plain_openapi())
     return plain_openapi()
 
 
@@ -308,7 +333,4 @@ async def front_page(if_none_match: Annotated[str | None, Header()] = None) -> R
     return HTMLResponse(FRONT_PAGE, headers=headers)
 
 
-@app.get("/sample_books.csv", include_in_schema=False)
-async def sample_books() -> FileResponse:
-    """Fifty classics, which the front page offers to an admin whose catalogue is empty."""
-    return FileResponse(HERE / "sample_books.csv", media_type="text/csv")
+app.mount("/static", StaticFiles(directory=STATIC), name="static")

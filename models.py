@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.visitors import InternalTraversal
-from sqlmodel import Field, SQLModel
+from sqlmodel import Field, Session, SQLModel
 
 # Names decide how a violation is reported: `uq_user_email` and `ck_book_pages` are answered as faults of the
 # fields `email` and `pages`.
@@ -535,3 +535,13 @@ def loan_status(due_at: datetime, returned_at: datetime | None) -> LoanStatus:
     if returned_at is not None:
         return LoanStatus.returned
     return LoanStatus.overdue if due_at < utcnow() else LoanStatus.active
+
+
+def claim_job(session: Session, work: str, span: timedelta) -> bool:
+    """Whether this is to be done now, and by whoever asks: of all processes one is told so, once in each span."""
+    last = session.get(Setting, f"last_{work}")
+    now = utcnow()
+    if last is not None and datetime.fromisoformat(last.value) > now - span:
+        return False
+    session.merge(Setting(key=f"last_{work}", value=now.isoformat()))
+    return True

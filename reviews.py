@@ -10,15 +10,14 @@ from sqlmodel import Session, col
 
 import database
 import library
+from api import PAGE, Router, errors
 from books import FIND_BOOK, BookId, book_to_change, no_such_book
-from manual import PAGE, answers
 from models import ShelfEntry, User
 from pagination import Order, Page, PageQuery, named, page_answer, read_page
-from routes import Routes
 from schemas import EntryUpdate, ReviewPublic, Username
 from security import Staff
 
-router = Routes(prefix="/books", tags=["Catalogue"])
+router = Router(prefix="/books", tags=["Catalogue"])
 
 REVIEWS = Order("-id", (col(ShelfEntry.id),))
 REVIEW = {"username": col(User.username)} | {
@@ -41,7 +40,7 @@ def _find_reviews(connection: Connection, book_id: int, query: PageQuery) -> dic
     return read_page(connection, of_book, REVIEWS, query, named(REVIEW))
 
 
-@router.delete("/{book_id:id}/reviews/{username}", status_code=204, responses=answers(403))
+@router.delete("/{book_id:id}/reviews/{username}", status_code=204, responses=errors(403))
 async def remove_review(book_id: BookId, username: Username, user: Staff) -> None:
     """Take away what somebody says of a book, text and rating. The book stays on their shelf."""
     await database.write(_remove_review, book_id, username)

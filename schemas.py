@@ -23,7 +23,6 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
-from starlette.convertors import IntegerConvertor, register_url_convertor
 from stdnum import isbn as isbn_numbers
 
 import models
@@ -201,15 +200,6 @@ class FieldError(BaseModel):
     loc: list[str | int]
     msg: str
     type: str
-
-
-class IdConvertor(IntegerConvertor):
-    """`{book_id:id}` in a path: a number that an id can be, so that `/books/upload` is never taken for a book."""
-
-    regex = r"[0-9]{1,10}(?!\n)"  # Starlette ends its pattern with $, which also matches before a last line break
-
-
-register_url_convertor("id", IdConvertor())
 
 
 def _no_encoded_word(email: str) -> str:

@@ -9,6 +9,7 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 HERE = Path(__file__).resolve().parent
+STATIC = HERE / "static"
 VERSION = "0.1.0"
 PORT_MAX = 65535
 # As OWASP's ASVS 5.0 asks (6.2.4): at least the 3,000 most common ones that are long enough.

@@ -8,8 +8,9 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
 import database
+from api import DOCS
 from conftest import NEW, PASSWORD, make
-from main import DOCS, app
+from main import app
 from models import Role
 
 # Who asks. "reader" is the owner of what is asked for; "closed" was switched off and "gone" has logged out, both with

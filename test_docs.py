@@ -12,9 +12,9 @@ import jsonschema_rs
 import pytest
 from fastapi.testclient import TestClient
 
+from api import EXAMPLES, OPEN_TO_ALL, SUMMARIES
 from conftest import DUNE, Server
 from main import app
-from manual import EXAMPLES, OPEN_TO_ALL, SUMMARIES
 
 Json = dict[str, Any]
 SCHEMA: Json = app.openapi()

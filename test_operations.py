@@ -28,7 +28,8 @@ import database
 import events
 import feed
 import imports
-import operations
+import main
+import models
 import uploads
 from conftest import HERE, Clock, Person, Server, recurring_work, sign_up, wait_for
 from main import app
@@ -106,7 +107,7 @@ def test_postgresql_has_its_own_way_to_back_up(admin: Person) -> None:
 @pytest.mark.slow
 def test_health_fails_where_the_database_can_not_be_written(serve: Callable[..., Server]) -> None:
     server = serve()
-    time.sleep(operations.PROBE_SECONDS)
+    time.sleep(main.PROBE_SECONDS)
     with closing(sqlite3.connect(server.file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")  # somebody who does not let go of the file
         answer = server.client.get("/health")
@@ -122,8 +123,8 @@ def test_who_waits_to_write_keeps_nobody_from_reading_nor_waits_for_ever(
     client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader.add_book(title="Dune", genre="Novel")
-    monkeypatch.setattr(operations, "PROBE_TIMEOUT", 0.2)
-    monkeypatch.setattr(operations._Probe, "at", float("-inf"))
+    monkeypatch.setattr(main, "PROBE_TIMEOUT", 0.2)
+    monkeypatch.setattr(main._Probe, "at", float("-inf"))
     backend: Any = database.backend()
     with ThreadPoolExecutor(12) as pool:
         with backend.write_lock:
@@ -207,7 +208,7 @@ def test_an_upload_that_finds_no_room_on_its_way_in_is_507(reader: Person, monke
 
 def test_of_all_that_ask_one_is_told_to_do_the_work(client: TestClient, clock: Clock) -> None:
     def ask(_number: int) -> bool:
-        return database.write_sync(operations.take_turn, "work", timedelta(hours=1))
+        return database.write_sync(models.claim_job, "work", timedelta(hours=1))
 
     for _ in range(2):
         with ThreadPoolExecutor(10) as pool:
@@ -255,7 +256,7 @@ def test_a_job_that_fails_is_tried_again(client: TestClient) -> None:
 
     async def for_a_while() -> None:
         with anyio.move_on_after(0.2):
-            await operations.every(0.01, fail)
+            await main.run_every(0.01, fail)
 
     assert client.portal is not None
     client.portal.call(for_a_while)

@@ -15,11 +15,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 import database
+from api import FastRoute
 from conftest import Person, recurring_work, wait_for
 from main import app
-from routes import ShortRoute
 
-SHORT = [route for route in app.routes if isinstance(route, ShortRoute)]
+SHORT = [route for route in app.routes if isinstance(route, FastRoute)]
 Send = Callable[[], httpx.Response]
 
 

@@ -11,17 +11,16 @@ from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
 import database
+from api import PAGE, Router, errors
 from csv_files import REASON, printable, to_csv
 from imports import CHUNK, CHUNKS, end, run_upload
-from manual import PAGE, answers
 from models import OnDuplicate, Principal, Upload, UploadError, UploadStatus
 from pagination import Order, Page, PageQuery, named, page_answer, read_page
-from routes import Routes
 from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic, invalid_body
 from security import Contributor, CurrentUser, reject_repeated_fields
 from settings import settings
 
-router = Routes(tags=["In and out"])
+router = Router(tags=["In and out"])
 
 UploadId = Annotated[Id, Path(description="The upload's `id`.")]
 UPLOADS, UPLOAD_PAGE = Order("-id", (col(Upload.id),)), TypeAdapter(Page[UploadPublic])
@@ -31,7 +30,7 @@ SELECT_ERRORS = sa.select(*[col(getattr(UploadError, name)) for name in UploadEr
 
 
 UPLOAD_MAX = (settings.max_upload_mb << 20) + 64 * 1024  # bytes of a request with a file
-TAKEN = answers(sends={202: "Location"})
+TAKEN = errors(sends={202: "Location"})
 
 
 def _is_file(part: object) -> object:
@@ -64,7 +63,7 @@ class NoQuery(RequestModel):
 OneOfEach = Annotated[None, Depends(reject_repeated_fields)]
 
 
-@router.post("/books/upload", status_code=202, max_body_size=UPLOAD_MAX, responses=answers(403) | TAKEN)
+@router.post("/books/upload", status_code=202, max_body_size=UPLOAD_MAX, responses=errors(403) | TAKEN)
 async def upload_books(
     form: Annotated[UploadForm, Form(media_type="multipart/form-data")],
     _query: Annotated[NoQuery, Query()],
@@ -169,7 +168,7 @@ def _find_upload(connection: Connection, upload_id: int, user: Principal) -> Upl
     return UploadPublic.model_validate(row)
 
 
-@router.delete("/books/upload/{upload_id:id}", responses=answers(409))
+@router.delete("/books/upload/{upload_id:id}", responses=errors(409))
 async def cancel_upload(upload_id: UploadId, user: CurrentUser) -> UploadPublic:
     """Cancel an upload that waits or runs. What is counted as inserted or updated stays. 409 where it has ended."""
     return await database.write(_cancel, upload_id, user)

@@ -19,14 +19,13 @@ import mail
 import models
 import security
 from accounts import change_address, create_account, find_user, read_account, still_me, with_password
+from api import PAGE, Router, errors
 from books import SELECT_BOOKS, as_book, disown_books
 from events import record_account_event
 from logins import end_sessions
 from mail import Email
-from manual import PAGE, answers
 from models import Book, Event, Loan, LoginSession, Principal, Role, ShelfEntry, Upload, UploadError, User
 from pagination import Order, Page, PageQuery, named, page_answer, read_page
-from routes import Routes
 from schemas import (
     AccountCreate,
     AccountUpdate,
@@ -48,7 +47,7 @@ from schemas import (
 from security import Admin, CurrentUser, check_still_authorized
 from settings import settings
 
-router = Routes(prefix="/users", tags=["Users"])
+router = Router(prefix="/users", tags=["Users"])
 
 # --- my profile ---------------------------------------------------------------------------------------------------
 
@@ -59,7 +58,7 @@ async def read_me(user: CurrentUser) -> UserPublic:
     return UserPublic.model_validate(await read_account(user))
 
 
-@router.patch("/me", responses=answers(409, 429))
+@router.patch("/me", responses=errors(409, 429))
 async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> UserPublic:
     """Change my name or e-mail address (RFC 7396). Role, user name and state are not mine to change.
 
@@ -122,7 +121,7 @@ class MyPassword(RequestModel):
     password: Annotated[str, Field(max_length=1000), Storable]
 
 
-@router.delete("/me", status_code=204, responses=answers(403, 409, 429))
+@router.delete("/me", status_code=204, responses=errors(403, 409, 429))
 async def delete_me(given: MyPassword, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Delete my account, with my shelf, reviews, uploads and past loans. The books that I added stay.
 
@@ -260,7 +259,7 @@ def no_such_user() -> HTTPException:
     return HTTPException(404, "No such user.")
 
 
-@router.get("", response_model=Page[UserPublic], responses=answers(403) | PAGE)
+@router.get("", response_model=Page[UserPublic], responses=errors(403) | PAGE)
 async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request: Request) -> Response:
     """Everybody who has an account."""
     return page_answer(await database.read_in_thread(_find_users, query), USER_PAGE, request)
@@ -283,7 +282,7 @@ def _find_users(connection: Connection, query: UserQuery) -> dict[str, Any]:
     return read_page(connection, found, USERS, query, named(UserPublic.model_fields))
 
 
-@router.post("", status_code=201, responses=answers(403, 409, sends={201: "Location"}))
+@router.post("", status_code=201, responses=errors(403, 409, sends={201: "Location"}))
 async def create_user(new: AccountCreate, admin: Admin, response: Response, tasks: BackgroundTasks) -> UserPublic:
     """Make an account with any role. Its owner gets a link that confirms the address, and the password from you."""
     user = await create_account(new, new.role, tasks, by=admin)
@@ -291,7 +290,7 @@ async def create_user(new: AccountCreate, admin: Admin, response: Response, task
     return user
 
 
-@router.get("/{user_id:id}", responses=answers(403))
+@router.get("/{user_id:id}", responses=errors(403))
 async def read_user(user_id: UserId, admin: Admin) -> UserPublic:
     """One account."""
     user = await database.read(find_user, user_id)
@@ -300,7 +299,7 @@ async def read_user(user_id: UserId, admin: Admin) -> UserPublic:
     return UserPublic.model_validate(user)
 
 
-@router.patch("/{user_id:id}", responses=answers(403, 409))
+@router.patch("/{user_id:id}", responses=errors(403, 409))
 async def update_user(user_id: UserId, change: AccountUpdate, admin: Admin, tasks: BackgroundTasks) -> UserPublic:
     """Change an account's role, address or name, or switch it off and on (RFC 7396).
 
@@ -309,7 +308,7 @@ async def update_user(user_id: UserId, change: AccountUpdate, admin: Admin, task
     return await _update(user_id, change, admin, tasks)
 
 
-@router.delete("/{user_id:id}", status_code=204, responses=answers(403, 409))
+@router.delete("/{user_id:id}", status_code=204, responses=errors(403, 409))
 async def delete_user(user_id: UserId, admin: Admin, tasks: BackgroundTasks) -> None:
     """Delete an account, with its shelf, reviews, uploads and past loans. The books that it added stay.
 
