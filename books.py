@@ -171,7 +171,7 @@ def find_books(
     else:
         total = int(counting(asked).first(connection, values)[0])
         page = BOOKS.page(connection, asked, values, ORDERS[query.sort or "id"], query, total)
-    return page, events.head(connection)
+    return page, events.last_event_id(connection)
 
 
 @functools.lru_cache(1000)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from fastapi import HTTPException
 
 import catalogues
-import events
+import settings
 from csv_files import LOOKED_UP, FileBook, ImportRow, RowIssue
 from schemas import CSV_CONTEXT
 from sources import Candidate, Source
@@ -55,7 +55,7 @@ class Enricher:
         kept = clock()
         try:
             while not (await asyncio.wait({asking}, timeout=TICK_SECONDS))[0]:
-                if events.server_is_stopping():
+                if settings.server_is_stopping():
                     raise Stopping
                 if clock() - kept >= KEEP_SECONDS:
                     kept = clock()

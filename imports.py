@@ -26,6 +26,7 @@ import catalogues
 import database
 import events
 import models
+import settings
 from csv_files import (
     MEANINGLESS,
     BrokenRecord,
@@ -207,7 +208,7 @@ def _run(job: Job) -> None:
                 database.write_sync(_release, job)
                 return
             database.write_sync(_store_batch, job, memory, [row for row, _ in batch], batch[-1][1])
-            if events.server_is_stopping():
+            if settings.server_is_stopping():
                 database.write_sync(_release, job)
                 return
         database.write_sync(_finish, job, None)

@@ -77,7 +77,7 @@ def _find_entries(connection: Connection, user_id: int, query: ShelfQuery) -> tu
     asked = ("mine", *(name for name, value in filters.items() if value is not None))
     values = {"user_id": user_id, **filters}
     total = COUNT_ENTRIES[asked].first(connection, values)[0]
-    return ENTRIES.page(connection, asked, values, ORDERS[query.sort], query, total), events.head(connection)
+    return ENTRIES.page(connection, asked, values, ORDERS[query.sort], query, total), events.last_event_id(connection)
 
 
 @router.get("/{book_id:id}")

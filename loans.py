@@ -189,7 +189,7 @@ async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, re
 
 def _find_loans(connection: Connection, user: Principal, query: LoanQuery) -> tuple[dict[str, Any], int]:
     found = SELECT_LOANS.where(_visible(user), *query.conditions())
-    return read_page(connection, found, LOANS, query, as_loan), events.head(connection)
+    return read_page(connection, found, LOANS, query, as_loan), events.last_event_id(connection)
 
 
 def _visible(user: Principal) -> ColumnElement[bool]:

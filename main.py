@@ -33,7 +33,6 @@ import database
 import events
 import exports
 import external
-import feed
 import harvest
 import imports
 import library
@@ -164,7 +163,7 @@ class Health(BaseModel):
 async def health() -> Health:
     """Whether the service can read and write its database: 200, or 503 with what is wrong."""
     try:
-        await database.read(events.head)
+        await database.read(events.last_event_id)
     except DBAPIError as error:
         raise _unwell("read", error.orig) from None
     if time.monotonic() - _Probe.at > PROBE_SECONDS:
@@ -251,7 +250,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     try:
         security.prepare()
         security.open_rate_limits()
-        async with feed.feed.running(), recurring_jobs():
+        async with events.tail.running(), recurring_jobs():
             serving = True
             yield
     except Exception:
@@ -306,7 +305,7 @@ ROUTERS = (  # what is asked most comes first, even before /docs: routes are tri
     exports.router,
     external.router,
     loans.router,
-    feed.router,
+    events.router,
     router,
 )
 app.router.routes[:0] = [route for each in ROUTERS for route in each.routes]

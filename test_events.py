@@ -16,7 +16,6 @@ from sqlmodel import Session
 
 import database
 import events
-import feed
 from conftest import NEW, Person, Server, service, sign_up, wait_for
 
 
@@ -201,12 +200,12 @@ def test_a_client_far_behind_reads_the_log_then_goes_on_live(client: TestClient,
     start = client.get("/events").json()["next"]
 
     def fill(session: Session) -> None:
-        for number in range(feed.BUFFER + 700):
+        for number in range(events.BUFFER_SIZE + 700):
             events.record(session, "book.updated", {"number": number})
 
     database.write_sync(fill)
-    wait_for(lambda: True if feed.feed.head > start + feed.BUFFER else None)
-    total = feed.BUFFER + 700
+    wait_for(lambda: True if events.tail.head > start + events.BUFFER_SIZE else None)
+    total = events.BUFFER_SIZE + 700
     text = client.get("/stream", params={"since": start, "limit": total}).text
     assert [json.loads(line[6:])["number"] for line in text.splitlines() if "number" in line] == list(range(total))
 

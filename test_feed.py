@@ -24,7 +24,6 @@ from sqlmodel import Session
 
 import database
 import events
-import feed
 import postgresql
 from conftest import HERE, Person, Postgres, Server, resident_mb, service, sign_up, wait_for
 from settings import settings
@@ -303,15 +302,15 @@ def test_a_late_commit_is_missed_unless_writers_take_turns(
         else:
             for one in quick:
                 one.result(20)
-            wait_for(lambda: feed.feed.head >= start + 5 or None)  # the tail has passed the slow one's id
+            wait_for(lambda: events.tail.head >= start + 5 or None)  # the tail has passed the slow one's id
         may_commit.set()
         for one in (slow, *quick):
             one.result(20)
         database.write_sync(quickly)
         log = log_of(admin.client, start)
         assert len(log) == 6
-        wait_for(lambda: feed.feed.head == log[-1] or None)
-        told = [event.id for event in feed.feed.buffer if event.id > start]
+        wait_for(lambda: events.tail.head == log[-1] or None)
+        told = [event.id for event in events.tail.buffer if event.id > start]
     assert told == (log if locked else log[1:])
 
 
@@ -418,7 +417,7 @@ def test_who_falls_silent_is_not_waited_for_without_end(quick: Callable[..., Ser
     client = quick().client
     assert client.get("/patience").json() == 0
     assert client.get("/stream", params={"seconds": 0.1}).status_code == 200
-    assert client.get("/patience").json() == feed.SILENCE_SECONDS * 1000, "on the same connection"
+    assert client.get("/patience").json() == events.TCP_USER_TIMEOUT * 1000, "on the same connection"
 
 
 # --- clients that are many ------------------------------------------------------------------------------------------
@@ -529,13 +528,13 @@ def test_a_stream_that_the_pruning_has_overtaken_ends_and_is_told_so_when_it_com
     start = int(client.get("/books").headers["X-Event-Cursor"])
 
     def fill(session: Session) -> None:
-        for number in range(2 * feed.BUFFER):
+        for number in range(2 * events.BUFFER_SIZE):
             events.record(session, "book.updated", {"number": number, "title": "x" * 400})
         while at_once and events.prune(session):
             pass
 
     async def follow() -> list[bytes]:
-        stream = feed.feed.follow(events.Filter(None), start, None, 10)
+        stream = events.tail.follow(events.EventFilter(None), start, None, 10)
         told = [await anext(stream)]
         await database.write(fill)
         told += [await anext(stream)] if not at_once else []
@@ -549,7 +548,7 @@ def test_a_stream_that_the_pruning_has_overtaken_ends_and_is_told_so_when_it_com
     assert time.monotonic() - began < 9, "it ended by itself"
     ids = [int(number) for number in re.findall(r"^id: (\d+)$", frames, re.MULTILINE)]
     assert ids == list(range(start + 1, start + 1 + len(ids)))
-    assert len(ids) <= feed.BUFFER, "no more than the tail had read before the rest was gone"
+    assert len(ids) <= events.BUFFER_SIZE, "no more than the tail had read before the rest was gone"
     back = client.get("/stream", params={"since": (ids or [start])[-1], "seconds": 0.2}).text
     assert '"reason": "expired"' in back
     now = client.get("/events", params={"limit": 100}).json()["next"]

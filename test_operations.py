@@ -26,10 +26,10 @@ from sqlmodel import Session, select
 
 import database
 import events
-import feed
 import imports
 import main
 import models
+import settings
 import uploads
 from conftest import HERE, Clock, Person, Server, recurring_work, sign_up, wait_for
 from main import app
@@ -227,7 +227,7 @@ def test_what_is_left_over_is_seen_to_from_the_start(
     exported = reader.get("/books/export").content
     monkeypatch.setattr(imports, "BATCH", 20)
     stopping = iter([True])
-    monkeypatch.setattr(events, "server_is_stopping", lambda: next(stopping, False))
+    monkeypatch.setattr(settings, "server_is_stopping", lambda: next(stopping, False))
     where = reader.post("/books/upload", files={"file": ("books.csv", exported)}).headers["Location"]
     wait_for(lambda: reader.get(where).json()["rows"] == 20 or None)
     monkeypatch.setattr(settings, "event_retention", 5)
@@ -319,7 +319,7 @@ def test_the_log_of_changes_is_kept_bounded(
     before, cursor = oldest(), int(client.get("/books").headers["X-Event-Cursor"])
     assert database.write_sync(events.prune) is False, "there is room"
     monkeypatch.setattr(settings, "event_retention", 20)
-    monkeypatch.setattr(events, "PRUNED_AT_ONCE", 12)
+    monkeypatch.setattr(events, "PRUNE_BATCH", 12)
     steps = 0
     while database.write_sync(events.prune):
         steps += 1
@@ -377,6 +377,6 @@ def test_what_the_readme_says_of_a_machine_of_your_own_goes_together() -> None:
     assert int(re.findall(r"TimeoutStopSec=(\d+)", unit)[0]) > int(started["timeout-graceful-shutdown"])
     for proxy in (nginx, caddy):
         assert "127.0.0.1:8000" in proxy
-    assert int(re.findall(r"proxy_read_timeout (\d+)s", nginx)[0]) > 2 * feed.HEARTBEAT_SECONDS
+    assert int(re.findall(r"proxy_read_timeout (\d+)s", nginx)[0]) > 2 * events.HEARTBEAT_INTERVAL
     assert int(re.findall(r"client_max_body_size (\d+)m", nginx)[0]) << 20 > uploads.UPLOAD_MAX
     assert int(re.findall(r"keepalive (\d+)s", caddy)[0]) < int(started["timeout-keep-alive"])

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 import accounts
 import database
-import feed
+import events
 import logins
 import security
 import users
@@ -267,11 +267,11 @@ def test_streams_forget_the_name_too(reader: Person) -> None:
     book = reader.add_book()
     reader.post(f"/my-library/{book['id']}", json={"status": "completed"})
     reader.patch(f"/my-library/{book['id']}", json={"rating": 4})
-    wait_for(lambda: any(b'"Rita"' in event.frame for event in feed.feed.buffer) or None)
+    wait_for(lambda: any(b'"Rita"' in event.frame for event in events.tail.buffer) or None)
     assert reader.request("DELETE", "/users/me", json={"password": PASSWORD}).status_code == 204
-    wait_for(lambda: any(event.type == "account.deleted" for event in feed.feed.buffer) or None)
-    assert not [event for event in feed.feed.buffer if event.type.startswith("review.")]
-    assert feed.feed.start < feed.feed.buffer[0].id
+    wait_for(lambda: any(event.type == "account.deleted" for event in events.tail.buffer) or None)
+    assert not [event for event in events.tail.buffer if event.type.startswith("review.")]
+    assert events.tail.start < events.tail.buffer[0].id
 
 
 def test_a_name_that_is_free_again_is_a_new_account(client: TestClient, reader: Person) -> None:

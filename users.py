@@ -147,7 +147,7 @@ def _delete_account(session: Session, user_id: int, by: Principal) -> Email:
     loans.refuse_while_borrowing(session, user_id)
     library.withdraw_reviews(session, user)
     disown_books(session, user_id)
-    events.forget_reviewer(session, user.username)
+    events.anonymize_reviewer(session, user.username)
     session.delete(user)
     session.flush()
     # What was logged of the account is gone with it; that it is gone, admins can still read.
