@@ -26,10 +26,9 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import Session, col, select
 
-import accounts
+import auth
 import catalogues
 import database
-import logins
 import mail
 import main
 import models
@@ -311,7 +310,7 @@ def make(client: httpx.Client, username: str, role: models.Role = models.Role.re
     new = schemas.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
 
     def sign_up_and_in(session: Session) -> dict[str, Any]:
-        return sign_in(session, accounts.add_user(session, new, PASSWORD_HASH, role).id)
+        return sign_in(session, auth.add_user(session, new, PASSWORD_HASH, role).id)
 
     return Person(client, username, tokens=database.write_sync(sign_up_and_in))
 
@@ -319,8 +318,8 @@ def make(client: httpx.Client, username: str, role: models.Role = models.Role.re
 def sign_in(session: Session, user_id: int) -> dict[str, Any]:
     """The tokens of a new login, without the time that a password takes."""
     user = session.get_one(models.User, user_id)
-    account = logins.Account(user.id, user.password_hash, is_active=True, email_verified_at=None)
-    pair = logins.start_session(session, account, logins.Device("testclient", None), None)
+    account = auth.LoginAccount(user.id, user.password_hash, is_active=True, email_verified_at=None)
+    pair = auth.start_session(session, account, auth.Device("testclient", None), None)
     assert pair is not None
     return pair.model_dump()
 

@@ -12,7 +12,6 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 import settings
-from settings import settings
 
 log = logging.getLogger("books.mail")
 

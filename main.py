@@ -26,8 +26,8 @@ from sqlmodel import Session
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
-import accounts
 import api
+import auth
 import books
 import database
 import events
@@ -37,7 +37,6 @@ import harvest
 import imports
 import library
 import loans
-import logins
 import models
 import reviews
 import security
@@ -139,7 +138,7 @@ async def prune_events() -> None:
 
 async def sweep_logins() -> None:
     if await database.write(claim_job, "sweep", timedelta(minutes=55)):
-        await database.write(logins.sweep)
+        await database.write(auth.delete_expired)
 
 
 # --- is it well? --------------------------------------------------------------------------------------------------
@@ -297,8 +296,8 @@ app.add_middleware(RequestMiddleware)  # outermost: what goes wrong further in i
 ROUTERS = (  # what is asked most comes first, even before /docs: routes are tried in turn
     books.router,
     library.router,
-    logins.router,
-    accounts.router,
+    auth.router,
+    auth.router,
     users.router,
     reviews.router,
     uploads.router,

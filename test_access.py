@@ -194,7 +194,7 @@ def test_every_route_stands_in_the_matrix() -> None:
 @pytest.mark.parametrize("route", MATRIX)
 @pytest.mark.usefixtures("others")
 def test_everybody_is_answered_as_they_should(client: TestClient, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
+    monkeypatch.setattr("auth.REFUSAL_SECONDS", 0)
     asked, stage = MATRIX[route], Stage(client)
     method, pattern = route.split()
     answers = {}

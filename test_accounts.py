@@ -137,7 +137,7 @@ def reset(client: TestClient, code: str, email: str = "rita@example.com", passwo
 @pytest.fixture
 def code(client: TestClient, reader: Person, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch) -> str:
     """What Rita was mailed, who forgot her password."""
-    monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
+    monkeypatch.setattr("auth.REFUSAL_SECONDS", 0)
     client.post("/auth/forgot-password", json={"email": "Rita@Example.com"})
     return code_in(mailbox.pop())
 

@@ -27,7 +27,6 @@ import uploads
 from conftest import DUNE, HERE, REAL_BOOKS, Clock, Person, Postgres, Server, sign_up, wait_for
 from csv_files import ImportRow
 from models import UploadChunk, User
-from settings import settings
 
 # --- files --------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import Session, select
 
+import auth
 import database
-import logins
 from conftest import JSON, NEW, PASSWORD, Clock, Person, Server, sign_up, token_in, wait_for
 from mail import Email
 from models import LoginSession, OneTimeCode
@@ -105,11 +105,11 @@ def test_json_has_no_other_fields_and_a_form_may_have_those_of_oauth2(client: Te
 
 def test_a_password_that_was_right_a_moment_ago_opens_no_session(client: TestClient, reader: Person) -> None:
     """It is verified before the transaction: meanwhile it may have been changed, or the account switched off."""
-    account = database.read_sync(logins._find_account, "rita")
+    account = database.read_sync(auth._find_account, "rita")
     assert account is not None
 
     def start(session: Session) -> bool:
-        return logins.start_session(session, account, logins.Device("testclient", None), None) is not None
+        return auth.start_session(session, account, auth.Device("testclient", None), None) is not None
 
     assert database.write_sync(start) is True
     change = {"current_password": PASSWORD, "new_password": "another horse"}
@@ -252,14 +252,14 @@ def test_what_is_over_is_swept_away(client: TestClient, clock: Clock, reader: Pe
     def left(session: Session) -> tuple[int, int]:
         return len(session.exec(select(LoginSession)).all()), len(session.exec(select(OneTimeCode)).all())
 
-    database.write_sync(logins.sweep)
+    database.write_sync(auth.delete_expired)
     assert database.write_sync(left) == (1, 1)
     clock.advance(minutes=11)
-    database.write_sync(logins.sweep)
+    database.write_sync(auth.delete_expired)
     assert database.write_sync(left) == (1, 0)
     assert reader.get("/users/me").status_code == 200
     clock.advance(days=14)
-    database.write_sync(logins.sweep)
+    database.write_sync(auth.delete_expired)
     assert database.write_sync(left) == (0, 0)
 
 

@@ -127,7 +127,7 @@ BY_ACCOUNT: dict[str, tuple[str, dict[str, Any], list[int]]] = {
 def test_each_account_has_its_limit(
     limited: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], answers: list[int]
 ) -> None:
-    monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
+    monkeypatch.setattr("auth.REFUSAL_SECONDS", 0)
     later = Later(monkeypatch)
     assert attempts(limited, f"/auth/{path}", body, len(answers) + 1) == [*answers, 429]
     later.seconds = 3601

@@ -9,10 +9,9 @@ import pytest
 from fastapi import HTTPException
 from fastapi.testclient import TestClient
 
-import accounts
+import auth
 import database
 import events
-import logins
 import security
 import users
 from conftest import DUNE, NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in, wait_for
@@ -100,7 +99,7 @@ def test_a_thief_of_a_session_does_not_get_away_with_the_account(
 def test_a_thief_who_set_a_password_is_out_with_it(
     client: TestClient, confirmed: Person, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
+    monkeypatch.setattr("auth.REFUSAL_SECONDS", 0)
     confirmed.patch("/users/me", json={"email": "thief@example.com"})
     assert reset(client, mailbox, "thief@example.com", "the thief's own") == 204
     thief = Person(client, "rita", "the thief's own")
@@ -311,7 +310,7 @@ def test_an_account_that_goes_while_it_is_asked_for_is_signed_out(
 ) -> None:
     monkeypatch.setattr(security, "_find_principal", lambda *_: Principal(999, "gone", "reader", 1))
     answer = reader.request(*asked.split())
-    assert database.write_sync(logins._ask_again, 999) is None
+    assert database.write_sync(auth._ask_again, 999) is None
     assert (answer.status_code, answer.headers["Content-Type"]) == (401, "application/problem+json")
 
 
@@ -467,7 +466,7 @@ def test_rights_that_went_while_a_change_waited_change_nothing(client: TestClien
     changes: list[tuple[Any, ...]] = [
         (users._change_account, 1, AccountUpdate(role="admin"), before),
         (users._delete_account, other, before),
-        (accounts._make, new, "hash", "admin", before),
+        (auth._create_account, new, "hash", "admin", before),
     ]
     for change in changes:
         with pytest.raises(HTTPException, match="401"):

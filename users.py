@@ -18,11 +18,10 @@ import loans
 import mail
 import models
 import security
-from accounts import change_address, create_account, find_user, read_account, still_me, with_password
 from api import PAGE, Router, errors
+from auth import change_address, create_account, end_sessions, find_user, read_account, still_me, with_password
 from books import SELECT_BOOKS, as_book, disown_books
 from events import record_account_event
-from logins import end_sessions
 from mail import Email
 from models import Book, Event, Loan, LoginSession, Principal, Role, ShelfEntry, Upload, UploadError, User
 from pagination import Order, Page, PageQuery, named, page_answer, read_page
