@@ -19,7 +19,7 @@ from database import CompiledQuery, Insert
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
 from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, named
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
-from search import AMONG, FEW, Words, best_first, count_matches, few_best_first, has_words, index_books
+from search import AMONG, FEW, SearchTerms, best_first, count_matches, few_best_first, has_words, index_books
 from security import Contributor, CurrentUser, Viewer, unauthorized
 
 router = Router(prefix="/books", tags=["Catalogue"])
@@ -27,15 +27,15 @@ router = Router(prefix="/books", tags=["Catalogue"])
 BookId = Annotated[Id, Path(description="The book's `id`.")]
 
 # What is read for a BookPublic: its columns, and the average that it shows.
-PUBLIC: dict[str, Any] = {name: getattr(Book, name) for name in BookPublic.model_fields if name != "rating"}
-PUBLIC["rating"] = (
+PUBLIC_COLUMNS: dict[str, Any] = {name: getattr(Book, name) for name in BookPublic.model_fields if name != "rating"}
+PUBLIC_COLUMNS["rating"] = (
     sa.cast(col(Book.rating_sum), sa.Float) / sa.func.nullif(col(Book.rating_count), sa.text("0"))
 ).label("rating")
-SELECT_BOOKS = sa.select(*PUBLIC.values())
+SELECT_BOOKS = sa.select(*PUBLIC_COLUMNS.values())
 ONE_BOOK = TypeAdapter(BookPublic)
-as_book = named(PUBLIC)
+as_book = named(PUBLIC_COLUMNS)
 # The same as text, for what is read most.
-SELECT_JSON: Any = sa.select(JsonObject(PUBLIC), col(Book.id))
+SELECT_JSON: Any = sa.select(JsonObject(PUBLIC_COLUMNS), col(Book.id))
 SOME_BOOKS = CompiledQuery(SELECT_JSON.where(col(Book.id).in_(AMONG)))
 
 
@@ -45,9 +45,9 @@ def some_books(connection: Connection, ids: list[int]) -> Sequence[tuple[str, in
     return SOME_BOOKS.all(connection, {"ids": str(ids)})
 
 
-ADD = Insert(Book)
+INSERT_BOOK = Insert(Book)
 FIND_BOOK = CompiledQuery(
-    sa.select(JsonObject(PUBLIC), col(Book.version)).where(col(Book.id) == sa.bindparam("book_id"))
+    sa.select(JsonObject(PUBLIC_COLUMNS), col(Book.version)).where(col(Book.id) == sa.bindparam("book_id"))
 )
 
 YEAR: ColumnElement[int] = sa.literal_column(f"coalesce(publication_year, {UNKNOWN_YEAR})", sa.Integer)
@@ -117,9 +117,9 @@ class BookFilter(RequestModel):
         }
 
     @functools.cached_property
-    def words(self) -> Words:
+    def words(self) -> SearchTerms:
         """What is looked up in the search index."""
-        return Words(self.search, self.author, self.publisher)
+        return SearchTerms(self.search, self.author, self.publisher)
 
 
 CONDITIONS: dict[str, Callable[[], ColumnElement[bool]]] = {
@@ -226,7 +226,7 @@ def names_etag(header: str, etag: str) -> bool:
     return header.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in header.split(","))
 
 
-CHANGED = errors(403, 409, 412, sends={200: "ETag"})
+CHANGE_RESPONSES = errors(403, 409, 412, sends={200: "ETag"})
 NOT_MODIFIED: dict[int | str, Any] = {304: {"description": "It is still the version that you have."}}
 
 
@@ -247,10 +247,10 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
     return Response(body, media_type="application/json", headers=headers)
 
 
-ADDED = errors(403, 409, sends={201: "Location ETag"})
+CREATE_RESPONSES = errors(403, 409, sends={201: "Location ETag"})
 
 
-@router.short("POST", "", status_code=201, response_model=BookPublic, responses=ADDED)
+@router.short("POST", "", status_code=201, response_model=BookPublic, responses=CREATE_RESPONSES)
 async def create_book(new: BookCreate, user: Contributor) -> Response:
     """Add a book. An ISBN that is here already is refused with 409."""
     book = await database.write_inline(add_book, new, user.id)
@@ -260,12 +260,12 @@ async def create_book(new: BookCreate, user: Contributor) -> Response:
 
 def add_book(session: Session, new: BookBase, user_id: int) -> BookPublic:
     book = Book.row(new) | Book.untouched(user_id)
-    book["id"] = ADD(session, book)
+    book["id"] = INSERT_BOOK(session, book)
     index_books(session, book["id"], book["id"])
-    return _tell(session, "book.created", {**book, "rating": None})
+    return _record_book(session, "book.created", {**book, "rating": None})
 
 
-def _tell(session: Session, event_type: str, book: Book | dict[str, Any]) -> BookPublic:
+def _record_book(session: Session, event_type: str, book: Book | dict[str, Any]) -> BookPublic:
     shown = BookPublic.model_validate(book)
     # A description can be long, and the log keeps many events.
     events.record(session, event_type, shown.model_dump(mode="json", exclude={"description"}))
@@ -277,13 +277,13 @@ def disown_books(session: Session, user_id: int) -> None:
     theirs = sa.update(Book).where(col(Book.added_by) == user_id)
     change = {"added_by": None, "version": col(Book.version) + 1, "updated_at": models.utcnow()}
     ids = session.scalars(theirs.values(change).returning(col(Book.id))).all()
-    told = JsonObject({name: column for name, column in PUBLIC.items() if name != "description"})
+    told = JsonObject({name: column for name, column in PUBLIC_COLUMNS.items() if name != "description"})
     for some in (ids[start : start + 1000] for start in range(0, len(ids), 1000)):
         rows = sa.select(told).where(col(Book.id).in_(some)).order_by(col(Book.id))
         events.record_each(session, "book.updated", rows)
 
 
-@router.put("/{book_id:id}", responses=CHANGED)
+@router.put("/{book_id:id}", responses=CHANGE_RESPONSES)
 async def replace_book(
     book_id: BookId, new: BookCreate, user: CurrentUser, response: Response, if_match: IfMatch = None
 ) -> BookPublic:
@@ -293,7 +293,7 @@ async def replace_book(
     return book
 
 
-@router.patch("/{book_id:id}", responses=CHANGED)
+@router.patch("/{book_id:id}", responses=CHANGE_RESPONSES)
 async def update_book(
     book_id: BookId, change: BookUpdate, user: CurrentUser, response: Response, if_match: IfMatch = None
 ) -> BookPublic:
@@ -316,7 +316,7 @@ def revise_book(session: Session, book: Book, change: BookCreate | BookUpdate) -
     book.describe(change if isinstance(change, BookCreate) else _merged(book, change))
     book.touch()
     session.flush()
-    return _tell(session, "book.updated", book)
+    return _record_book(session, "book.updated", book)
 
 
 def _merged(book: Book, change: BookUpdate) -> BookCreate:

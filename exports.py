@@ -13,7 +13,7 @@ from sqlmodel import col
 import database
 import models
 from api import Router
-from books import ONE_BOOK, ORDERS, PUBLIC, BookFilter, as_book, condition
+from books import ONE_BOOK, ORDERS, PUBLIC_COLUMNS, BookFilter, as_book, condition
 from csv_files import BOOK_COLUMNS, OUR_COLUMNS, SHELVES, to_csv, to_html
 from library import SELECT_ENTRIES, as_entry
 from models import Book, ShelfEntry
@@ -44,7 +44,7 @@ async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -
     """
     if query.added_by and viewer is None:
         raise unauthorized()
-    columns = [getattr(Book, name) for name in BOOK_COLUMNS] if query.format == "csv" else [*PUBLIC.values()]
+    columns = [getattr(Book, name) for name in BOOK_COLUMNS] if query.format == "csv" else [*PUBLIC_COLUMNS.values()]
     found = sa.select(*columns).where(*map(condition, query.asked())).params(query.values(viewer))
     batches = _batches(found, ORDERS[query.sort or "id"])
     name = {"Content-Disposition": f'attachment; filename="books.{query.format}"'}

@@ -1,28 +1,28 @@
-"""My library: what I want to read, am reading, have read, what I say of it, and the figures of all that."""
+"""`/my-library`, its statistics, and the reviews of a book: the same shelf entries as everybody sees them."""
 
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import HTTPException, Query, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
 import database
 import events
-from api import FOLLOWED_PAGE, Router, errors
-from books import PUBLIC, BookId, as_book, no_such_book
+from api import FOLLOWED_PAGE, PAGE, Router, errors
+from books import FIND_BOOK, PUBLIC_COLUMNS, BookId, as_book, book_to_change, no_such_book
 from database import CompiledQuery
 from models import Book, Principal, ShelfEntry, ShelfStatus, SortableTimestamp, User
-from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, json_answer, named
-from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id
-from security import CurrentUser
+from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, json_answer, named, page_answer, read_page
+from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id, ReviewPublic, Username
+from security import CurrentUser, Staff
 
 router = Router(prefix="/my-library", tags=["My library"])
 
-ENTRY: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic.model_fields if name != "book"}
-SELECT_ENTRIES = sa.select(*ENTRY.values(), *PUBLIC.values()).join_from(
+ENTRY_COLUMNS: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic.model_fields if name != "book"}
+SELECT_ENTRIES = sa.select(*ENTRY_COLUMNS.values(), *PUBLIC_COLUMNS.values()).join_from(
     ShelfEntry, Book, col(ShelfEntry.book_id) == col(Book.id)
 )
 SORTED_BY: dict[str, tuple[Any, ...]] = {
@@ -41,7 +41,7 @@ CONDITIONS: dict[str, ColumnElement[bool]] = {
     "book_id": col(ShelfEntry.book_id) == sa.bindparam("book_id"),
 }
 ENTRIES = Listing(
-    sa.select(JsonObject({**ENTRY, "book": JsonObject(PUBLIC)})).join_from(
+    sa.select(JsonObject({**ENTRY_COLUMNS, "book": JsonObject(PUBLIC_COLUMNS)})).join_from(
         ShelfEntry, Book, col(ShelfEntry.book_id) == col(Book.id)
     ),
     CONDITIONS.__getitem__,
@@ -60,7 +60,7 @@ class ShelfQuery(PageQuery):
 
 
 def as_entry(row: Any) -> dict[str, Any]:
-    return named(ENTRY)(row) | {"book": as_book(row[len(ENTRY) :])}
+    return named(ENTRY_COLUMNS)(row) | {"book": as_book(row[len(ENTRY_COLUMNS) :])}
 
 
 @router.short("GET", "", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
@@ -120,7 +120,7 @@ def _shelve(session: Session, book_id: int, user: Principal, new: EntryCreate) -
         if database.violation(error).kind == "unique":  # `book_id`, which is no field of what was sent
             raise HTTPException(409, "This book is on your shelf already.") from None
         raise
-    return _keep(session, entry, book, user, "shelf.created", was_review=False)
+    return _record_entry(session, entry, book, user, "shelf.created", was_review=False)
 
 
 @router.patch("/{book_id:id}")
@@ -135,7 +135,7 @@ async def update_entry(book_id: BookId, change: EntryUpdate, user: CurrentUser) 
 
 
 def _update_entry(session: Session, book_id: int, user: Principal, change: EntryUpdate) -> EntryPublic:
-    entry, book = _mine(session, book_id, user)
+    entry, book = _lock_entry(session, book_id, user)
     return revise_entry(session, entry, book, user, change)
 
 
@@ -146,7 +146,7 @@ def revise_entry(
     entry.revise(change.model_dump(exclude_unset=True))
     count_rating(book, had_rating, entry.rating)
     changed = said != (entry.rating, entry.review)
-    return _keep(session, entry, book, user, "shelf.updated", was_review=was_review, changed=changed)
+    return _record_entry(session, entry, book, user, "shelf.updated", was_review=was_review, changed=changed)
 
 
 @router.delete("/{book_id:id}", status_code=204)
@@ -156,7 +156,7 @@ async def remove_entry(book_id: BookId, user: CurrentUser) -> None:
 
 
 def _remove_entry(session: Session, book_id: int, user: Principal) -> None:
-    entry, book = _mine(session, book_id, user)
+    entry, book = _lock_entry(session, book_id, user)
     session.delete(entry)
     count_rating(book, entry.rating, None)
     events.record(session, "shelf.deleted", {"book_id": book_id, "title": book.title}, owner=user.id)
@@ -179,7 +179,7 @@ def withdraw_reviews(session: Session, user: User) -> None:
         record_review(session, "review.deleted", book, entry, user.username)
 
 
-def _mine(session: Session, book_id: int, user: Principal) -> tuple[ShelfEntry, Book]:
+def _lock_entry(session: Session, book_id: int, user: Principal) -> tuple[ShelfEntry, Book]:
     """My entry and its book, whose rating figures may change with it, both locked until the transaction ends."""
     book = session.get(Book, book_id, with_for_update=True)
     mine = sa.select(ShelfEntry).where(col(ShelfEntry.user_id) == user.id, col(ShelfEntry.book_id) == book_id)
@@ -196,7 +196,7 @@ def count_rating(book: Book, old: int | None, new: int | None) -> None:
         book.touch()
 
 
-def _keep(
+def _record_entry(
     session: Session,
     entry: ShelfEntry,
     book: Book,
@@ -208,7 +208,7 @@ def _keep(
 ) -> EntryPublic:
     """Write the entry, with the events that tell its owner of the entry and everybody of the review."""
     session.flush()
-    shown = EntryPublic(**entry.model_dump(include=set(ENTRY)), book=BookPublic.model_validate(book))
+    shown = EntryPublic(**entry.model_dump(include=set(ENTRY_COLUMNS)), book=BookPublic.model_validate(book))
     told = {"title": book.title, **shown.model_dump(mode="json", exclude={"book", "review"})}
     events.record(session, event_type, told, owner=user.id)
     if entry.is_review and (changed or not was_review):
@@ -227,7 +227,7 @@ def record_review(session: Session, event_type: str, book: Book, entry: ShelfEnt
 
 # --- figures ------------------------------------------------------------------------------------------------------
 
-TOP = 10  # genres and authors
+TOP_COUNT = 10  # genres and authors
 
 
 class YearCount(BaseModel):
@@ -304,6 +304,46 @@ def _top(connection: Connection, read: ColumnElement[bool], key: Any, shown: Any
             .where(read, key.is_not(None))
             .group_by(key)
             .order_by(count.desc(), key)
-            .limit(TOP)
+            .limit(TOP_COUNT)
         )
     )
+
+
+reviews_router = Router(prefix="/books", tags=["Catalogue"])
+
+REVIEWS = Order("-id", (col(ShelfEntry.id),))
+REVIEW = {"username": col(User.username)} | {
+    name: getattr(ShelfEntry, name) for name in ReviewPublic.model_fields if name != "username"
+}
+SELECT_REVIEWS = sa.select(*REVIEW.values()).join_from(ShelfEntry, User).where(is_review())
+REVIEW_PAGE = TypeAdapter(Page[ReviewPublic])
+
+
+@reviews_router.get("/{book_id:id}/reviews", response_model=Page[ReviewPublic], responses=PAGE)
+async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], request: Request) -> Response:
+    """What readers say of a book, the newest entry first. They are written at `/my-library/{book_id}`."""
+    return page_answer(await database.read_in_thread(_find_reviews, book_id, query), REVIEW_PAGE, request)
+
+
+def _find_reviews(connection: Connection, book_id: int, query: PageQuery) -> dict[str, Any]:
+    if FIND_BOOK.first(connection, {"book_id": book_id}) is None:
+        raise no_such_book()
+    of_book = SELECT_REVIEWS.where(col(ShelfEntry.book_id) == book_id)
+    return read_page(connection, of_book, REVIEWS, query, named(REVIEW))
+
+
+@reviews_router.delete("/{book_id:id}/reviews/{username}", status_code=204, responses=errors(403))
+async def remove_review(book_id: BookId, username: Username, user: Staff) -> None:
+    """Take away what somebody says of a book, text and rating. The book stays on their shelf."""
+    await database.write(_remove_review, book_id, username)
+
+
+def _remove_review(session: Session, book_id: int, username: str) -> None:
+    book = book_to_change(session, book_id)
+    theirs = sa.select(ShelfEntry, User).join_from(ShelfEntry, User, col(ShelfEntry.user_id) == col(User.id))
+    theirs = theirs.where(col(ShelfEntry.book_id) == book_id, sa.func.lower(col(User.username)) == username.lower())
+    found = session.execute(theirs.where(is_review()).with_for_update(of=ShelfEntry)).first()
+    if found is None:
+        raise HTTPException(404, "No such review.")
+    entry, owner = found
+    revise_entry(session, entry, book, owner, EntryUpdate(rating=None, review=None))

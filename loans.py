@@ -27,23 +27,23 @@ from settings import settings
 router = Router(tags=["Lending"])
 
 LoanId = Annotated[Id, Path(description="The loan's `id`.")]
-LOAN: dict[str, Any] = {name: getattr(Loan, name) for name in LoanPublic.model_fields if hasattr(Loan, name)}
-LOAN |= {"username": col(User.username), "title": col(Book.title)}
+LOAN_COLUMNS: dict[str, Any] = {name: getattr(Loan, name) for name in LoanPublic.model_fields if hasattr(Loan, name)}
+LOAN_COLUMNS |= {"username": col(User.username), "title": col(Book.title)}
 SELECT_LOANS = (
-    sa.select(*LOAN.values())
+    sa.select(*LOAN_COLUMNS.values())
     .select_from(Loan)
     .join(User, col(Loan.user_id) == col(User.id))
     .join(Book, col(Loan.book_id) == col(Book.id))
 )
 LOANS, LOAN_PAGE = Order("-id", (col(Loan.id),)), TypeAdapter(Page[LoanPublic])
 IS_OPEN = col(Loan.returned_at).is_(None)
-as_loan = named(LOAN)
+as_loan = named(LOAN_COLUMNS)
 
 # --- stock --------------------------------------------------------------------------------------------------------
 
 ON_LOAN = (col(Book.copies) - col(Book.available)).label("on_loan")
 STOCK = (col(Book.copies), col(Book.available), ON_LOAN)
-TOLD_OF_STOCK = (col(Book.id), col(Book.title), *STOCK, col(Book.version))
+STOCK_EVENT = (col(Book.id), col(Book.title), *STOCK, col(Book.version))
 
 
 @router.get("/books/{book_id:id}/stock")
@@ -67,7 +67,7 @@ async def change_stock(book_id: BookId, change: StockChange, user: Staff) -> Sto
 
 
 def _change_stock(session: Session, book_id: int, quantity: int) -> StockPublic:
-    if not _move(session, book_id, copies=quantity, available=quantity):
+    if not move_stock(session, book_id, copies=quantity, available=quantity):
         stock = _stock_now(session, book_id)
         if quantity > 0:
             raise DomainError("quantity", f"would make more than {MAX_COPIES} copies")
@@ -82,7 +82,7 @@ def _stock_now(session: Session, book_id: int) -> StockPublic:
     return stock
 
 
-def _move(session: Session, book_id: int, *, copies: int = 0, available: int) -> bool:
+def move_stock(session: Session, book_id: int, *, copies: int = 0, available: int) -> bool:
     """Change how many copies there are and are here, and tell of it, if that leaves none missing or too many."""
     fits = (col(Book.available) + available >= 0, col(Book.copies) + copies <= MAX_COPIES)
     figures = {"copies": col(Book.copies) + copies, "available": col(Book.available) + available}
@@ -90,7 +90,7 @@ def _move(session: Session, book_id: int, *, copies: int = 0, available: int) ->
         sa.update(Book)
         .where(col(Book.id) == book_id, *fits)
         .values(**figures, version=col(Book.version) + 1, updated_at=models.utcnow())
-        .returning(*TOLD_OF_STOCK),
+        .returning(*STOCK_EVENT),
         execution_options={"synchronize_session": False},
     ).first()
     if moved is not None:
@@ -119,11 +119,11 @@ def _borrow(session: Session, new: LoanCreate, user: Principal) -> LoanPublic:
         borrowed_at=now,
         due_at=_due(new.due_at, now),
     )
-    if not _move(session, new.book_id, available=-new.quantity):
+    if not move_stock(session, new.book_id, available=-new.quantity):
         stock = _stock_now(session, new.book_id)
         raise HTTPException(409, f"Too few are available: {stock.available} of {stock.copies} copies.")
     session.add(loan)
-    return _tell(session, "loan.created", loan)
+    return record_loan(session, "loan.created", loan)
 
 
 def _borrower(session: Session, new: LoanCreate, user: Principal) -> int:
@@ -149,7 +149,7 @@ def _due(wanted: datetime | None, now: datetime) -> datetime:
     return wanted
 
 
-def _tell(session: Session, event_type: str, loan: Loan) -> LoanPublic:
+def record_loan(session: Session, event_type: str, loan: Loan) -> LoanPublic:
     session.flush()
     shown = LoanPublic.model_validate(as_loan(session.execute(SELECT_LOANS.where(col(Loan.id) == loan.id)).one()))
     events.record(session, event_type, shown.model_dump(mode="json"), owner=shown.user_id)
@@ -223,8 +223,8 @@ def _return(session: Session, loan_id: int, user: Principal) -> LoanPublic:
     loan = _open_loan(session, loan_id, user)
     loan.returned_at = models.utcnow()
     session.flush()
-    _move(session, loan.book_id, available=loan.quantity)
-    return _tell(session, "loan.returned", loan)
+    move_stock(session, loan.book_id, available=loan.quantity)
+    return record_loan(session, "loan.returned", loan)
 
 
 @router.post("/loans/{loan_id:id}/renew", responses=errors(409))
@@ -240,7 +240,7 @@ def _renew(session: Session, loan_id: int, user: Principal) -> LoanPublic:
     if loan.renewals == MAX_RENEWALS:
         raise HTTPException(409, f"This loan was renewed {MAX_RENEWALS} times: that is all.")
     loan.renew(settings.loan_days)
-    return _tell(session, "loan.renewed", loan)
+    return record_loan(session, "loan.renewed", loan)
 
 
 def _open_loan(session: Session, loan_id: int, user: Principal) -> Loan:

@@ -38,7 +38,6 @@ import imports
 import library
 import loans
 import models
-import reviews
 import security
 import uploads
 import users
@@ -299,7 +298,7 @@ ROUTERS = (  # what is asked most comes first, even before /docs: routes are tri
     auth.router,
     auth.router,
     users.router,
-    reviews.router,
+    library.reviews_router,
     uploads.router,
     exports.router,
     external.router,

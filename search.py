@@ -42,7 +42,7 @@ def _as_kept(word: str) -> str:
 
 
 @dataclass(frozen=True)
-class Words:
+class SearchTerms:
     """All that must be found: the words of `search` anywhere, the others in their columns.
 
     None asks for nothing, and a text without a word, like `???`, for what no book has.
@@ -82,7 +82,7 @@ def count_matches(conditions: Sequence[ColumnElement[bool]]) -> sa.Select[Any]:
 
 def best_first(  # noqa: PLR0917  # they are what a walk consists of
     connection: Connection,
-    asked: Words,
+    asked: SearchTerms,
     conditions: Sequence[ColumnElement[bool]],
     values: Mapping[str, Any],
     after: tuple[int, int],
@@ -115,7 +115,7 @@ SAME_TITLE = CompiledQuery(
 )
 
 
-def few_best_first(connection: Connection, asked: Words) -> list[tuple[int, int]]:
+def few_best_first(connection: Connection, asked: SearchTerms) -> list[tuple[int, int]]:
     """The same on SQLite for all of a few matches."""
     in_title, begins = _title_expressions(asked)
     found = dict.fromkeys(_ids(connection, _fts5(asked)), 3)
@@ -153,7 +153,7 @@ Tiers = Sequence[tuple[sa.Select[Any], Any]]  # what a tier selects, and the id 
 # --- SQLite -------------------------------------------------------------------------------------------------------
 
 
-def _fts5(asked: Words) -> str:
+def _fts5(asked: SearchTerms) -> str:
     """The FTS5 expression for all words asked for."""
     parts = [] if asked.search is None else [_all_words(words(asked.search))]
     for column, text in (("author", asked.author), ("publisher", asked.publisher)):
@@ -171,7 +171,7 @@ def _matches(expression: str) -> ColumnElement[bool]:
     return sa.text("book_fts MATCH :match").bindparams(match=expression)  # type: ignore[return-value]  # text that is a condition
 
 
-def _title_expressions(asked: Words) -> tuple[str, str]:
+def _title_expressions(asked: SearchTerms) -> tuple[str, str]:
     """What matches with all words in the title, and with a title that begins with them."""
     found = words(asked.search)
     # Without more to ask, a title that has the words has all that is asked for; each part takes its time.
@@ -179,7 +179,7 @@ def _title_expressions(asked: Words) -> tuple[str, str]:
     return f"{more}{{title}} : ({_all_words(found)})", f'{more}{{title}} : ^"{" ".join(found)}"*'
 
 
-def _tiers_of_sqlite(asked: Words, filtered: bool) -> Tiers:
+def _tiers_of_sqlite(asked: SearchTerms, filtered: bool) -> Tiers:
     match, (in_title, begins) = _fts5(asked), _title_expressions(asked)
     exact = col(Book.title_key) == sort_key(asked.search or "")
     row_id = sa.literal_column("book_fts.rowid", sa.Integer)
@@ -222,7 +222,7 @@ def _terms(found: Sequence[str], mark: str = "", *, prefixes: bool = True) -> li
     return [f"'{mark}{token}'{':*' * prefixes}" for token in tokens]
 
 
-def _tsquery(asked: Words) -> str:
+def _tsquery(asked: SearchTerms) -> str:
     terms = [] if asked.search is None else _terms(words(asked.search)) or [NO_BOOK]
     for column, text in (("author", asked.author), ("publisher", asked.publisher)):
         if text is not None:
@@ -234,7 +234,7 @@ def _has(query: str) -> ColumnElement[bool]:
     return WORDS.bool_op("@@")(sa.cast(sa.literal(query, sa.Text), TSQUERY))
 
 
-def _tiers_of_postgresql(asked: Words) -> Tiers:
+def _tiers_of_postgresql(asked: SearchTerms) -> Tiers:
     found = words(asked.search)
     has_all, in_title = _has(_tsquery(asked)), _has(" & ".join(_terms(found, MARKS["title"]) or [NO_BOOK]))
     begins = TITLE_WORDS.startswith(" ".join(_tokens(found)))
