@@ -27,8 +27,8 @@ from fastapi.testclient import TestClient
 from sqlmodel import Session, col, select
 
 import auth
-import catalogues
 import database
+import external
 import mail
 import main
 import models
@@ -432,9 +432,9 @@ def send(handler: BaseHTTPRequestHandler, answer: Any, status: int = 200, **head
 def nobody_asks_the_real_catalogues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "google_books_url", NOWHERE)
     monkeypatch.setattr(settings, "open_library_url", NOWHERE)
-    catalogues.cache.clear()
+    external.cache.clear()
     for name in ("A_CLIENT_WAITS", "A_JOB_WAITS"):
-        monkeypatch.setattr(catalogues, name, getattr(catalogues, name)._replace(pause=0.01))
+        monkeypatch.setattr(external, name, getattr(external, name)._replace(pause=0.01))
 
 
 @pytest.fixture

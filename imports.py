@@ -22,9 +22,9 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnection
 from sqlmodel import Session, SQLModel, col
 
-import catalogues
 import database
 import events
+import external
 import models
 import settings
 from csv_files import (
@@ -45,7 +45,7 @@ from csv_files import (
     strip_invalid,
     which_comes_first,
 )
-from enrichment import Enricher
+from external import Enricher
 from models import Principal, Upload, UploadChunk, UploadError, UploadStatus, User
 from placing import Batch, Memory
 from schemas import UploadPublic
@@ -60,7 +60,7 @@ CELL_MAX = 100_000
 LEASE = timedelta(seconds=15)  # a job that has not shown for so long that it is alive has died
 TELL_SECONDS = 0.34  # between two events of one upload's progress: with the last, at most four in a second
 
-ENRICH_BATCH = catalogues.ISBNS_MAX  # rows to a transaction, so that each question is committed with its answer
+ENRICH_BATCH = external.MAX_ISBNS  # rows to a transaction, so that each question is committed with its answer
 
 CHUNKS = SQLModel.metadata.tables["upload_chunk"]
 

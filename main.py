@@ -33,7 +33,6 @@ import database
 import events
 import exports
 import external
-import harvest
 import imports
 import library
 import loans
@@ -104,7 +103,7 @@ async def recurring_jobs() -> AsyncIterator[None]:
         jobs.start_soon(run_every, 60, prune_events)
         jobs.start_soon(run_every, 600, sweep_logins)
         if settings.harvest_query is not None:
-            jobs.start_soon(run_every, harvest.LOOK_SECONDS, harvest.harvest)
+            jobs.start_soon(run_every, external.HARVEST_POLL_INTERVAL, external.harvest)
         try:
             yield
         finally:

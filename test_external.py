@@ -16,16 +16,13 @@ import httpx2 as httpx
 import pytest
 from fastapi.testclient import TestClient
 
-import catalogues
 import database
-import enrichment
 import external
-import harvest
 import imports
 from conftest import DUNE, Catalogues, Clock, Fault, Person, Server, send, sign_up, wait_for
+from external import Candidate, Source, date_and_year, make_candidate, paragraphs
 from models import UploadStatus
 from settings import settings
-from sources import Candidate, Source, candidate, date_and_year, paragraphs
 
 GOOGLE_EMMA = {"source": "google", "ref": "Qe7kAwAAQBAJ"}
 OPEN_EMMA = {"source": "openlibrary", "ref": "OL7353617M"}
@@ -151,7 +148,7 @@ def test_what_can_not_be_asked(reader: Person, others: Catalogues, params: dict[
 def test_only_so_many_wait_for_other_catalogues(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(external, "AT_ONCE", 1)
+    monkeypatch.setattr(external, "MAX_CONCURRENT", 1)
     let_go = threading.Event()
 
     def late(handler: BaseHTTPRequestHandler) -> None:
@@ -171,7 +168,7 @@ def test_only_so_many_wait_for_other_catalogues(
 
 def test_a_pause_that_no_calendar_has_is_none() -> None:
     answer = httpx.Response(503, headers={"Retry-After": "Mon, 01 Jan 2024 00:00:00 +99999999999999"})
-    assert catalogues._retry_after(answer) == 0
+    assert external._retry_after(answer) == 0
 
 
 DATES: dict[str, tuple[str | None, str | None, int | None]] = {
@@ -203,10 +200,10 @@ def test_a_description_with_an_entity_without_end_is_a_text() -> None:
 
 def test_what_is_too_long_or_impossible_is_left_out_and_the_rest_kept() -> None:
     said = {"author": "A" * 2000, "language": "x" * 99, "pages": 10**9, "publication_year": 9999, "genre": "a\0"}
-    book = candidate(Source.google, "x", title="T", **said)
+    book = make_candidate(Source.google, "x", title="T", **said)
     assert book == Candidate(source=Source.google, ref="x", title="T", author="Unknown")
     assert book.book().title == "T"
-    assert candidate(Source.google, "../x", title="T") is None
+    assert make_candidate(Source.google, "../x", title="T") is None
 
 
 # --- adding -------------------------------------------------------------------------------------------------------
@@ -322,7 +319,7 @@ def saying(answer: Any, status: int = 200, **headers: str) -> Fault:
     return lambda handler: send(handler, answer, status, **headers)
 
 
-TRIES = catalogues.A_CLIENT_WAITS.tries
+TRIES = external.CLIENT_POLICY.tries
 FAULTS: dict[str, tuple[Fault, int, int]] = {
     "silent": (hang, 504, 2),
     "a byte now and then": (drip, 504, 1),
@@ -357,9 +354,9 @@ def test_a_source_at_fault_is_told_in_time(
     adding: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    short = catalogues.Patience(TRIES, seconds=0.8, each=0.5, pause=0.01)
+    short = external.RetryPolicy(TRIES, seconds=0.8, each=0.5, pause=0.01)
     if fault in (hang, drip):
-        monkeypatch.setattr(catalogues, "A_CLIENT_WAITS", short)
+        monkeypatch.setattr(external, "CLIENT_POLICY", short)
     others.always = fault
     started = time.monotonic()
     if adding:
@@ -444,14 +441,14 @@ def test_answers_are_kept_for_an_hour(reader: Person, others: Catalogues, clock:
 
 def test_only_so_much_is_kept(reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch) -> None:
     look(reader, q="emma")
-    monkeypatch.setattr(catalogues, "CACHE_MAX", catalogues.cache.size + 10)
+    monkeypatch.setattr(external, "MAX_CACHE", external.cache.size + 10)
     look(reader, q="dune")
-    assert len(catalogues.cache.answers) == 1
+    assert len(external.cache.answers) == 1
     look(reader, q="emma")
     assert len(others.asked) == 3
-    monkeypatch.setattr(catalogues, "CACHE_MAX", 0)
+    monkeypatch.setattr(external, "MAX_CACHE", 0)
     look(reader, q="pamphlet")
-    assert (catalogues.cache.size, len(catalogues.cache.answers)) == (0, 0)
+    assert (external.cache.size, len(external.cache.answers)) == (0, 0)
 
 
 def test_what_is_added_is_fetched_anew(reader: Person, others: Catalogues) -> None:
@@ -480,7 +477,7 @@ def test_it_says_who_asks_and_keeps_its_key(
 
 @pytest.fixture
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(enrichment, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(external, "LOOKUP_PAUSE", 0)
 
 
 def counts(upload: dict[str, Any]) -> tuple[int, ...]:
@@ -587,7 +584,7 @@ def test_a_pause_lies_between_two_questions(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imports, "ENRICH_BATCH", 1)
-    monkeypatch.setattr(enrichment, "PAUSE_SECONDS", 0.4)
+    monkeypatch.setattr(external, "LOOKUP_PAUSE", 0.4)
     started = time.monotonic()
     reader.upload(f"isbn\n{EMMA}\n9780441172719\n{UNKNOWN}\n", enrich="true")
     assert len(others.asked) == 3
@@ -599,7 +596,7 @@ def test_a_source_that_stays_down_refuses_only_what_needs_it(
     client: TestClient, reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imports, "ENRICH_BATCH", 2)
-    others.faults = [saying({}, 503)] * (catalogues.A_JOB_WAITS.tries + 1)
+    others.faults = [saying({}, 503)] * (external.JOB_POLICY.tries + 1)
     rows = f"{EMMA},,\n9780441172719,Dune,Frank Herbert\n{UNKNOWN},,\n,No ISBN,Nobody\n0-14-143958-0,,\n"
     upload = reader.upload(f"isbn,title,author\n{rows}", enrich="true")
     assert counts(upload) == (5, 3, 0, 0, 2, 1)
@@ -609,7 +606,7 @@ def test_a_source_that_stays_down_refuses_only_what_needs_it(
         (3, "isbn", f"could not be looked up, the book is in as it is: {why}"),
         (4, None, f"could not be looked up: {why}"),
     ]
-    assert len(others.asked) == catalogues.A_JOB_WAITS.tries + 2, "five tries, one for the next batch, one that is good"
+    assert len(others.asked) == external.JOB_POLICY.tries + 2, "five tries, one for the next batch, one that is good"
     assert [book["title"] for book in client.get("/books").json()["items"]] == ["Dune", "No ISBN", "Emma"]
 
 
@@ -622,8 +619,8 @@ def test_a_job_that_waits_is_alive_and_holds_nobody_up(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imports, "LEASE", timedelta(seconds=1))
-    monkeypatch.setattr(enrichment, "TICK_SECONDS", 0.05)
-    monkeypatch.setattr(enrichment, "KEEP_SECONDS", 0.1)
+    monkeypatch.setattr(external, "STOP_CHECK_INTERVAL", 0.05)
+    monkeypatch.setattr(external, "LEASE_RENEWAL_INTERVAL", 0.1)
     asked = threading.Event()
 
     def slow(handler: BaseHTTPRequestHandler) -> None:
@@ -650,8 +647,8 @@ def test_a_job_that_waits_is_alive_and_holds_nobody_up(
 def test_a_job_that_waits_can_be_cancelled(
     client: TestClient, reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(enrichment, "TICK_SECONDS", 0.05)
-    monkeypatch.setattr(enrichment, "KEEP_SECONDS", 0.1)
+    monkeypatch.setattr(external, "STOP_CHECK_INTERVAL", 0.05)
+    monkeypatch.setattr(external, "LEASE_RENEWAL_INTERVAL", 0.1)
     others.always = hang
     with ThreadPoolExecutor() as threads:
         upload = threads.submit(reader.upload, f"isbn\n{EMMA}\n", enrich="true")
@@ -689,7 +686,7 @@ def test_a_server_that_stops_while_a_job_waits_goes_on_where_it_was(
 
 def run_harvest(client: TestClient) -> None:
     assert client.portal is not None
-    client.portal.call(harvest.harvest)
+    client.portal.call(external.harvest)
 
 
 def told(person: Person) -> list[tuple[str, dict[str, Any]]]:
@@ -767,7 +764,7 @@ def test_of_many_at_once_one_does_it(client: TestClient, admin: Person, others: 
     async def all_at_once() -> None:
         async with anyio.create_task_group() as workers:
             for _ in range(10):
-                workers.start_soon(harvest.harvest)
+                workers.start_soon(external.harvest)
 
     assert client.portal is not None
     client.portal.call(all_at_once)
@@ -788,8 +785,8 @@ def test_of_two_workers_one_does_it(serve: Callable[..., Server], others: Catalo
 def test_several_pages_are_brought_in_up_to_a_bound(
     client: TestClient, admin: Person, others: Catalogues, query: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harvest, "PAGE", 1)
-    monkeypatch.setattr(harvest, "PAGES", 3)
+    monkeypatch.setattr(external, "HARVEST_PAGE", 1)
+    monkeypatch.setattr(external, "HARVEST_PAGES", 3)
     run_harvest(client)
     assert len(others.asked) == 3
     assert told(admin)[0][1].items() >= {"found": 3, "added": 2}.items()
