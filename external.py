@@ -47,7 +47,7 @@ from schemas import (
     invalid_body,
 )
 from security import Contributor, CurrentUser
-from settings import VERSION, settings
+from settings import VERSION
 
 T = TypeVar("T")
 

@@ -31,7 +31,6 @@ import auth
 import books
 import database
 import events
-import exports
 import external
 import imports
 import library
@@ -299,7 +298,7 @@ ROUTERS = (  # what is asked most comes first, even before /docs: routes are tri
     users.router,
     library.reviews_router,
     uploads.router,
-    exports.router,
+    uploads.router,
     external.router,
     loans.router,
     events.router,

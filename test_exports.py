@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-import exports
+import uploads
 from conftest import DUNE, HERE, Person, Server, sign_up, without_ids
 from csv_files import BOOK_COLUMNS, escape_formula, unescape_formula
 
@@ -30,7 +30,7 @@ def classics(client: TestClient, librarian: Person) -> TestClient:
 def test_the_catalogue_goes_out_and_comes_back_with_nothing_changed(
     classics: TestClient, librarian: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exports, "BATCH", 7)
+    monkeypatch.setattr(uploads, "EXPORT_BATCH", 7)
     answer = classics.get("/books/export")
     assert answer.headers["Content-Type"] == "text/csv; charset=utf-8"
     assert answer.headers["Content-Disposition"] == 'attachment; filename="books.csv"'
@@ -65,7 +65,7 @@ def test_ndjson_is_a_book_to_a_line_as_the_catalogue_shows_it(classics: TestClie
 def test_it_is_filtered_and_sorted_like_the_list(
     classics: TestClient, monkeypatch: pytest.MonkeyPatch, query: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(exports, "BATCH", 3)
+    monkeypatch.setattr(uploads, "EXPORT_BATCH", 3)
     listed = classics.get("/books", params={"limit": 100, **query}).json()["items"]
     exported = classics.get("/books/export", params={"format": "ndjson", **query}).text.splitlines()
     key = (lambda book: book["id"]) if "search" in query else (lambda _: 0)  # the list has the best match first

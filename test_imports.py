@@ -21,7 +21,6 @@ from sqlmodel import Session, select
 import csv_files
 import database
 import imports
-import placing
 import settings
 import uploads
 from conftest import DUNE, HERE, REAL_BOOKS, Clock, Person, Postgres, Server, sign_up, wait_for
@@ -267,7 +266,7 @@ def test_a_few_words_full_of_accents_are_a_text(client: TestClient, reader: Pers
 def test_the_refused_rows_come_back_uncut_and_whatever_was_warned_of(
     reader: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(imports, "ERRORS_MAX", 30)
+    monkeypatch.setattr(imports, "MAX_ERRORS", 30)
     warned = "".join(f"Book {n},A,not an ISBN,,\n" for n in range(40))
     text = "x" * 20_000
     upload = reader.upload(f"title,author,isbn,price,description\n{warned}Last,A,,cheap,{text}\n")
@@ -403,7 +402,7 @@ def test_uploads_are_seen_by_their_owner_and_staff(
 def test_the_log_tells_everybody_of_the_books_and_the_owner_of_the_progress(
     client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(imports, "TELL_SECONDS", 0)
+    monkeypatch.setattr(imports, "PROGRESS_INTERVAL", 0)
     monkeypatch.setattr(imports, "BATCH", 500)
     start = client.get("/events").json()["next"]
     rows = "".join(f"Book {number},Somebody\n" for number in range(1250))
@@ -421,7 +420,7 @@ def test_the_log_tells_everybody_of_the_books_and_the_owner_of_the_progress(
 
 
 def test_errors_are_kept_up_to_a_bound_and_counted_beyond(reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imports, "ERRORS_MAX", 30)
+    monkeypatch.setattr(imports, "MAX_ERRORS", 30)
     upload = reader.upload("title,author\n" + ",\n" * 1500)
     assert (upload["rows"], upload["failed"], len(upload["errors"])) == (1500, 1500, 30)
 
@@ -674,12 +673,12 @@ def test_an_export_that_is_taken_up_again_stays_with_who_took_it(
     wait_for(lambda: reader.get(where).json()["rows"] == 40 or None)
     thieves = []
 
-    def see(self: placing.Memory, row: ImportRow) -> None:
+    def see(self: imports.DuplicateTracker, row: ImportRow) -> None:
         clock.advance(seconds=imports.LEASE.total_seconds() / 30)
         thieves.append(database.write_sync(imports._claim, int(where.rsplit("/", 1)[1])))
 
     with monkeypatch.context() as patch:
-        patch.setattr(placing.Memory, "see", see)
+        patch.setattr(imports.DuplicateTracker, "see", see)
         imports.run_upload(int(where.rsplit("/", 1)[1]))
     assert thieves == [None] * 40
     assert reader.get(where).json()["rows"] == 60
@@ -690,7 +689,7 @@ def test_a_long_look_for_the_order_of_dates_outlives_no_lease(
 ) -> None:
     monkeypatch.setattr(uploads, "CHUNK", 64)
     find: Any = imports._find_chunk
-    found: Any = imports.Table.__dict__["day_first"]
+    found: Any = imports.CsvUpload.__dict__["day_first"]
     thieves = []
 
     def look(connection: Connection, upload_id: int, number: int) -> bytes | None:
@@ -698,15 +697,15 @@ def test_a_long_look_for_the_order_of_dates_outlives_no_lease(
         chunk: bytes | None = find(connection, upload_id, number)
         return chunk
 
-    def day_first(self: imports.Table) -> bool | None:
+    def day_first(self: imports.CsvUpload) -> bool | None:
         told: bool | None = found.func(self)
         thieves.append(database.write_sync(imports._claim, 1))
         return told
 
     monkeypatch.setattr(imports, "_find_chunk", look)
     once = functools.cached_property(day_first)
-    once.__set_name__(imports.Table, "day_first")
-    monkeypatch.setattr(imports.Table, "day_first", once)
+    once.__set_name__(imports.CsvUpload, "day_first")
+    monkeypatch.setattr(imports.CsvUpload, "day_first", once)
     upload = reader.upload("title,author,published_date\n" + "A,B,03/04/2008\n" * 150 + "C,D,13/04/2008\n")
     assert (upload["status"], upload["inserted"], set(thieves)) == ("completed", 2, {None})
 

@@ -378,5 +378,5 @@ def test_what_the_readme_says_of_a_machine_of_your_own_goes_together() -> None:
     for proxy in (nginx, caddy):
         assert "127.0.0.1:8000" in proxy
     assert int(re.findall(r"proxy_read_timeout (\d+)s", nginx)[0]) > 2 * events.HEARTBEAT_INTERVAL
-    assert int(re.findall(r"client_max_body_size (\d+)m", nginx)[0]) << 20 > uploads.UPLOAD_MAX
+    assert int(re.findall(r"client_max_body_size (\d+)m", nginx)[0]) << 20 > uploads.MAX_UPLOAD
     assert int(re.findall(r"keepalive (\d+)s", caddy)[0]) < int(started["timeout-keep-alive"])
