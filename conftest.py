@@ -433,7 +433,7 @@ def nobody_asks_the_real_catalogues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "google_books_url", NOWHERE)
     monkeypatch.setattr(settings, "open_library_url", NOWHERE)
     external.cache.clear()
-    for name in ("A_CLIENT_WAITS", "A_JOB_WAITS"):
+    for name in ("CLIENT_POLICY", "JOB_POLICY"):
         monkeypatch.setattr(external, name, getattr(external, name)._replace(pause=0.01))
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import re
+import signal
 import sqlite3
 import sys
 import threading
@@ -117,6 +118,11 @@ async def write(change: Callable[Concatenate[Session, P], T], *args: P.args, **k
 async def run_job(job: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
     """A long job in a thread, with transactions of its own. Of many, few run at once."""
     await anyio.to_thread.run_sync(functools.partial(job, *args, **kwargs), limiter=_opened().jobs)
+
+
+def server_is_stopping() -> bool:
+    """Whether uvicorn was told to stop. Its lifespan says so only after the jobs are done, which is too late."""
+    return bool(getattr(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), "should_exit", False))
 
 
 async def write_inline(change: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -53,7 +53,7 @@ class LoggedEvent(NamedTuple):
     type: str
     private: bool
     user_id: int | None
-    event_frame: bytes
+    frame: bytes
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -210,7 +210,6 @@ def record_account_event(session: Session, /, user_id: int | None, what: str, **
 
 T = TypeVar("T")
 P = ParamSpec("P")
-log = logging.getLogger("books.feed")
 router = Router(tags=["Changes"])
 
 POLL_INTERVAL = 5  # without being told that there is something new
@@ -244,7 +243,7 @@ class EventTail:
     """This process's tail of the log. Lives on the event loop; only `wake` may be called from elsewhere."""
 
     buffer: deque[LoggedEvent] = field(default_factory=lambda: deque(maxlen=BUFFER_SIZE))
-    start: int = 0  # the buffer holds everything after this id, and up to `head`
+    start: int = 0  # the buffer holds everything after this id, and up to `last_event_id`
     last_event_id: int = 0
     closing: anyio.Event | None = None  # sse-starlette sets it at SIGTERM
     streams: Counter[str] = field(default_factory=Counter)  # how many are open, by address
@@ -261,7 +260,7 @@ class EventTail:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.buffer.clear()
-        self.start = self.head = await database.read(last_event_id)
+        self.start = self.last_event_id = await database.read(last_event_id)
         self.closing, self._changed, self._woken = anyio.Event(), asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
         # anyio's cancelling, unlike asyncio's, waits for what is in a thread: it still needs the database.
@@ -281,12 +280,12 @@ class EventTail:
                 await asyncio.wait_for(self._woken.wait(), POLL_INTERVAL)
             self._woken.clear()
             try:
-                while events := await database.read(_unpruned_after, self.head):
+                while events := await database.read(_unpruned_after, self.last_event_id):
                     self._append(events)
                     await self._breathe()
                 if events is None:  # pruned before they were read: streams that are not past them will notice
                     self.buffer.clear()
-                    self.start = self.head = await database.read(pruned_up_to)
+                    self.start = self.last_event_id = await database.read(pruned_up_to)
                     self._woken.set()
             except Exception as error:
                 # Whatever it is, it may be better in a while; what was missed is still in the log.
@@ -311,7 +310,7 @@ class EventTail:
             if len(self.buffer) == BUFFER_SIZE:
                 self.start = self.buffer[0].id
             self.buffer.append(event)
-        self.head = events[-1].id
+        self.last_event_id = events[-1].id
         self._tell_streams()
 
     def _tell_streams(self) -> None:
@@ -326,11 +325,11 @@ class EventTail:
     async def since(self, cursor: int) -> Sequence[LoggedEvent] | None:
         """What follows `cursor`: from the buffer, or from the log where the buffer no longer reaches back; None where
         the log no longer does."""
-        if cursor >= self.head:
+        if cursor >= self.last_event_id:
             return ()
         if cursor < self.start:
             kept = await database.read(_unpruned_after, cursor)
-            return kept and [event for event in kept if event.id <= self.head]
+            return kept and [event for event in kept if event.id <= self.last_event_id]
         # From the newest end: a stream that keeps up looks at no more than what is new to it.
         new: deque[LoggedEvent] = deque()
         for event in reversed(self.buffer):
@@ -362,9 +361,11 @@ class EventTail:
         assert self.closing is not None
         position, lost = await retry_until_available(database.read, _resume, cursor)
         retry = random.randint(1500, 2500)  # noqa: S311  # spreads the clients that all lost one server
-        yield control_frame("ready", {"head": position.head}, retry=retry)
+        yield control_frame("ready", {"head": position.last_event_id}, retry=retry)
         if lost:
-            yield control_frame("reset", {"reason": lost, "oldest": position.floor + 1, "head": position.head})
+            yield control_frame(
+                "reset", {"reason": lost, "oldest": position.pruned_up_to + 1, "head": position.last_event_id}
+            )
         at = position.cursor
         clock = asyncio.get_running_loop().time
         deadline = math.inf if seconds is None else clock() + seconds
@@ -465,9 +466,7 @@ EventId = Annotated[int, Field(ge=0, le=MAX_EVENT_ID)]
 
 
 class EventsQuery(RequestModel):
-    events_after: EventId = Field(
-        default=0, description="The `next` of the answer before; 0 for the oldest that are kept."
-    )
+    after: EventId = Field(default=0, description="The `next` of the answer before; 0 for the oldest that are kept.")
     limit: Annotated[int, Field(ge=1, le=100)] = 20
     types: TypesParameter = None
 

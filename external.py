@@ -29,7 +29,6 @@ import database
 import events
 import models
 import schemas
-import settings
 from api import Router, errors
 from books import add_book, etag_of
 from csv_files import LOOKED_UP, FileBook, ImportRow, InvalidCell, RowIssue, from_html, read_date, repair_isbn
@@ -47,9 +46,11 @@ from schemas import (
     invalid_body,
 )
 from security import Contributor, CurrentUser
-from settings import VERSION
+from settings import VERSION, settings
 
 T = TypeVar("T")
+
+log = logging.getLogger("books.external")
 
 UNKNOWN_AUTHOR = "Unknown"  # the catalogue wants one
 # Open Library names languages by three letters (MARC), Google Books by two.
@@ -352,7 +353,6 @@ def subject(subjects: Sequence[str]) -> str | None:
 
 
 Params = dict[str, str | int]
-log = logging.getLogger("books.catalogues")
 
 MAX_RESPONSE = 4 << 20  # bytes; forty books with long descriptions have some 400,000
 MAX_REDIRECTS = 3
@@ -642,8 +642,6 @@ def _read_editions(body: bytes) -> dict[str, Any]:
     return {} if json.loads(body) == [] else OPEN_EDITIONS.validate_json(body)
 
 
-log = logging.getLogger("books.enrichment")
-
 LOOKUP_PAUSE = 1.0  # between two questions of a job: Open Library asks for it
 STOP_CHECK_INTERVAL = 0.5  # between two looks whether the server stops
 LEASE_RENEWAL_INTERVAL = 4.0  # between two signs of life: well under a job's LEASE
@@ -681,7 +679,7 @@ class Enricher:
         kept = clock()
         try:
             while not (await asyncio.wait({asking}, timeout=STOP_CHECK_INTERVAL))[0]:
-                if settings.server_is_stopping():
+                if database.server_is_stopping():
                     raise Stopping
                 if clock() - kept >= LEASE_RENEWAL_INTERVAL:
                     kept = clock()
@@ -790,8 +788,6 @@ async def add_external_book(wanted: ExternalBook, user: Contributor, response: R
     response.headers.update({"Location": f"/books/{book.id}", "ETag": etag_of(book.version)})
     return book
 
-
-log = logging.getLogger("books.harvest")
 
 HARVEST_POLL_INTERVAL = 300  # between two looks whether it is time
 DAY, RETRY = timedelta(days=1), timedelta(hours=1)

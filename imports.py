@@ -27,7 +27,6 @@ import events
 import external
 import library
 import models
-import settings
 from books import revise_book
 from csv_files import (
     MEANINGLESS,
@@ -429,7 +428,7 @@ def _run(job: ImportJob) -> None:
                 database.write_sync(_release, job)
                 return
             database.write_sync(_store_batch, job, memory, [row for row, _ in batch], batch[-1][1])
-            if settings.server_is_stopping():
+            if database.server_is_stopping():
                 database.write_sync(_release, job)
                 return
         database.write_sync(_finish_job, job, None)

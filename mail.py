@@ -11,7 +11,8 @@ from email.utils import formatdate, make_msgid, parseaddr
 from http import HTTPStatus
 from typing import NamedTuple
 
-import settings
+import database
+from settings import settings
 
 log = logging.getLogger("books.mail")
 
@@ -87,7 +88,7 @@ async def _stopping_within(seconds: float) -> bool:
     """Wait so long, or until the server is told to stop."""
     until = asyncio.get_running_loop().time() + seconds
     while (left := until - asyncio.get_running_loop().time()) > 0:
-        if settings.server_is_stopping():
+        if database.server_is_stopping():
             return True
         await asyncio.sleep(min(left, 0.2))
     return False

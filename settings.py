@@ -1,7 +1,6 @@
 """Every setting of the service: read from the environment, then from `.env` beside this file."""
 
 import re
-import signal
 from email.utils import parseaddr
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -208,8 +207,3 @@ class Settings(BaseSettings):
 
 
 settings = Settings()
-
-
-def server_is_stopping() -> bool:
-    """Whether uvicorn was told to stop. Its lifespan says so only after the jobs are done, which is too late."""
-    return bool(getattr(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), "should_exit", False))

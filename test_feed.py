@@ -302,14 +302,14 @@ def test_a_late_commit_is_missed_unless_writers_take_turns(
         else:
             for one in quick:
                 one.result(20)
-            wait_for(lambda: events.tail.head >= start + 5 or None)  # the tail has passed the slow one's id
+            wait_for(lambda: events.tail.last_event_id >= start + 5 or None)  # the tail has passed the slow one's id
         may_commit.set()
         for one in (slow, *quick):
             one.result(20)
         database.write_sync(quickly)
         log = log_of(admin.client, start)
         assert len(log) == 6
-        wait_for(lambda: events.tail.head == log[-1] or None)
+        wait_for(lambda: events.tail.last_event_id == log[-1] or None)
         told = [event.id for event in events.tail.buffer if event.id > start]
     assert told == (log if locked else log[1:])
 

@@ -21,11 +21,11 @@ from sqlmodel import Session, select
 import csv_files
 import database
 import imports
-import settings
 import uploads
 from conftest import DUNE, HERE, REAL_BOOKS, Clock, Person, Postgres, Server, sign_up, wait_for
 from csv_files import ImportRow
 from models import UploadChunk, User
+from settings import settings
 
 # --- files --------------------------------------------------------------------------------------------------------
 
@@ -559,7 +559,7 @@ def test_an_upload_can_be_cancelled_and_says_what_stays(
         return False
 
     monkeypatch.setattr(imports, "BATCH", 10)
-    monkeypatch.setattr(settings, "server_is_stopping", cancel_between_two_batches)
+    monkeypatch.setattr(database, "server_is_stopping", cancel_between_two_batches)
     upload = reader.upload("title,author\n" + "".join(f"Book {number},Somebody\n" for number in range(25)))
     assert (upload["status"], upload["rows"], upload["inserted"]) == ("cancelled", 10, 10)
     assert [(answer["status"], answer["inserted"]) for answer in cancelled] == [("cancelled", 10)]
@@ -668,7 +668,7 @@ def test_an_export_that_is_taken_up_again_stays_with_who_took_it(
     monkeypatch.setattr(imports, "BATCH", 20)
     monkeypatch.setattr(uploads, "CHUNK", 64)
     stopping = iter([False, True])
-    monkeypatch.setattr(settings, "server_is_stopping", lambda: next(stopping, False))
+    monkeypatch.setattr(database, "server_is_stopping", lambda: next(stopping, False))
     where = reader.post("/books/upload", files={"file": ("books.csv", exported)}).headers["Location"]
     wait_for(lambda: reader.get(where).json()["rows"] == 40 or None)
     thieves = []

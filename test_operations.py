@@ -29,7 +29,6 @@ import events
 import imports
 import main
 import models
-import settings
 import uploads
 from conftest import HERE, Clock, Person, Server, recurring_work, sign_up, wait_for
 from main import app
@@ -227,7 +226,7 @@ def test_what_is_left_over_is_seen_to_from_the_start(
     exported = reader.get("/books/export").content
     monkeypatch.setattr(imports, "BATCH", 20)
     stopping = iter([True])
-    monkeypatch.setattr(settings, "server_is_stopping", lambda: next(stopping, False))
+    monkeypatch.setattr(database, "server_is_stopping", lambda: next(stopping, False))
     where = reader.post("/books/upload", files={"file": ("books.csv", exported)}).headers["Location"]
     wait_for(lambda: reader.get(where).json()["rows"] == 20 or None)
     monkeypatch.setattr(settings, "event_retention", 5)
