@@ -1,0 +1,556 @@
+"""What the feed promises, put to the test: crashes, gaps, lost connections, clients that are slow, gone or many."""
+
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import psycopg
+import pytest
+from fastapi.testclient import TestClient
+from sqlmodel import Session
+
+import database
+import events
+import postgresql
+from settings import settings
+from tests.fixtures import ROOT, Person, Postgres, Server, resident_mb, service, sign_up, wait_for
+from tests.test_events import Stream
+
+# The same service, quicker to find out who is gone, with room for few, and with a way to have many events at once.
+QUICK = """
+import socket
+from fastapi import Request
+from sqlmodel import Session
+import database, events, main
+events.HEARTBEAT_INTERVAL, events.SEND_TIMEOUT, events.MAX_STREAMS, events.MAX_STREAMS_PER_ADDRESS = 0.5, 1, 15, 10
+app = main.app
+
+def record(session: Session, count: int, size: int) -> None:
+    for number in range(count):
+        events.record(session, "book.updated", {"number": number, "text": "x" * size})
+
+@app.post("/fill")
+async def fill(count: int, size: int = 10) -> None:
+    await database.write(record, count, size)
+
+@app.get("/open")
+async def open_streams() -> int:
+    return events.tail.streams.total()
+
+@app.get("/patience")
+async def patience(request: Request) -> int:
+    connection = request.scope["books.transport"].get_extra_info("socket")
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+"""
+# Its tokens live for three seconds.
+FLEETING = (
+    "from settings import settings\nsettings.__dict__['access_token_expire_minutes'] = 1 / 20\nfrom main import app"
+)
+HEARTBEAT = 0.5
+SOON = HEARTBEAT + 4  # with room for a busy machine
+
+
+@pytest.fixture
+def quick(serve: Callable[..., Server], tmp_path: Path) -> Callable[..., Server]:
+    (tmp_path / "quick.py").write_text(QUICK)
+    (tmp_path / "fleeting.py").write_text(FLEETING)
+
+    def start(app: str = "quick", **environment: str) -> Server:
+        return serve("--app-dir", str(ROOT), app=f"{app}:app", PYTHONPATH=str(tmp_path), **environment)
+
+    return start
+
+
+def head_of(server: Server) -> int:
+    return int(server.client.get("/books").headers["X-Event-Cursor"])
+
+
+def log_of(client: httpx.Client | Person, after: int) -> list[int]:
+    """The ids of all that `/events` tells, to its end."""
+    ids: list[int] = []
+    while page := client.get("/events", params={"after": after, "limit": 100}).json()["items"]:
+        ids += [event["id"] for event in page]
+        after = ids[-1]
+    return ids
+
+
+def ids_of(stream: Stream) -> list[int]:
+    return [int(event["id"]) for event in stream.events]
+
+
+class Wire:
+    """A client of /stream down to its socket."""
+
+    def __init__(self, server: Server, *headers: str, window: int | None = None) -> None:
+        self.socket = socket.socket()
+        if window is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+        self.socket.settimeout(20)
+        self.socket.connect(("127.0.0.1", server.port))
+        lines = ["GET /stream HTTP/1.1", "Host: here", *headers, "", ""]
+        self.socket.sendall("\r\n".join(lines).encode())
+
+    def head(self) -> bytes:
+        """The head of the answer, and what came with it."""
+        got = b""
+        while b"\r\n\r\n" not in got:
+            got += self.socket.recv(4096)
+        return got
+
+    def rest(self) -> bytes:
+        """All that is still to come."""
+        got = b""
+        with suppress(ConnectionResetError):
+            while piece := self.socket.recv(1 << 20):
+                got += piece
+        return got
+
+    def leave(self) -> None:
+        self.socket.close()
+
+    def vanish(self) -> None:
+        """Without FIN."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.socket.close()
+
+
+# --- writers, readers and servers that come and go ------------------------------------------------------------------
+
+
+class Follower(threading.Thread):
+    """Follows the log through whichever server there is, loses its connection now and then, and comes back."""
+
+    def __init__(self, servers: list[Server], person: Person | None, start: int, seed: str) -> None:
+        super().__init__(daemon=True)
+        self.servers, self.start_at, self.chance = servers, start, random.Random(seed)
+        self.token = {"Authorization": f"Bearer {person.tokens['access_token']}"} if person else {}
+        self.ids: list[int] = []
+        self.wrong: list[str] = []
+        self.connections = 0
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        with httpx.Client(timeout=10) as client:
+            while not self.done.is_set():
+                with suppress(httpx.TransportError):
+                    self.follow(client)
+                time.sleep(self.chance.uniform(0, 0.3))
+
+    def follow(self, client: httpx.Client) -> None:
+        query: dict[str, Any] = {"since": self.start_at, "seconds": self.chance.uniform(0.3, 4)}
+        headers = {**self.token, **({"Last-Event-ID": str(self.ids[-1])} if self.ids else {})}
+        url = f"http://127.0.0.1:{self.chance.choice(self.servers).port}/stream"
+        with client.stream("GET", url, params=query, headers=headers) as answer:
+            if answer.status_code != 200:
+                self.wrong.append(f"{answer.status_code}")
+                return
+            self.connections += 1
+            seen = None
+            for line in answer.iter_lines():
+                name, _, value = line.partition(": ")
+                if name == "id":
+                    seen = int(value)
+                elif line == "event: reset":
+                    self.wrong.append(line)
+                elif not line and seen is not None:  # an event counts when it is whole
+                    self.ids.append(seen)
+                    seen = None
+                    if self.chance.random() < 0.03:
+                        return
+
+
+class Writer:
+    """Adds, changes, shelves and deletes books through whichever server there is."""
+
+    def __init__(self, servers: list[Server], person: Person, seed: str) -> None:
+        self.servers, self.chance = servers, random.Random(seed)
+        self.token = {"Authorization": f"Bearer {person.tokens['access_token']}"}
+        self.books: list[int] = []
+
+    def write(self, steps: int) -> list[str]:
+        """What was answered that should not have been."""
+        wrong = []
+        with httpx.Client(timeout=20, headers=self.token) as client:
+            for _ in range(steps):
+                try:
+                    answer = self.step(client)
+                except httpx.TransportError:  # killed meanwhile: it may have been done, or not
+                    continue
+                if answer.status_code >= 500:
+                    wrong.append(answer.text)
+                if answer.status_code == 201 and "/books" in str(answer.url):
+                    self.books.append(answer.json()["id"])
+                time.sleep(self.chance.uniform(0, 0.15))
+        return wrong
+
+    def step(self, client: httpx.Client) -> httpx.Response:
+        url = f"http://127.0.0.1:{self.chance.choice(self.servers).port}"
+        what = self.chance.choice(["add", "add", "shelve", "change", "delete"]) if self.books else "add"
+        if what == "add":
+            return client.post(f"{url}/books", json={"title": f"Book {self.chance.random()}", "author": "Somebody"})
+        book = self.chance.choice(self.books)
+        if what == "shelve":
+            return client.post(f"{url}/my-library/{book}")
+        if what == "change":
+            return client.patch(f"{url}/books/{book}", json={"pages": self.chance.randint(1, 999)})
+        return client.delete(f"{url}/books/{book}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(int(os.environ.get("CRASHES", "1"))))
+def test_who_follows_through_crashes_sees_the_log_as_it_is(serve: Callable[..., Server], seed: int) -> None:
+    """`CRASHES=20 pytest -k through_crashes` for a long one."""
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    servers = [serve(), serve()]
+    people = [sign_up(servers[0].client, name) for name in ("rita", "oskar")]
+    start = head_of(servers[0])
+    viewers = [None, None, *people, *people]
+    followers = [Follower(servers, who, start, f"{seed} {n}") for n, who in enumerate(viewers)]
+    for follower in followers:
+        follower.start()
+    writers = [Writer(servers, who, f"{seed} {n}") for n, who in enumerate(people * 2)]
+    with ThreadPoolExecutor(len(writers)) as pool:
+        writing = [pool.submit(writer.write, 120) for writer in writers]
+        for _ in range(6):
+            time.sleep(chance.uniform(0.5, 3))
+            victim = chance.choice(servers)
+            victim.stop(signal.SIGKILL)
+            time.sleep(chance.uniform(0, 0.5))
+            victim.start()
+        assert [one.result() for one in writing] == [[], [], [], []]
+    for who in people:
+        who.client = servers[0].client
+    for viewer, follower in zip(viewers, followers, strict=True):
+        log = log_of(viewer or servers[0].client, start)
+        assert len(log) > 100
+        with suppress(AssertionError):  # what is missing says more
+            wait_for(lambda follower=follower, log=log: follower.ids[-1:] == log[-1:] or None, 20)  # type: ignore[misc]  # mypy gives a lambda's default no type
+        follower.done.set()
+        assert follower.ids == log, f"seed {seed}"
+        assert follower.wrong == []
+        assert follower.connections > 5
+    for follower in followers:
+        follower.join(20)
+
+
+@pytest.mark.slow
+def test_two_processes_that_write_without_a_pause_lock_nobody_out(serve: Callable[..., Server]) -> None:
+    servers = [serve(), serve()]
+    sign_up(servers[0].client, "rita")
+    writers = [Person(server.client, "rita") for server in servers for _ in range(2)]
+    start, end = head_of(servers[0]), time.monotonic() + 15
+
+    def write(person: Person) -> int:
+        count = 0
+        while time.monotonic() < end:
+            person.add_book(title=f"{count}")  # which must be 201
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(len(writers)) as pool:
+        counts = list(pool.map(write, writers))
+    assert min(counts) > 10
+    assert len(log_of(servers[0].client, start)) == sum(counts)
+    for server in servers:
+        assert "locked" not in server.log.read_text()
+        assert "ERROR" not in server.log.read_text()
+
+
+# --- PostgreSQL: ids in the order of commits, lost connections ------------------------------------------------------
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("locked", [True, False], ids=["with the write lock", "without it"])
+def test_a_late_commit_is_missed_unless_writers_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: bool
+) -> None:
+    if not locked:
+        monkeypatch.setattr(postgresql, "take_write_lock", lambda _connection: None)
+    has_its_id, may_commit = threading.Event(), threading.Event()
+
+    def slowly(session: Session) -> None:
+        events.record(session, "book.updated", {"who": "slow"})
+        session.flush()
+        has_its_id.set()
+        assert may_commit.wait(20)
+
+    def quickly(session: Session) -> None:
+        events.record(session, "book.updated", {"who": "quick"})
+
+    with service(tmp_path / "books.db") as admin, ThreadPoolExecutor(5) as pool:
+        start = int(admin.client.get("/events").json()["next"])
+        slow = pool.submit(database.write_sync, slowly)
+        assert has_its_id.wait(20)
+        quick = [pool.submit(database.write_sync, quickly) for _ in range(4)]
+        if locked:
+            time.sleep(0.5)  # in which they could, if they did not wait
+            assert not any(one.done() for one in quick)
+        else:
+            for one in quick:
+                one.result(20)
+            wait_for(lambda: events.tail.last_event_id >= start + 5 or None)  # the tail has passed the slow one's id
+        may_commit.set()
+        for one in (slow, *quick):
+            one.result(20)
+        database.write_sync(quickly)
+        log = log_of(admin.client, start)
+        assert len(log) == 6
+        wait_for(lambda: events.tail.last_event_id == log[-1] or None)
+        told = [event.id for event in events.tail.buffer if event.id > start]
+    assert told == (log if locked else log[1:])
+
+
+def end_listeners() -> int:
+    """Cut the connections that listen for changes; how many there were."""
+    assert Postgres.current is not None
+    with psycopg.connect(Postgres.current.url_of("postgres"), autocommit=True) as connection:
+        ended = connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN %'"
+        ).fetchall()
+    return len(ended)
+
+
+@pytest.mark.postgresql
+def test_changes_arrive_though_the_connection_that_listens_is_lost(serve: Callable[..., Server]) -> None:
+    one, two = serve(), serve()
+    rita = sign_up(two.client, "rita")
+    start = head_of(one)
+    stream = Stream(one.client)
+    for number in range(3):
+        assert end_listeners() == 2
+        rita.add_book(title=f"{number} meanwhile")
+        written = time.monotonic()
+        assert float(stream.wait(number + 1)[-1]["seen"]) - written < 4
+        wait_for(lambda: "lost the connection that listens" in one.log.read_text() or None)
+        time.sleep(1)  # it listens again
+    assert ids_of(stream) == log_of(one.client, start)
+    rita.add_book(title="later")
+    written = time.monotonic()
+    assert float(stream.wait(4)[-1]["seen"]) - written < 1, "told, not found out"
+
+
+@pytest.mark.postgresql
+@pytest.mark.slow
+def test_streams_outlive_a_database_that_is_started_anew(quick: Callable[..., Server]) -> None:
+    assert Postgres.current is not None
+    one, two = quick(), quick()
+    rita = sign_up(two.client, "rita")
+    start = head_of(one)
+    streams = {who: Stream(one.client, who) for who in (None, rita)}
+    for round_ in range(2):
+        rita.post(f"/my-library/{rita.add_book(title=f'before {round_}')['id']}")
+        Postgres.current.stop()
+        time.sleep(3 * HEARTBEAT)
+        assert two.client.get("/health").status_code == 503
+        back = Stream(one.client, since=start)  # comes while nobody can say where it stands
+        Postgres.current.start()
+        wait_for(lambda: two.client.get("/health").status_code == 200 or None, 20)
+        rita.post(f"/my-library/{rita.add_book(title=f'after {round_}')['id']}")
+        for who, stream in ((None, back), *streams.items()):
+            log = log_of(who or one.client, start)
+            wait_for(lambda stream=stream, log=log: ids_of(stream)[-1:] == log[-1:] or None, 20)  # type: ignore[misc]  # mypy gives a lambda's default no type
+            assert ids_of(stream) == log
+            assert stream.ended is None
+    for server in (one, two):
+        assert "Exception in ASGI" not in server.log.read_text()
+
+
+# --- clients that are slow ------------------------------------------------------------------------------------------
+
+
+def whole_ids(got: bytes) -> list[int]:
+    """Of the frames that came whole. Chunks have lengths between them, in lines of their own."""
+    text = got[: got.rfind(b"\n\n")]
+    return [int(line[4:]) for line in text.splitlines() if line.startswith(b"id: ")]
+
+
+@pytest.mark.slow
+def test_a_client_that_takes_nothing_is_closed_and_gets_the_rest_when_it_comes_back(
+    quick: Callable[..., Server],
+) -> None:
+    server = quick()
+
+    def fill(batches: int) -> None:
+        for _ in range(batches):
+            assert server.client.post("/fill", params={"count": 100, "size": 10_000}).status_code == 200
+
+    fill(15)  # as much as the feed itself keeps
+    time.sleep(1)
+    start, before = head_of(server), resident_mb(server.process.pid)
+    slow = [Wire(server, window=4096) for _ in range(8)]
+    for wire in slow:
+        assert b" 200 " in wire.socket.recv(20)
+    fill(20)
+    wait_for(lambda: server.log.read_text().count("closed a stream whose client took nothing for 1 s") == 8 or None, 20)
+    assert resident_mb(server.process.pid) - before < 25, "20 MB that each did not take"
+    log = log_of(server.client, start)
+    assert len(log) == 2000
+    for wire in slow:
+        had = whole_ids(wire.rest())
+        assert had == log[: len(had)]
+        assert len(had) < len(log)
+        wire.leave()
+        if wire is slow[0]:
+            back = Stream(server.client, last_event_id=had[-1] if had else start)
+            back.wait(len(log) - len(had))
+            assert had + ids_of(back) == log
+    assert server.stop() < 5
+    assert "ERROR" not in server.log.read_text()
+
+
+def test_who_falls_silent_is_not_waited_for_without_end(quick: Callable[..., Server]) -> None:
+    """The system gives up the connection, which ends the stream; by itself it would try for a quarter of an hour."""
+    client = quick().client
+    assert client.get("/patience").json() == 0
+    assert client.get("/stream", params={"seconds": 0.1}).status_code == 200
+    assert client.get("/patience").json() == events.TCP_USER_TIMEOUT * 1000, "on the same connection"
+
+
+# --- clients that are many ------------------------------------------------------------------------------------------
+
+
+def refusal(server: Server, address: str) -> tuple[int, str | None] | None:
+    """How another stream from there is refused, if it is."""
+    headers = {"X-Forwarded-For": address}
+    with httpx.stream("GET", server.client.base_url.join("/stream?seconds=0.01"), headers=headers) as answer:
+        if answer.status_code == 200:
+            return None
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        return answer.status_code, answer.headers["Retry-After"]
+
+
+def test_streams_are_limited_and_places_are_freed(quick: Callable[..., Server]) -> None:
+    server = quick()
+
+    def open_some(address: str, count: int) -> list[Wire]:
+        wires = [Wire(server, f"X-Forwarded-For: {address}") for _ in range(count)]
+        opened = [wire for wire in wires if b" 200 OK" in wire.head()]
+        for wire in wires:
+            if wire not in opened:
+                wire.leave()
+        return opened
+
+    def are_open(count: int) -> bool:
+        return bool(wait_for(lambda: server.client.get("/open").json() == count or None, SOON))
+
+    for way in (Wire.leave, Wire.vanish):
+        here = open_some("192.0.2.1", 25)
+        assert len(here) == 10, "all at once, and no more than there may be"
+        assert refusal(server, "192.0.2.1") == (429, "30")
+        assert refusal(server, "192.0.2.2") is None
+        assert are_open(10)
+        there = open_some("192.0.2.2", 10)
+        assert len(there) == 5
+        assert refusal(server, "192.0.2.3") == (503, "30")
+        assert server.client.get("/books").status_code == 200
+        for wire in (*here, *there):
+            way(wire)
+        assert are_open(0)
+    again = open_some("192.0.2.1", 12)
+    assert len(again) == 10, "each place was freed"
+    for wire in again:
+        wire.leave()
+    assert "ERROR" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_thousand_streams_are_all_told(serve: Callable[..., Server]) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 10_000), most))
+    server = serve()
+    rita = sign_up(server.client, "rita")
+    command = [sys.executable, "bench.py", "listen", str(server.port), "1000"]
+    with ExitStack() as stack:
+        clients = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        stack.callback(clients.kill)
+        told = clients.stdout
+        assert told is not None
+        assert told.readline() == "ready\n"
+        took = []
+        for number in range(20):
+            began = time.monotonic()
+            rita.add_book(title=f"{number}")
+            took.append(float(told.readline().split()[1]) - began)
+    assert max(took) < 5
+
+
+# --- clients whose token is no good any more ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_stream_ends_with_its_token(quick: Callable[..., Server]) -> None:
+    server, fleeting = quick(), quick("fleeting")
+    admin, rita, oskar = (
+        Person(server.client, "admin", "admin"),
+        *(sign_up(server.client, n) for n in ("rita", "oskar")),
+    )
+    sign_up(server.client, "flora")
+    oskars_id = oskar.get("/users/me").json()["id"]
+    visitor, stays = Stream(server.client), Stream(server.client, admin)
+    ends: dict[str, tuple[Person, Callable[[], object]]] = {
+        "expired": (Person(fleeting.client, "flora"), lambda: time.sleep(3)),
+        "signed out": (rita, lambda: rita.post("/auth/logout")),
+        "switched off": (oskar, lambda: admin.patch(f"/users/{oskars_id}", json={"is_active": False})),
+    }
+    for how, (person, end) in ends.items():
+        stream = Stream(server.client, person, types="book.*")  # none of which is private
+        assert stream.ended is None
+        end()
+        wait_for(lambda stream=stream: stream.ended, SOON)  # type: ignore[misc]  # mypy gives a lambda's default no type
+        assert stream.error is None, how
+        again = httpx.get(server.client.base_url.join("/stream"), headers=stream.headers)
+        assert again.status_code == 401, how
+    admin.add_book(title="For those who are left")
+    assert visitor.wait(1)[-1]["event"] == "book.created"
+    wait_for(lambda: "book.created" in [event["event"] for event in stays.events] or None)
+    assert (visitor.ended, stays.ended) == (None, None)
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["between two chunks", "before anybody read it"])
+def test_a_stream_that_the_pruning_has_overtaken_ends_and_is_told_so_when_it_comes_back(
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    monkeypatch.setattr(settings, "event_retention", 10)
+    start = int(client.get("/books").headers["X-Event-Cursor"])
+
+    def fill(session: Session) -> None:
+        for number in range(2 * events.BUFFER_SIZE):
+            events.record(session, "book.updated", {"number": number, "title": "x" * 400})
+        while at_once and events.prune(session):
+            pass
+
+    async def follow() -> list[bytes]:
+        stream = events.tail.follow(events.EventFilter(None), start, None, 10)
+        told = [await anext(stream)]
+        await database.write(fill)
+        told += [await anext(stream)] if not at_once else []
+        while await database.write(events.prune):
+            pass
+        return told + [chunk async for chunk in stream]
+
+    assert client.portal is not None
+    began = time.monotonic()
+    frames = b"".join(client.portal.call(follow)).decode()
+    assert time.monotonic() - began < 9, "it ended by itself"
+    ids = [int(number) for number in re.findall(r"^id: (\d+)$", frames, re.MULTILINE)]
+    assert ids == list(range(start + 1, start + 1 + len(ids)))
+    assert len(ids) <= events.BUFFER_SIZE, "no more than the tail had read before the rest was gone"
+    back = client.get("/stream", params={"since": (ids or [start])[-1], "seconds": 0.2}).text
+    assert '"reason": "expired"' in back
+    now = client.get("/events", params={"limit": 100}).json()["next"]
+    reader.add_book(title="After it")
+    assert "After it" in client.get("/stream", params={"since": now, "limit": 1}).text

@@ -1,0 +1,302 @@
+"""My library: shelves, ratings and reviews, and the figures that follow from them."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from models import normalize
+from tests.fixtures import Clock, Person, Server, sign_up
+
+
+def iso(clock: Clock) -> str:
+    return clock.now.isoformat().replace("+00:00", "Z")
+
+
+def test_a_book_is_shelved_once(client: TestClient, clock: Clock, reader: Person) -> None:
+    book = reader.add_book()
+    answer = reader.post(f"/my-library/{book['id']}", json={"status": "reading"})
+    assert (answer.status_code, answer.headers["Location"]) == (201, f"/my-library/{book['id']}")
+    assert (
+        answer.json()
+        == reader.get(answer.headers["Location"]).json()
+        == {
+            "book_id": book["id"],
+            "status": "reading",
+            "rating": None,
+            "review": None,
+            "tags": [],
+            "started_at": None,
+            "finished_at": None,
+            "added_at": iso(clock),
+            "updated_at": iso(clock),
+            "book": book,
+        }
+    )
+    again = reader.post(f"/my-library/{book['id']}")
+    assert (again.status_code, again.json()["detail"]) == (409, "This book is on your shelf already.")
+    assert "errors" not in again.json(), "no field of the body is at fault"
+    assert reader.post("/my-library/999").status_code == 404
+    assert client.post(f"/my-library/{book['id']}").status_code == 401
+
+
+@pytest.mark.slow
+def test_twenty_times_at_once_is_once(server: Server) -> None:
+    reader = sign_up(server.client, "rita")
+    book = reader.add_book()
+    with ThreadPoolExecutor(20) as pool:
+        answers = pool.map(lambda _: reader.post(f"/my-library/{book['id']}").status_code, range(20))
+        assert sorted(answers) == [201] + [409] * 19
+
+
+def test_shelves_are_private(reader: Person, other_reader: Person, librarian: Person) -> None:
+    shelf = f"/my-library/{reader.add_book()['id']}"
+    reader.post(shelf)
+    for person in (other_reader, librarian):
+        assert person.get("/my-library").json()["items"] == []
+        for method in ("GET", "PATCH", "DELETE"):
+            assert person.request(method, shelf, json={} if method == "PATCH" else None).status_code == 404
+    assert reader.get(shelf).status_code == 200
+
+
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a status": ({"status": "abandoned"}, {"status": "abandoned", "finished_at": None}),
+    "finished now": ({"status": "completed"}, {"finished_at": "now"}),
+    "finished then": ({"status": "completed", "finished_at": "2020-01-02"}, {"finished_at": "2020-01-02T00:00:00Z"}),
+    "finished, nobody knows when": ({"status": "completed", "finished_at": None}, {"finished_at": None}),
+    "a time elsewhere": ({"started_at": "2020-01-02T03:00:00+02:00"}, {"started_at": "2020-01-02T01:00:00Z"}),
+    "a rating and a review": (
+        {"status": "completed", "rating": 5, "review": " Good. "},
+        {"rating": 5, "review": "Good."},
+    ),
+    "a blank review is none": ({"status": "completed", "review": "  "}, {"review": None}),
+    "tags, each once": ({"tags": ["sf", " desert ", "sf"]}, {"tags": ["sf", "desert"]}),
+    "no tags": ({"tags": None}, {"tags": []}),
+    "nothing": ({}, {"status": "wishlist"}),
+}
+
+
+@pytest.mark.parametrize(("change", "shown"), CHANGES.values(), ids=CHANGES)
+def test_an_entry_changes(clock: Clock, reader: Person, change: dict[str, Any], shown: dict[str, Any]) -> None:
+    shelf = f"/my-library/{reader.add_book()['id']}"
+    reader.post(shelf)
+    clock.advance(minutes=1)
+    answer = reader.patch(shelf, json=change)
+    assert answer.status_code == 200, answer.text
+    assert answer.json().items() >= {k: iso(clock) if v == "now" else v for k, v in shown.items()}.items()
+    assert reader.get(shelf).json() == answer.json()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a rating before the end": ({"rating": 5}, "rating"),
+    "a review before the end": ({"status": "reading", "review": "So far so good"}, "review"),
+    "no stars": ({"status": "completed", "rating": 0}, "rating"),
+    "six stars": ({"status": "completed", "rating": 6}, "rating"),
+    "half a star": ({"status": "completed", "rating": 3.5}, "rating"),
+    "an unknown status": ({"status": "lost"}, "status"),
+    "no status": ({"status": None}, "status"),
+    "a blank tag": ({"tags": [" "]}, "tags"),
+    "a tag that is a tale": ({"tags": ["x" * 51]}, "tags"),
+    "too many tags": ({"tags": [str(n) for n in range(51)]}, "tags"),
+    "a review with a NUL": ({"status": "completed", "review": "a\0"}, "review"),
+    "a review that is a book": ({"status": "completed", "review": "x" * 20_001}, "review"),
+    "a time that is not": ({"started_at": "yesterday"}, "started_at"),
+    "seconds for a time": ({"started_at": 1218412800}, "started_at"),
+    "the last moment of all": ({"finished_at": "9999-12-31T23:59:59.999999Z"}, "finished_at"),
+    "a time before all time": ({"started_at": "0001-01-01T00:00:00+14:00"}, "started_at"),
+    "somebody else's field": ({"user_id": 1}, "user_id"),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_change_is_refused_and_changes_nothing(reader: Person, change: dict[str, Any], named: str) -> None:
+    shelf = f"/my-library/{reader.add_book()['id']}"
+    before = reader.post(shelf).json()
+    answer = reader.patch(shelf, json=change)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["loc"][:2] == ["body", named]
+    assert reader.get(shelf).json() == before
+
+
+def test_a_rated_book_does_not_go_back_to_the_wishlist_with_its_rating(reader: Person) -> None:
+    shelf = f"/my-library/{reader.add_book()['id']}"
+    reader.post(shelf, json={"status": "completed"})
+    reader.patch(shelf, json={"rating": 3})
+    assert reader.patch(shelf, json={"status": "reading"}).status_code == 422
+    assert reader.patch(shelf, json={"status": "reading", "rating": None}).status_code == 200
+
+
+def test_my_shelf_by_status_and_order(clock: Clock, reader: Person) -> None:
+    for title, status, rating in (("beta", "completed", 3), ("Alpha", "reading", None), ("gamma", "completed", 5)):
+        shelf = f"/my-library/{reader.add_book(title=title)['id']}"
+        reader.post(shelf, json={"status": status})
+        clock.advance(minutes=1)
+        if rating:
+            reader.patch(shelf, json={"rating": rating})
+
+    def titles(**query: str) -> list[str]:
+        page = reader.get("/my-library", params=query).json()
+        walked, cursor = [], None
+        while True:
+            step = reader.get("/my-library", params={**query, "limit": 1, **({"cursor": cursor} if cursor else {})})
+            walked += [entry["book"]["title"] for entry in step.json()["items"]]
+            if (cursor := step.json()["next"]) is None:
+                break
+        assert walked == [entry["book"]["title"] for entry in page["items"]]
+        assert page["total"] == len(walked)
+        return walked
+
+    assert titles() == ["gamma", "Alpha", "beta"]
+    assert titles(status="completed") == ["gamma", "beta"]
+    assert titles(sort="title") == ["Alpha", "beta", "gamma"]
+    assert titles(sort="-rating") == ["gamma", "beta", "Alpha"]
+    assert titles(sort="-updated") == ["gamma", "Alpha", "beta"]
+    assert titles(sort="added") == ["beta", "Alpha", "gamma"]
+    assert titles(book_id="2") == titles(book_id="2", status="reading") == ["Alpha"]
+    assert titles(book_id="2", status="completed") == titles(book_id="99") == []
+    assert reader.get("/my-library?status=lost").status_code == 422
+    assert reader.get("/my-library?book_id=two").status_code == 422
+
+
+def test_reviews_are_what_has_a_rating_or_a_text(client: TestClient, reader: Person, other_reader: Person) -> None:
+    book = reader.add_book()
+    for person, said in ((reader, {"rating": 4}), (other_reader, {"review": "Hm."})):
+        person.post(f"/my-library/{book['id']}", json={"status": "completed"})
+        assert client.get(f"/books/{book['id']}/reviews").json()["total"] == (person is other_reader)
+        person.patch(f"/my-library/{book['id']}", json=said)
+    page = client.get(f"/books/{book['id']}/reviews").json()
+    assert [(r["username"], r["rating"], r["review"]) for r in page["items"]] == [
+        ("Oskar", None, "Hm."),
+        ("Rita", 4, None),
+    ]
+    assert page["items"][0].keys() == {"username", "rating", "review", "finished_at", "updated_at"}
+    first = client.get(f"/books/{book['id']}/reviews?limit=1").json()
+    second = client.get(f"/books/{book['id']}/reviews", params={"limit": 1, "cursor": first["next"]}).json()
+    assert first["items"] + second["items"] == page["items"]
+    assert client.get("/books/999/reviews").status_code == 404
+
+
+def test_the_figures_of_a_book_stay_those_of_its_ratings(
+    client: TestClient, reader: Person, other_reader: Person
+) -> None:
+    """Any sequence of shelf operations leaves what a count over all entries would give."""
+    chance = random.Random(7)
+    book = reader.add_book()["id"]
+    ratings: dict[str, int | None] = {}
+    for _ in range(120):
+        person = chance.choice([reader, other_reader])
+        shelf, name = f"/my-library/{book}", person.username
+        match chance.choice(["shelve", "rate", "rate", "clear", "remove"]):
+            case "shelve":
+                if person.post(shelf, json={"status": "completed"}).status_code == 201:
+                    ratings[name] = None
+            case "rate":
+                stars = chance.randint(1, 5)
+                if person.patch(shelf, json={"rating": stars}).status_code == 200:
+                    ratings[name] = stars
+            case "clear":
+                if person.patch(shelf, json={"rating": None}).status_code == 200:
+                    ratings[name] = None
+            case "remove":
+                assert (person.delete(shelf).status_code == 204) == (name in ratings)
+                ratings.pop(name, None)
+        given = [stars for stars in ratings.values() if stars]
+        shown = client.get(f"/books/{book}").json()
+        assert shown["rating_count"] == len(given)
+        assert shown["rating"] == (sum(given) / len(given) if given else None)
+
+
+@pytest.mark.slow
+def test_thirty_ratings_at_once_all_count(server: Server) -> None:
+    book = sign_up(server.client, "rita").add_book()["id"]
+    people = [sign_up(server.client, f"reader{number}") for number in range(10)]
+
+    def rate(person: Person) -> None:
+        person.post(f"/my-library/{book}", json={"status": "completed"})
+        for stars in (1, 2, 4):
+            assert person.patch(f"/my-library/{book}", json={"rating": stars}).status_code == 200
+
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(rate, people))
+    shown = server.client.get(f"/books/{book}").json()
+    assert (shown["rating"], shown["rating_count"]) == (4.0, 10)
+
+
+def test_what_a_review_tells_the_world(client: TestClient, reader: Person) -> None:
+    shelf = f"/my-library/{reader.add_book()['id']}"
+    start = client.get("/events").json()["next"]
+    reader.post(shelf, json={"status": "completed"})
+    for change in ({"rating": 3}, {"review": "Fine."}, {"tags": ["x"]}, {"rating": None, "review": None}):
+        reader.patch(shelf, json=change)
+    reader.patch(shelf, json={"rating": 1})
+    reader.delete(shelf)
+    public = client.get("/events", params={"after": start}).json()["items"]
+    assert [(event["type"], event["data"]["rating"], event["data"]["book_rating_count"]) for event in public] == [
+        ("review.created", 3, 1),
+        ("review.updated", 3, 1),
+        ("review.deleted", None, 0),
+        ("review.created", 1, 1),
+        ("review.deleted", 1, 0),
+    ]
+    private = [event["type"] for event in reader.get("/events", params={"after": start}).json()["items"]]
+    assert [kind for kind in private if kind.startswith("shelf")] == ["shelf.created"] + ["shelf.updated"] * 5 + [
+        "shelf.deleted"
+    ]
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def shelve(reader: Person, book: dict[str, Any], **entry: Any) -> None:
+    shelf = f"/my-library/{reader.add_book(**book)['id']}"
+    assert reader.post(shelf).status_code == 201
+    assert reader.patch(shelf, json=entry).status_code == 200
+
+
+def test_an_empty_shelf_has_figures_too(reader: Person) -> None:
+    assert reader.get("/my-library/stats").json() == {
+        "total": 0,
+        "by_status": {"wishlist": 0, "reading": 0, "completed": 0, "abandoned": 0},
+        "by_year": [],
+        "average_rating": None,
+        "rating_count": 0,
+        "top_genres": [],
+        "top_authors": [],
+    }
+
+
+def test_my_reading_in_figures(reader: Person, other_reader: Person) -> None:
+    austen, done = {"author": "Jane Austen", "genre": "Romance"}, {"status": "completed"}
+    shelve(reader, {**austen, "title": "Emma", "pages": 474}, **done, finished_at="2024-12-31T23:59:59Z", rating=5)
+    shelve(reader, {**austen, "title": "Persuasion", "pages": 249}, **done, finished_at="2025-01-01", rating=4)
+    # Half an hour into the new year in Berlin; a book without its number of pages; a name written otherwise.
+    moment = "2025-01-01T00:30:00+01:00"
+    shelve(reader, {"author": "JANE  AUSTEN", "genre": "romance"}, **done, finished_at=moment)
+    shelve(reader, {"author": "Émile Zola", "genre": "Novel", "pages": 500}, **done, finished_at=None)
+    shelve(reader, {"author": "Frank Herbert", "pages": 900}, status="abandoned", rating=1, finished_at="2025-05-05")
+    shelve(reader, {"author": "Frank Herbert", "genre": "Science fiction"}, status="reading")
+    shelve(other_reader, {"pages": 10**4}, **done, finished_at="2025-01-01", rating=1)
+    stats = reader.get("/my-library/stats").json()
+    for row in (*stats["top_genres"], *stats["top_authors"]):  # of several spellings, any
+        row.update({name: normalize(text) for name, text in row.items() if name != "count"})
+    assert stats == {
+        "total": 6,
+        "by_status": {"wishlist": 0, "reading": 1, "completed": 4, "abandoned": 1},
+        "by_year": [{"year": 2025, "books": 1, "pages": 249}, {"year": 2024, "books": 2, "pages": 474}],
+        "average_rating": pytest.approx(10 / 3),
+        "rating_count": 3,
+        "top_genres": [{"genre": "romance", "count": 3}, {"genre": "novel", "count": 1}],
+        "top_authors": [{"author": "jane austen", "count": 3}, {"author": "emile zola", "count": 1}],
+    }
+
+
+def test_the_top_is_ten(reader: Person) -> None:
+    for number in range(12):
+        shelve(reader, {"author": f"Author {number:02}", "genre": f"Genre {number:02}"}, status="completed")
+    shelve(reader, {"author": "Author 11", "genre": "Genre 11"}, status="completed")
+    stats = reader.get("/my-library/stats").json()
+    ranking = [11, *range(9)]
+    assert [row["author"] for row in stats["top_authors"]] == [f"Author {number:02}" for number in ranking]
+    assert [row["genre"] for row in stats["top_genres"]] == [f"Genre {number:02}" for number in ranking]

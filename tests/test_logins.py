@@ -1,0 +1,393 @@
+"""Signing in and out: logins, refresh tokens, sessions, and what is kept of them."""
+
+import socket
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from fastapi.testclient import TestClient
+from sqlmodel import Session, select
+
+import auth
+import database
+from mail import Email
+from models import LoginSession, OneTimeCode
+from settings import settings
+from tests.fixtures import JSON, NEW, PASSWORD, Clock, Person, Server, sign_up, token_in, wait_for
+
+# --- signing in ---------------------------------------------------------------------------------------------------
+
+
+def test_a_form_that_names_two_users_is_nobodys(client: TestClient) -> None:
+    client.post("/auth/register", json=NEW)
+    answer = client.post("/login", data={"username": ["admin", "rita"], "password": PASSWORD})
+    assert (answer.status_code, answer.json()["detail"]) == (422, "username: is given more than once")
+
+
+def test_json_that_says_it_is_a_form_is_told_so(client: TestClient) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = client.post("/login", content='{"username": "rita", "password": "x"}', headers=form)
+    assert answer.status_code == 422
+    assert "JSON needs the Content-Type application/json" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("path", ["/login", "/auth/register"])
+def test_a_client_that_leaves_in_the_middle_is_no_fault_of_ours(server: Server, path: str) -> None:
+    with socket.create_connection(("127.0.0.1", server.client.base_url.port or 0)) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
+        connection.sendall(head.encode() + b"{}")
+    wait_for(lambda: f"POST {path} 400" in server.log.read_text() or None)
+    assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("path", ["/login", "/auth/token", "/login/"])
+@pytest.mark.parametrize("kind", ["json", "data"])
+@pytest.mark.parametrize("name", ["rita", "RITA", "Rita@Example.com"])
+def test_login_takes_form_or_json_and_name_or_email(client: TestClient, path: str, kind: str, name: str) -> None:
+    client.post("/auth/register", json=NEW)
+    given: dict[str, Any] = {kind: {"username": name, "password": PASSWORD}}
+    answer = client.post(path, **given)
+    assert answer.status_code == 200
+    assert answer.json().keys() == {"access_token", "token_type", "expires_in", "refresh_token"}
+    assert (answer.json()["token_type"], answer.json()["expires_in"]) == ("bearer", 1800)
+    assert answer.headers["Cache-Control"] == "no-store"
+
+
+def test_a_wrong_password_an_unknown_name_and_a_closed_account_look_the_same(client: TestClient, admin: Person) -> None:
+    client.post("/auth/register", json=NEW)
+    sign_up(client, "closed")
+    assert admin.patch("/users/3", json={"is_active": False}).json()["username"] == "closed"
+    answers = [
+        client.post("/login", json={"username": name, "password": password})
+        for name, password in (
+            ("rita", "wrong password"),
+            ("nobody", PASSWORD),
+            ("closed", PASSWORD),
+            ("rita", "x" * 999),
+        )
+    ]
+    assert {answer.status_code for answer in answers} == {401}
+    assert len({answer.text for answer in answers}) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param({"json": {"username": "rita"}}, id="no password"),
+        pytest.param({"data": {"password": "x"}}, id="no name"),
+        pytest.param({"json": ["rita", "x"]}, id="a list"),
+        pytest.param({"json": {"username": {"$ne": ""}, "password": {"$ne": ""}}}, id="objects"),
+        pytest.param({"content": b"{", "headers": JSON}, id="half a body"),
+        pytest.param({"content": b"\xff", "headers": JSON}, id="no UTF-8"),
+        pytest.param(
+            {"content": b'{"username": "rita", "password": "\\ud800"}', "headers": JSON}, id="half a character"
+        ),
+        pytest.param({}, id="nothing"),
+    ],
+)
+def test_login_without_its_two_fields_is_422(client: TestClient, body: dict[str, Any]) -> None:
+    assert client.post("/login", **body).status_code == 422
+
+
+@pytest.mark.parametrize("path", ["/login", "/auth/token"])
+def test_json_has_no_other_fields_and_a_form_may_have_those_of_oauth2(client: TestClient, path: str) -> None:
+    client.post("/auth/register", json=NEW)
+    right = {"username": "rita", "password": PASSWORD}
+    answer = client.post(path, json={**right, "x": 1})
+    assert answer.status_code == 422
+    assert [error["loc"] for error in answer.json()["errors"]] == [["body", "x"]]
+    form = {**right, "grant_type": "password", "scope": "", "client_id": "a phone", "client_secret": ""}
+    assert client.post(path, data=form).status_code == 200
+
+
+def test_a_password_that_was_right_a_moment_ago_opens_no_session(client: TestClient, reader: Person) -> None:
+    """It is verified before the transaction: meanwhile it may have been changed, or the account switched off."""
+    account = database.read_sync(auth._find_account, "rita")
+    assert account is not None
+
+    def start(session: Session) -> bool:
+        return auth.start_session(session, account, auth.Device("testclient", None), None) is not None
+
+    assert database.write_sync(start) is True
+    change = {"current_password": PASSWORD, "new_password": "another horse"}
+    assert reader.post("/auth/change-password", json=change).status_code == 204
+    assert database.write_sync(start) is False
+
+
+# --- refreshing and signing out ------------------------------------------------------------------------------------
+
+
+def test_logout_kills_both_tokens_at_once(client: TestClient, reader: Person) -> None:
+    elsewhere = Person(client, reader.username)
+    assert reader.post("/auth/logout").status_code == 204
+    assert reader.get("/users/me").status_code == 401
+    assert client.post("/auth/refresh", json={"refresh_token": reader.tokens["refresh_token"]}).status_code == 401
+    assert elsewhere.get("/users/me").status_code == 200
+
+
+def refreshed(client: TestClient, token: str) -> dict[str, Any] | None:
+    answer = client.post("/auth/refresh", json={"refresh_token": token})
+    assert answer.status_code in (200, 401)
+    return dict(answer.json()) if answer.status_code == 200 else None
+
+
+def test_each_refresh_token_works_once_and_its_reuse_ends_the_login(
+    client: TestClient, clock: Clock, reader: Person
+) -> None:
+    first = reader.tokens["refresh_token"]
+    reader.tokens = refreshed(client, first) or {}
+    assert reader.get("/users/me").status_code == 200
+    clock.advance(seconds=11)
+    assert refreshed(client, first) is None
+    assert reader.get("/users/me").status_code == 401
+    assert refreshed(client, reader.tokens["refresh_token"]) is None
+
+
+def test_who_never_got_the_answer_may_ask_again_within_ten_seconds(
+    client: TestClient, clock: Clock, reader: Person
+) -> None:
+    first = reader.tokens["refresh_token"]
+    lost = refreshed(client, first)
+    clock.advance(seconds=10)
+    again = refreshed(client, first)
+    assert lost is not None
+    assert again is not None
+    assert lost["refresh_token"] == again["refresh_token"], "one line of successors, not two"
+    for pair in (lost, again):
+        reader.tokens = pair
+        assert reader.get("/users/me").status_code == 200
+
+
+def test_a_thief_who_is_as_quick_is_found_out_at_the_next_refresh(client: TestClient, reader: Person) -> None:
+    stolen = reader.tokens["refresh_token"]
+    mine, theirs = refreshed(client, stolen), refreshed(client, stolen)
+    assert mine is not None
+    assert theirs is not None
+    newest = refreshed(client, theirs["refresh_token"])
+    assert newest is not None
+    assert refreshed(client, stolen) is None, "even within the ten seconds: its successor has been used"
+    assert refreshed(client, newest["refresh_token"]) is None
+    for reader.tokens in (mine, theirs, newest):
+        assert reader.get("/users/me").status_code == 401
+
+
+def test_an_access_token_does_not_refresh(client: TestClient, reader: Person) -> None:
+    assert client.post("/auth/refresh", json={"refresh_token": reader.tokens["access_token"]}).status_code == 401
+    assert reader.get("/users/me").status_code == 200
+
+
+def test_a_refresh_token_lasts_two_weeks_from_its_last_use(client: TestClient, clock: Clock, reader: Person) -> None:
+    clock.advance(days=13)
+    answer = client.post("/auth/refresh", json={"refresh_token": reader.tokens["refresh_token"]})
+    clock.advance(days=13)
+    answer = client.post("/auth/refresh", json={"refresh_token": answer.json()["refresh_token"]})
+    assert answer.status_code == 200
+    clock.advance(days=15)
+    assert client.post("/auth/refresh", json={"refresh_token": answer.json()["refresh_token"]}).status_code == 401
+
+
+@pytest.mark.slow
+def test_twenty_refreshes_of_one_token_at_once_give_one_line_of_successors(server: Server) -> None:
+    reader = sign_up(server.client, "rita")
+
+    def refresh(_number: int) -> str:
+        body = {"refresh_token": reader.tokens["refresh_token"]}
+        return str(server.client.post("/auth/refresh", json=body).json().get("refresh_token"))
+
+    for _ in range(3):
+        with ThreadPoolExecutor(20) as pool:
+            successors = set(pool.map(refresh, range(20)))
+        assert len(successors) == 1
+        reader.tokens["refresh_token"] = successors.pop()
+
+
+# --- sessions -----------------------------------------------------------------------------------------------------
+
+
+def test_i_see_where_i_am_signed_in_and_end_what_is_not_me(client: TestClient, clock: Clock) -> None:
+    client.post("/auth/register", json=NEW)
+    client.headers["User-Agent"] = "a lost phone"
+    phone = Person(client, "rita")
+    clock.advance(minutes=5)
+    client.headers["User-Agent"] = "a desk" * 100
+    desk = Person(client, "rita")
+    sessions = desk.get("/auth/sessions").json()
+    assert [(one["user_agent"], one["current"]) for one in sessions["items"]] == [
+        (("a desk" * 100)[:200], True),
+        ("a lost phone", False),
+    ]
+    lost = sessions["items"][1]["id"]
+    assert desk.delete(f"/auth/sessions/{lost}").status_code == 204
+    assert phone.get("/users/me").status_code == 401
+    assert desk.delete(f"/auth/sessions/{lost}").status_code == 404
+    assert [one["current"] for one in desk.get("/auth/sessions").json()["items"]] == [True]
+
+
+def test_nobody_sees_or_ends_the_sessions_of_others(reader: Person, other_reader: Person, admin: Person) -> None:
+    mine = reader.get("/auth/sessions").json()["items"][0]["id"]
+    for person in (other_reader, admin):
+        assert mine not in [one["id"] for one in person.get("/auth/sessions").json()["items"]]
+        assert person.delete(f"/auth/sessions/{mine}").status_code == 404
+    assert reader.get("/users/me").status_code == 200
+
+
+def test_logout_everywhere_ends_all_of_mine_and_nobody_elses(
+    client: TestClient, reader: Person, other_reader: Person
+) -> None:
+    elsewhere = Person(client, reader.username)
+    assert reader.post("/auth/logout-all").status_code == 204
+    for person in (reader, elsewhere):
+        assert person.get("/users/me").status_code == 401
+        assert refreshed(client, person.tokens["refresh_token"]) is None
+    assert other_reader.get("/users/me").status_code == 200
+
+
+def test_what_is_over_is_swept_away(client: TestClient, clock: Clock, reader: Person, mailbox: list[Email]) -> None:
+    Person(client, reader.username).post("/auth/logout")
+    client.post("/auth/forgot-password", json={"email": "rita@example.com"})
+
+    def left(session: Session) -> tuple[int, int]:
+        return len(session.exec(select(LoginSession)).all()), len(session.exec(select(OneTimeCode)).all())
+
+    database.write_sync(auth.delete_expired)
+    assert database.write_sync(left) == (1, 1)
+    clock.advance(minutes=11)
+    database.write_sync(auth.delete_expired)
+    assert database.write_sync(left) == (1, 0)
+    assert reader.get("/users/me").status_code == 200
+    clock.advance(days=14)
+    database.write_sync(auth.delete_expired)
+    assert database.write_sync(left) == (0, 0)
+
+
+# --- who has not confirmed the address ----------------------------------------------------------------------------
+
+
+def test_an_address_may_have_to_be_confirmed_first(
+    client: TestClient, clock: Clock, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "require_verified_email", True)
+    client.post("/auth/register", json=NEW)
+    (first,) = mailbox
+    refused = client.post("/login", json={"username": "rita", "password": PASSWORD})
+    assert (refused.status_code, refused.json()["detail"]) == (
+        403,
+        "Confirm your e-mail address first: open the link that was mailed to you.",
+    )
+    assert client.post("/login", json={"username": "rita", "password": "wrong password"}).status_code == 401
+    assert mailbox == [first], "the link that is on its way is not sent again at once"
+    clock.advance(minutes=6)
+    client.post("/login", json={"username": "rita", "password": PASSWORD})
+    assert len(mailbox) == 2
+    assert client.get(f"/auth/verify-email/{token_in(mailbox[1])}").status_code == 200
+    assert Person(client, "rita").get("/users/me").json()["email_verified_at"] is not None
+
+
+def test_a_new_address_has_to_be_confirmed_before_the_next_refresh(
+    client: TestClient, reader: Person, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "require_verified_email", True)
+    assert refreshed(client, reader.tokens["refresh_token"]) is None
+    reader.post("/auth/verify-email")
+    client.get(f"/auth/verify-email/{token_in(mailbox[-1])}")
+    assert refreshed(client, reader.tokens["refresh_token"]) is not None
+
+
+# --- the audit trail ----------------------------------------------------------------------------------------------
+
+
+def test_the_log_tells_the_owner_and_admins_of_logins_and_failures(
+    client: TestClient, reader: Person, other_reader: Person, librarian: Person, admin: Person
+) -> None:
+    start = admin.get("/events", params={"limit": 100}).json()["next"]
+    client.post("/login", json={"username": "rita", "password": "wrong password"}, headers={"User-Agent": "a thief"})
+    client.post("/login", json={"username": "nobody", "password": "wrong password"})
+    Person(client, "rita").post("/auth/logout")
+    seen = {
+        person.username: person.get("/events", params={"after": start, "types": "account.*"}).json()["items"]
+        for person in (reader, other_reader, librarian, admin)
+    }
+    assert [event["type"] for event in seen["Rita"]] == ["account.login_failed", "account.login", "account.logout"]
+    assert seen["Rita"][0]["data"] == {"address": "testclient", "user_agent": "a thief"}
+    assert [event for event in seen["admin"] if event in seen["Rita"]] == seen["Rita"]
+    nobody = [event for event in seen["admin"] if event not in seen["Rita"]]
+    assert [event["type"] for event in nobody] == ["account.login_failed"], "what was tried on no account"
+    assert seen["Oskar"] == seen["Lydia"] == []
+    assert client.get("/events", params={"after": start, "types": "account.*"}).json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/login", {"username": "NAME", "password": "wrong password"}),
+        ("/auth/forgot-password", {"email": "NAME@example.com"}),
+    ],
+)
+def test_the_ids_of_public_events_do_not_tell_who_has_an_account(
+    client: TestClient, reader: Person, path: str, body: dict[str, str]
+) -> None:
+    def spent(name: str) -> int:
+        start = client.get("/books").headers["X-Event-Cursor"]
+        client.post(path, json={key: value.replace("NAME", name) for key, value in body.items()})
+        return int(client.get("/books").headers["X-Event-Cursor"]) - int(start)
+
+    assert spent("rita") == spent("nobody") == 1
+
+
+def test_the_reuse_of_a_token_is_in_the_log(client: TestClient, clock: Clock, reader: Person, admin: Person) -> None:
+    refreshed(client, reader.tokens["refresh_token"])
+    clock.advance(seconds=11)
+    refreshed(client, reader.tokens["refresh_token"])
+    told = admin.get("/events", params={"types": "account.token_reused"}).json()["items"]
+    assert [event["data"] for event in told] == [{"session_id": 1}]
+
+
+# --- what it costs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    ("path", "known", "unknown"),
+    [
+        pytest.param(
+            "/login",
+            {"username": "rita", "password": "wrong password"},
+            {"username": "nora", "password": "wrong password"},
+            id="login",
+        ),
+        pytest.param(
+            "/auth/forgot-password", {"email": "rita@example.com"}, {"email": "nora@example.com"}, id="forgotten"
+        ),
+        pytest.param(
+            "/auth/reset-password",
+            {"email": "rita@example.com", "otp": "000000", "new_password": PASSWORD},
+            {"email": "nora@example.com", "otp": "000000", "new_password": PASSWORD},
+            id="reset",
+        ),
+    ],
+)
+def test_time_does_not_tell_who_has_an_account(
+    server: Server, path: str, known: dict[str, str], unknown: dict[str, str]
+) -> None:
+    """Of a request for a known and one for an unknown account, either is the slower one about as often."""
+    sign_up(server.client, "rita")
+    server.client.post("/auth/forgot-password", json={"email": "rita@example.com"})
+
+    def seconds(body: dict[str, str]) -> float:
+        with httpx.Client(base_url=server.client.base_url) as client:  # a new connection: nothing is left over
+            client.get("/health")
+            started = time.perf_counter()
+            client.post(path, json=body)
+            spent = time.perf_counter() - started
+            time.sleep(0.02)  # what is done after the answer must not meet the next request
+            return spent
+
+    pairs = [(seconds(known), seconds(unknown)) for _ in range(150)]
+    slower = sum(one > other for one, other in pairs) / len(pairs)
+    medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
+    assert 0.35 < slower < 0.65, f"a known account is the slower one {slower:.0%} of the time"  # 3.7 sigma
+    assert abs(medians[0] - medians[1]) < 0.002, medians

@@ -1,0 +1,199 @@
+"""Mail, in conversation with a real SMTP server. CI runs it: the server, aiosmtpd, is in requirements-dev.txt."""
+
+import asyncio
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email import message_from_bytes
+from email.message import EmailMessage
+from email.policy import default
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import AuthResult, Envelope, LoginPassword
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
+
+import mail
+from mail import Email
+from settings import settings
+from tests.fixtures import PASSWORD, Person, Server, code_in, free_port, sign_up, token_in, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+class Inbox:
+    """What an SMTP server does with mails: keeps them, after as many refusals as it is told."""
+
+    def __init__(self) -> None:
+        self.messages: list[EmailMessage] = []
+        self.refusals: list[str] = []
+        self.accounts: list[tuple[str, str]] = []
+        self.tries = self.port = 0
+
+    async def handle_DATA(self, _server: Any, session: Any, envelope: Envelope) -> str:  # noqa: N802  # aiosmtpd's name
+        self.tries += 1
+        if self.refusals:
+            return self.refusals.pop(0)
+        assert isinstance(envelope.content, bytes)
+        message = message_from_bytes(envelope.content, policy=default)
+        message["X-TLS"] = "yes" if session.ssl else "no"
+        self.messages.append(message)
+        return "250 OK"
+
+    def authenticate(self, _server: Any, _session: Any, _envelope: Any, _mechanism: Any, data: Any) -> AuthResult:
+        assert isinstance(data, LoginPassword)
+        self.accounts.append((data.login.decode(), data.password.decode()))
+        return AuthResult(success=True)
+
+    def letter(self, number: int) -> Email:
+        message = wait_for(lambda: self.messages[number] if len(self.messages) > number else None)
+        return Email(message["To"], message["Subject"], message.get_content())
+
+
+@pytest.fixture
+def inbox() -> Iterator[Inbox]:
+    inbox = Inbox()
+    with listening(inbox) as inbox.port:
+        yield inbox
+
+
+@contextmanager
+def listening(inbox: Inbox, **options: Any) -> Iterator[int]:
+    """An SMTP server on the port that this gives."""
+    port = free_port()
+    controller = Controller(inbox, hostname="127.0.0.1", port=port, **options)
+    controller.start()
+    try:
+        yield port
+    finally:
+        controller.stop()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """Of a mail server on 127.0.0.1, signed by itself."""
+    key = rsa.generate_private_key(65537, 2048)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(datetime.now(UTC) - timedelta(days=1))
+        .not_valid_after(datetime.now(UTC) + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    file = tmp_path / "mail.pem"
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    file.write_bytes(made.public_bytes(pem) + private)
+    return file
+
+
+def test_each_mail_arrives(serve: Callable[..., Server], inbox: Inbox) -> None:
+    port = str(inbox.port)
+    server = serve(
+        SMTP_HOST="127.0.0.1",
+        SMTP_PORT=port,
+        SMTP_TLS="false",
+        MAIL_FROM="Our books <books@example.com>",
+        PUBLIC_URL="https://books.example.com/",
+    )
+    rita = sign_up(server.client, "rita")
+    link = inbox.letter(0)
+    assert (link.to, link.subject) == ("rita@example.com", "Confirm your e-mail address")
+    assert "https://books.example.com/auth/verify-email/" in link.text
+    assert server.client.get(f"/auth/verify-email/{token_in(link)}").status_code == 200
+
+    server.client.post("/auth/forgot-password", json={"email": "rita@example.com"})
+    body = {"email": "rita@example.com", "otp": code_in(inbox.letter(1)), "new_password": "another horse"}
+    assert server.client.post("/auth/reset-password", json=body).status_code == 204
+    assert inbox.letter(2).subject == "Your password was changed"
+
+    rita = Person(server.client, "rita", "another horse")
+    rita.post("/auth/change-password", json={"current_password": "another horse", "new_password": PASSWORD})
+    assert inbox.letter(3).subject == "Your password was changed"
+    rita.patch("/users/me", json={"email": "new@example.com"})
+    letters = {inbox.letter(number)[:2] for number in (4, 5)}
+    assert letters == {
+        ("rita@example.com", "Your e-mail address was changed"),
+        ("new@example.com", "Confirm your e-mail address"),
+    }
+    assert rita.delete("/users/me", json={"password": PASSWORD}).status_code == 204
+    assert inbox.letter(6)[:2] == ("new@example.com", "Your account was deleted")
+    for message in inbox.messages:
+        assert message["From"] == "Our books <books@example.com>"
+        assert message["Auto-Submitted"] == "auto-generated"
+        assert message["Message-ID"].endswith("@example.com>")
+        assert message["Date"]
+        assert message["Content-Transfer-Encoding"] == "7bit", "links stay in one piece for those who read the source"
+    assert "another horse" not in server.log.read_text()
+    assert token_in(link) not in server.log.read_text()
+
+
+def test_it_insists_on_tls_and_signs_in(serve: Callable[..., Server], certificate: Path) -> None:
+    inbox = Inbox()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with listening(inbox, tls_context=context, authenticator=inbox.authenticate, auth_required=True) as port:
+        options = {"SMTP_HOST": "localhost", "SMTP_PORT": str(port), "SSL_CERT_FILE": str(certificate)}
+        server = serve(**options, SMTP_USERNAME="books", SMTP_PASSWORD="a secret")
+        sign_up(server.client, "rita")
+        inbox.letter(0)
+        assert inbox.messages[0]["X-TLS"] == "yes"
+        assert inbox.accounts == [("books", "a secret")]
+        assert "a secret" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("fault", ["a server without TLS", "a certificate that nobody signed"])
+def test_it_says_nothing_without_tls(serve: Callable[..., Server], certificate: Path, fault: str) -> None:
+    inbox = Inbox()
+    context = None
+    if fault == "a certificate that nobody signed":
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+    with listening(inbox, tls_context=context) as port:
+        server = serve(SMTP_HOST="localhost", SMTP_PORT=str(port))
+        sign_up(server.client, "rita")
+        wait_for(lambda: "mail to rita@example.com failed" in server.log.read_text() or None)
+        assert inbox.messages == []
+
+
+def test_it_tries_again_when_the_server_is_busy(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    send(inbox, monkeypatch, ["451 try later", "421 busy"])
+    assert (inbox.tries, len(inbox.messages)) == (3, 1)
+
+
+def test_it_gives_up_in_the_end(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    send(inbox, monkeypatch, ["451 try later"] * 9)
+    assert (inbox.tries, len(inbox.messages)) == (4, 0)
+
+
+def test_it_does_not_insist_where_it_is_refused(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    send(inbox, monkeypatch, ["550 no such user"])
+    assert (inbox.tries, len(inbox.messages)) == (1, 0)
+
+
+def send(inbox: Inbox, monkeypatch: pytest.MonkeyPatch, refusals: list[str]) -> None:
+    monkeypatch.setattr(settings, "smtp_host", "127.0.0.1")
+    monkeypatch.setattr(settings, "smtp_port", inbox.port)
+    monkeypatch.setattr(settings, "smtp_tls", False)
+    monkeypatch.setattr(mail, "SECONDS_BETWEEN_TRIES", (0.01, 0.01, 0.01))
+    inbox.refusals = refusals
+    asyncio.run(mail.send(Email("rita@example.com", "Subject", "Text")))
+
+
+def test_sigterm_does_not_wait_for_a_mail_server_that_is_down(serve: Callable[..., Server]) -> None:
+    server = serve(SMTP_HOST="127.0.0.1", SMTP_PORT="9", SMTP_TLS="false")
+    sign_up(server.client, "rita")
+    wait_for(lambda: "mail to rita@example.com failed" in server.log.read_text() or None)
+    assert server.stop() < 5

@@ -1,0 +1,773 @@
+"""The front page in a browser: what people do with it, and that they can. Needs playwright and Debian's chromium."""
+
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import (
+    APIResponse,
+    Browser,
+    ConsoleMessage,
+    FilePayload,
+    Locator,
+    Page,
+    Route,
+    expect,
+    sync_playwright,
+)
+
+from tests.fixtures import DUNE, PASSWORD, ROOT, Person, Server, sign_up
+
+pytestmark = pytest.mark.slow
+
+Visit = Callable[..., Page]
+PHONE, DESKTOP, PICTURE = (390, 844), (1280, 900), (1080, 680)
+WAIT = 20_000  # milliseconds; the machine may be busy
+GONE = r"net::ERR_"  # what a browser says while the server is away
+EVIL = ("<img src=x onerror=alert(1)>", '"><script>alert(2)</script>')
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=WAIT)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Visit]:
+    """Open the page as somebody new. No dialog may appear, and nothing in the console but what is `expected`."""
+    wrong: list[str] = []
+
+    def start(
+        server: Server, size: tuple[int, int] = DESKTOP, scheme: Any = "light", expected: str | None = None
+    ) -> Page:
+        context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce"
+        )
+        contexts.callback(context.close)
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+
+        def hear(message: ConsoleMessage) -> None:
+            told = f"{message.text} {message.location['url']}"
+            if message.type in ("error", "warning") and not (expected and re.search(expected, told)):
+                wrong.append(told)
+
+        page.on("console", hear)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: wrong.append(f"a dialog: {dialog.message}"))
+        page.goto(server.url)
+        expect(page.locator("#live")).to_have_text("connected")
+        return page
+
+    with ExitStack() as contexts:
+        yield start
+    assert wrong == []
+
+
+def staff(server: Server, username: str = "Lydia", role: str = "librarian") -> Person:
+    new = {"username": username, "email": f"{username}@example.com", "password": PASSWORD, "role": role}
+    assert Person(server.client, "admin", "admin").post("/users", json=new).status_code == 201
+    return Person(server.client, username)
+
+
+def sign_in(page: Page, username: str, password: str = PASSWORD, shown: str | None = None) -> None:
+    page.locator("#sign-in").click()
+    page.locator("#account").get_by_label("User name").fill(username)
+    page.locator("#account").get_by_label("Password").fill(password)
+    page.locator("#account").get_by_label("Password").press("Enter")
+    expect(page.locator("#who")).to_contain_text(shown or username)
+    expect(page.locator("#live")).to_have_text("connected")
+
+
+def open_book(page: Page, title: str) -> Locator:
+    """From the list of the view that is shown."""
+    cards(page).get_by_role("button", name=title, exact=True).click()
+    dialog = page.get_by_role("dialog", name=title)
+    expect(dialog.get_by_role("heading", name="Reviews")).to_be_visible()
+    return dialog
+
+
+def go(page: Page, view: str) -> None:
+    page.get_by_role("navigation", name="Main").get_by_role("link", name=view).click()
+    expect(page.get_by_role("heading", name=view, level=2)).to_be_focused()
+
+
+def here(page: Page) -> Locator:
+    """The view that is shown."""
+    return page.locator("main > section:visible")
+
+
+def upload(page: Page, name: str, rows: str) -> None:
+    file: FilePayload = {"name": name, "mimeType": "text/csv", "buffer": rows.encode()}
+    page.get_by_label("CSV file").set_input_files(file)
+    page.get_by_role("button", name="Upload").click()
+
+
+def cards(page: Page) -> Locator:
+    return here(page).locator(".cards > li")
+
+
+# --- what people do -----------------------------------------------------------------------------------------------
+
+
+def test_a_visitor_searches_the_catalogue_and_opens_a_book(server: Server, visit: Visit) -> None:
+    admin = Person(server.client, "admin", "admin")
+    admin.upload((ROOT / "static" / "sample_books.csv").read_bytes())
+    page = visit(server)
+    expect(cards(page)).to_have_count(24)
+    page.get_by_role("button", name="Next").click()
+    expect(page.get_by_text("25\N{EN DASH}48 of 50")).to_be_visible()
+    page.get_by_label("Search for").fill("bronte")
+    expect(cards(page)).to_have_count(2)
+    page.get_by_label("Search for").fill("zzz")
+    expect(page.get_by_text("Nothing here is like that.")).to_be_visible()
+    page.get_by_role("button", name="Show everything").click()
+    here(page).get_by_label("Genre").select_option("Epic")
+    here(page).get_by_label("Sort by").select_option("year")
+    expect(cards(page).first).to_contain_text("1800 BCE")
+    dialog = open_book(page, "The Epic of Gilgamesh")
+    expect(dialog).to_contain_text("Anonymous")
+    expect(dialog).to_contain_text("Sign in to shelve, rate and review it.")
+    dialog.get_by_role("button", name="Close").click()
+    expect(dialog).to_be_hidden()
+
+
+def test_an_admin_fills_an_empty_catalogue_with_the_sample(server: Server, visit: Visit) -> None:
+    page = visit(server)
+    expect(page.get_by_text("The catalogue is empty.")).to_be_visible()
+    page.locator("#sign-in").click()
+    expect(page.get_by_text("In development mode: admin / admin.")).to_be_visible()
+    page.keyboard.press("Escape")
+    sign_in(page, "admin", "admin")
+    page.get_by_role("button", name="Load fifty classics").click()
+    expect(page.locator("#job-state")).to_have_text("Done.")
+    expect(page.locator("#job-counts")).to_contain_text("50 new")
+    go(page, "Catalogue")
+    expect(page.get_by_text("1\N{EN DASH}24 of 50")).to_be_visible()
+
+
+def test_a_reader_signs_up_shelves_rates_and_reviews(server: Server, visit: Visit) -> None:
+    Person(server.client, "admin", "admin").add_book(**DUNE)
+    page = visit(server, expected=r"status of (409|422)")
+    page.locator("#sign-up").click()
+    page.locator("#account").get_by_label("User name").fill("admin")
+    page.locator("#account").get_by_label("E-mail address").fill("rita@example.com")
+    page.locator("#account").get_by_label("Password").fill(PASSWORD)
+    submit = page.locator("#account").get_by_role("button", name="Sign up")
+    submit.click()
+    expect(page.locator("#account")).to_contain_text("is taken")
+    page.locator("#account").get_by_label("User name").fill("Rita")
+    submit.click()
+    expect(page.locator("#who")).to_have_text("Rita, reader")
+
+    dialog = open_book(page, "Dune")
+    dialog.get_by_role("button", name="Put it on my shelf").click()
+    expect(dialog).to_contain_text("It is on your shelf.")
+    dialog.get_by_role("radio", name="5 stars").check(force=True)
+    dialog.get_by_role("button", name="Save").click()
+    expect(dialog.locator("#mine .problem")).to_contain_text("completed")
+    dialog.get_by_label("Status").select_option("completed")
+    dialog.get_by_role("radio", name="4 stars").check(force=True)
+    dialog.get_by_label("My review").fill("Sandy.\nVery.")
+    dialog.get_by_role("button", name="Save").click()
+    expect(dialog).to_contain_text("Saved.")
+    expect(dialog.locator("#book-reviews")).to_contain_text("Sandy.")
+    expect(dialog.locator("#book-info")).to_contain_text("4.0 (1)")
+    dialog.get_by_role("button", name="Close").click()
+    expect(cards(page)).to_contain_text("4.0 (1)")
+
+    go(page, "My shelf")
+    expect(cards(page)).to_contain_text("4 of 5 stars")
+    cards(page).get_by_label("Status of Dune").select_option("abandoned")
+    here(page).get_by_label("Show").select_option("abandoned")
+    expect(cards(page)).to_have_count(1)
+    dialog = open_book(page, "Dune")
+    dialog.get_by_role("button", name="Take it off my shelf").click()
+    expect(dialog).to_contain_text("It is off your shelf.")
+    dialog.get_by_role("button", name="Close").click()
+    expect(page.get_by_text("Nothing here yet.")).to_be_visible()
+
+    page.locator("#sign-out").click()
+    expect(page.get_by_text("This is for those who are signed in")).to_be_visible()
+    assert page.evaluate("sessionStorage.length") == 0
+
+
+def test_a_book_on_my_shelf_is_known_from_one_that_is_not(server: Server, visit: Visit) -> None:
+    rita = sign_up(server.client, "Rita")
+    for number in range(1, 4):
+        rita.add_book(title=f"Volume {number}")
+    rita.post("/my-library/1")
+    page = visit(server)
+    sign_in(page, "Rita")
+
+    def told_of(title: str) -> str:
+        dialog = open_book(page, title)
+        expect(dialog.locator("#mine")).to_be_visible()
+        told = dialog.locator("#mine .strong").inner_text()
+        dialog.get_by_role("button", name="Close").click()
+        return told
+
+    assert told_of("Volume 1") == "Save"
+    assert told_of("Volume 2") == "Put it on my shelf"
+    rita.post("/my-library/3")
+    assert told_of("Volume 3") == "Save"
+    rita.delete("/my-library/3")
+    assert told_of("Volume 3") == "Put it on my shelf"
+
+
+def test_a_librarian_adds_copies_and_a_reader_borrows_and_returns(server: Server, visit: Visit) -> None:
+    staff(server).add_book(**DUNE)
+    sign_up(server.client, "Rita")
+    desk, reader = visit(server), visit(server, expected="status of 409")
+    sign_in(desk, "Lydia")
+    dialog = open_book(desk, "Dune")
+    dialog.get_by_label("Copies to add").fill("2")
+    dialog.get_by_role("button", name="Change the stock").click()
+    expect(dialog).to_contain_text("2 of 2 copies available.")
+    dialog.get_by_role("button", name="Close").click()
+
+    sign_in(reader, "Rita")
+    dialog = open_book(reader, "Dune")
+    expect(dialog.get_by_label("Copies to add")).to_be_hidden()
+    dialog.get_by_role("button", name="Borrow it").click()
+    expect(dialog).to_contain_text("Yours until")
+    expect(dialog).to_contain_text("1 of 2 copies available.")
+    dialog.get_by_role("button", name="Close").click()
+    expect(cards(desk)).to_contain_text("1 of 2 available")
+
+    go(desk, "Lending")
+    expect(cards(desk)).to_contain_text("lent to Rita")
+    go(reader, "Lending")
+    expect(cards(reader)).to_contain_text("due")
+    for told in ("renewed 1 time", "renewed 2 times", "that is all"):
+        cards(reader).get_by_role("button", name="Renew").click()
+        expect(cards(reader)).to_contain_text(told)
+    cards(reader).get_by_role("button", name="Return").press("Enter")
+    expect(reader.get_by_text("No loans here.")).to_be_visible()
+    expect(here(reader).locator(".cards")).to_be_focused()  # the button that was pressed is gone
+    expect(reader.locator(".ticker")).to_contain_text("You brought back Dune")
+    expect(desk.get_by_text("No loans here.")).to_be_visible()
+    here(reader).get_by_label("Show").select_option("returned")
+    expect(cards(reader)).to_contain_text("returned")
+
+
+def test_a_double_click_does_it_once(server: Server, visit: Visit) -> None:
+    lydia, rita = staff(server), sign_up(server.client, "Rita")
+    lydia.post(f"/books/{lydia.add_book(**DUNE)['id']}/stock", json={"quantity": 5})
+    page = visit(server)
+    sign_in(page, "Rita")
+    dialog = open_book(page, "Dune")
+    dialog.get_by_role("button", name="Borrow it").dblclick()
+    expect(dialog).to_contain_text("4 of 5 copies available.")
+    page.keyboard.press("Escape")
+    go(page, "Lending")
+    cards(page).get_by_role("button", name="Renew").dblclick()
+    expect(cards(page)).to_contain_text("renewed 1 time")
+    cards(page).get_by_role("button", name="Return").click()  # comes after whatever a second click would have sent
+    expect(page.get_by_text("No loans here.")).to_be_visible()
+    assert [loan["renewals"] for loan in rita.get("/loans").json()["items"]] == [1]
+
+
+def test_an_answer_that_comes_late_changes_nothing_back(server: Server, visit: Visit) -> None:
+    lydia = staff(server)
+    sign_up(server.client, "Rita")
+    book = lydia.add_book(**DUNE)
+    lydia.post(f"/books/{book['id']}/stock", json={"quantity": 5})
+    page = visit(server)
+    sign_in(page, "Rita")
+    dialog = open_book(page, "Dune")
+    expect(dialog).to_contain_text("5 of 5 copies available.")
+    late: list[tuple[Route, APIResponse]] = []
+
+    def keep_the_first(route: Route) -> None:
+        if late:
+            route.fallback()
+        else:
+            late.append((route, route.fetch()))
+
+    page.route(f"**/books/{book['id']}", keep_the_first)
+    with page.expect_request(f"**/books/{book['id']}"):
+        lydia.add_book(title="Meanwhile")
+    dialog.get_by_role("button", name="Borrow it").click()
+    expect(dialog).to_contain_text("4 of 5 copies available.")
+    page.evaluate(
+        """() => { const stock = document.querySelector('#stock-now'); window.told = [];
+        new MutationObserver(() => told.push(stock.textContent)).observe(stock, { childList: true }); }"""
+    )
+    (route, answer), *_ = late
+    with page.expect_response(f"**/books/{book['id']}"):
+        route.fulfill(response=answer)
+    page.wait_for_timeout(100)
+    assert "5 of 5 copies available." not in page.evaluate("told")
+
+
+def test_a_book_may_be_closed_before_it_is_there(server: Server, visit: Visit) -> None:
+    book = staff(server).add_book(**DUNE)
+    page = visit(server)
+    held: list[Route] = []
+    page.route(f"**/books/{book['id']}", lambda route: held.append(route))  # noqa: PLW0108  # Playwright marks its handler
+    with page.expect_request(f"**/books/{book['id']}"):
+        cards(page).get_by_role("button", name="Dune").click()
+    page.keyboard.press("Escape")
+    with page.expect_response(f"**/books/{book['id']}"):
+        held[0].fallback()
+    page.unroute_all()
+    open_book(page, "Dune")  # and `visit` finds nothing in the console
+
+
+def test_a_password_that_was_typed_does_not_stay(server: Server, visit: Visit) -> None:
+    page = visit(server)
+    page.locator("#sign-in").click()
+    page.locator("#account").get_by_label("Password").fill(PASSWORD)
+    page.keyboard.press("Escape")
+    page.locator("#sign-in").click()
+    expect(page.locator("#account").get_by_label("Password")).to_have_value("")
+
+
+def test_refused_rows_are_shown_with_their_reasons(server: Server, visit: Visit) -> None:
+    staff(server)
+    page = visit(server)
+    sign_in(page, "Lydia")
+    go(page, "Import")
+    page.get_by_role("button", name="Upload").click()
+    expect(page.get_by_label("CSV file")).to_be_focused()  # the browser asks for it
+    expect(page.locator("#job")).to_be_hidden()
+    rows = f'title,author,price\nEmma,Jane Austen,5\n,Nobody,5\n"{EVIL[0]}",Someone,"{EVIL[0]}"\n'
+    name = f"{EVIL[0].replace('/', '')}.csv"
+    upload(page, name, rows)
+    expect(page.locator("#job-state")).to_have_text("Done.")
+    expect(page.locator("#job-name")).to_have_text(name)
+    expect(page.locator("#job-counts")).to_contain_text("3 rows · 1 new")
+    table = page.get_by_role("table", name="Rows with problems")
+    expect(table.get_by_role("row", name=re.compile("^3 refused title"))).to_be_visible()
+    expect(table.get_by_role("row", name=re.compile("^4 refused price"))).to_contain_text(EVIL[0])
+    expect(page.locator("img")).to_have_count(0)
+
+
+def test_a_dropped_file_shows_its_progress_and_its_refused_rows(server: Server, visit: Visit) -> None:
+    staff(server)
+    page = visit(server)
+    sign_in(page, "Lydia")
+    go(page, "Import")
+    expect(page.locator("#job")).to_be_hidden()
+    rows = [f"Volume {i},Somebody,{i}" for i in range(1, 20_001)] + [",Nobody,1", "Emma,Jane Austen,cheap"]
+    dropped = page.evaluate_handle(
+        """rows => {
+            const dropped = new DataTransfer();
+            dropped.items.add(new File(['title,author,pages\\n' + rows.join('\\n')], 'box.csv', {type: 'text/csv'}));
+            return dropped;
+        }""",
+        rows,
+    )
+    page.evaluate(
+        """() => {
+            window.progress = [];
+            const bar = document.querySelector('progress');
+            new MutationObserver(() => progress.push(bar.value)).observe(bar, {attributes: true});
+        }"""
+    )
+    page.locator("#view-import h2").dispatch_event("drop", {"dataTransfer": dropped})
+    expect(page.locator("#job-name")).to_have_text("box.csv")
+    expect(page.locator("#job-state")).to_have_text("Done.")
+    expect(page.locator("#job-counts")).to_contain_text("20,002 rows · 20000 new")
+    seen = page.evaluate("progress")
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+    assert [value for value in seen if 0 < value < 1]
+    table = page.get_by_role("table", name="Rows with problems")
+    expect(table.get_by_role("row", name=re.compile("^20002 refused title"))).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the refused rows as CSV").click()
+    assert "Nobody" in Path(download.value.path()).read_text("utf-8")
+
+
+def test_what_one_does_another_sees_at_once(server: Server, visit: Visit) -> None:
+    staff(server)
+    sign_up(server.client, "Rita")
+    first, second = visit(server), visit(server)
+    sign_in(first, "Lydia")
+    first.get_by_role("button", name="Add a book").click()
+    form = first.get_by_role("dialog", name="Add a book")
+    form.get_by_label("Title").fill("Dune")
+    form.get_by_label("Author").fill("Frank Herbert")
+    form.get_by_label("Year").fill("1965")
+    form.get_by_role("button", name="Save").click()
+    dialog = first.get_by_role("dialog", name="Dune")
+    expect(dialog).to_contain_text("1965")
+
+    expect(cards(second)).to_contain_text("Dune")
+    expect(second.locator(".ticker")).to_contain_text("New: Dune by Frank Herbert")
+    theirs = open_book(second, "Dune")
+    dialog.get_by_label("Status").select_option("completed")
+    dialog.get_by_role("button", name="Put it on my shelf").click()
+    dialog.get_by_role("radio", name="5 stars").check(force=True)
+    dialog.get_by_label("My review").fill("Sandy.")
+    dialog.get_by_role("button", name="Save").click()
+    expect(theirs.locator("#book-reviews")).to_contain_text("Sandy.")
+    expect(theirs.locator("#book-info")).to_contain_text("5.0 (1)")
+    expect(second.locator(".ticker")).not_to_contain_text("shelf")
+    Person(server.client, "Lydia").add_book(title="Two\N{LINE SEPARATOR}lines")  # ends no line of the stream
+    expect(second.locator(".ticker")).to_contain_text(re.compile("Two.lines", re.DOTALL))
+    assert Person(server.client, "Lydia").delete("/books/1").status_code == 204
+    expect(theirs).to_contain_text("This book has just been deleted.")
+    expect(cards(second)).to_have_count(1)
+
+
+def test_a_change_takes_nobody_back_from_the_page_they_turned_to(server: Server, visit: Visit) -> None:
+    admin = Person(server.client, "admin", "admin")
+    admin.upload((ROOT / "static" / "sample_books.csv").read_bytes())
+    page = visit(server)
+    expect(page.get_by_text("1\N{EN DASH}24 of 50")).to_be_visible()
+    waiting: list[Route] = []
+
+    def hold_the_first(route: Route) -> None:
+        if waiting:
+            route.fallback()
+        else:
+            waiting.append(route)
+
+    page.route("**/books?*offset=24*", hold_the_first)
+    with page.expect_request("**/books?*offset=24*"):
+        page.get_by_role("button", name="Next").click()
+    admin.add_book(title="Meanwhile")
+    expect(page.get_by_text("25\N{EN DASH}48 of 51")).to_be_visible()
+    assert len(waiting) == 1
+
+
+# Lists take 1.3 s to come.
+SLOW = r"""
+const quick = fetch;
+window.fetch = (path, how) => !/books\?/.test(path) ? quick(path, how) : new Promise((ok, no) => {
+    const later = setTimeout(() => quick(path, how).then(ok, no), 1300);
+    how.signal.addEventListener('abort', () => { clearTimeout(later); no(how.signal.reason); });
+});
+"""
+
+
+def test_lists_keep_up_where_answers_take_longer_than_changes(server: Server, visit: Visit) -> None:
+    lydia = staff(server)
+    page = visit(server)
+    page.add_init_script(SLOW)
+    page.reload()
+    expect(page.get_by_text("The catalogue is empty.")).to_be_visible()
+    stop = threading.Event()
+
+    def add_books() -> None:
+        while not stop.wait(0.2):
+            lydia.add_book(title=f"Book {time.monotonic()}")
+
+    adding = threading.Thread(target=add_books)
+    adding.start()
+    try:
+        expect(cards(page)).not_to_have_count(0)
+    finally:
+        stop.set()
+        adding.join()
+
+
+def test_the_ticker_survives_a_restart(serve: Callable[..., Server], tmp_path: Path, visit: Visit) -> None:
+    server = serve()
+    admin = Person(server.client, "admin", "admin")
+    admin.add_book(title="Before")
+    page = visit(server, expected=GONE)
+    server.stop()
+    expect(page.locator("#live")).to_have_text("reconnecting")
+    meanwhile = serve()  # another one, on the same database
+    Person(meanwhile.client, "admin", "admin").add_book(title="Meanwhile")
+    meanwhile.stop()
+    server.start(port=server.port)
+    expect(page.locator("#live")).to_have_text("connected", timeout=40_000)
+    expect(page.locator(".ticker")).to_contain_text("New: Meanwhile")
+    expect(cards(page)).to_have_count(2)
+
+    server.stop()
+    server.file = tmp_path / "other.db"
+    server.start(port=server.port)
+    expect(page.get_by_text("The catalogue is empty.")).to_be_visible(timeout=40_000)
+    Person(server.client, "admin", "admin").add_book(title="Afterwards")
+    expect(cards(page)).to_contain_text("Afterwards")
+
+
+def test_a_token_that_is_too_old_is_refreshed_once(server: Server, visit: Visit) -> None:
+    rita = sign_up(server.client, "Rita")
+    rita.add_book(**DUNE)
+    page = visit(server, expected="status of 401")
+    sign_in(page, "Rita")
+    refreshed: list[str] = []
+    page.on("request", lambda request: refreshed.append(request.url) if "/auth/refresh" in request.url else None)
+
+    page.evaluate(
+        "sessionStorage.tokens = JSON.stringify({...JSON.parse(sessionStorage.tokens), access_token: 'too.old.now'})"
+    )
+    page.reload()
+    expect(page.locator("#who")).to_have_text("Rita, reader")
+    assert len(refreshed) == 1
+
+    old = page.evaluate("JSON.parse(sessionStorage.tokens).access_token")
+
+    def refuse(route: Route) -> None:
+        if route.request.headers.get("authorization") == f"Bearer {old}":
+            route.fulfill(status=401, json={"title": "Unauthorized", "status": 401})
+        else:
+            route.fallback()
+
+    page.route("**/*", refuse)
+    expect(page.locator("main .cards button").first).to_be_visible()
+    page.evaluate(
+        "filters.requestSubmit(); document.querySelector('main .cards button').click()"
+    )  # two requests at once
+    dialog = page.get_by_role("dialog", name="Dune")
+    expect(dialog).to_contain_text("Put it on my shelf")
+    expect(dialog).to_contain_text("Nobody has reviewed it yet.")
+    assert len(refreshed) == 2
+    dialog.get_by_role("button", name="Close").click()
+
+    rita.post("/auth/logout-all")
+    page.get_by_role("navigation", name="Main").get_by_role("link", name="My shelf").click()
+    expect(page.get_by_text("Your login has ended. Sign in again.")).to_be_visible()
+    expect(page.get_by_text("This is for those who are signed in")).to_be_visible()
+    expect(page.locator("#main")).to_be_focused()  # what had it is gone
+    expect(page.locator("#sign-in")).to_be_visible()
+
+
+def test_statistics_are_drawn(server: Server, visit: Visit) -> None:
+    rita = sign_up(server.client, "Rita")
+    read_a_little(rita)
+    page = visit(server)
+    sign_in(page, "Rita")
+    go(page, "Statistics")
+    expect(page.locator(".big")).to_have_text("★ 4.00")
+    for told in (
+        "On my shelf: Wishlist 1 books, Reading 0 books, Completed 2 books",
+        "Books finished by year: 2024 1 books, 2023 1 books",
+        "Pages finished by year: 2024 412 pages, 2023 474 pages",
+        "Top genres: Novel 1 books, Science fiction 1 books",
+        "Top authors: Frank Herbert 1 books, Jane Austen 1 books",
+    ):
+        expect(page.get_by_role("img", name=told)).to_be_visible()
+    assert page.locator("svg rect").evaluate_all("bars => Math.max(...bars.map(bar => bar.width.baseVal.value))") > 100
+    rita.patch("/my-library/3", json={"status": "reading"})
+    expect(page.get_by_role("img", name="Wishlist 0 books, Reading 1 books")).to_be_visible()
+
+
+def read_a_little(reader: Person) -> None:
+    read: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({**DUNE, "pages": 412}, {"status": "completed", "rating": 5, "finished_at": "2024-05-01T12:00:00Z"}),
+        (
+            {"title": "Emma", "author": "Jane Austen", "genre": "Novel", "pages": 474},
+            {"status": "completed", "rating": 3, "review": "Handsome.", "finished_at": "2023-05-01T12:00:00Z"},
+        ),
+        ({"title": "Ulysses", "author": "James Joyce", "genre": "Novel"}, {}),
+    ]
+    for book, entry in read:
+        shelf = f"/my-library/{reader.add_book(**book)['id']}"
+        assert reader.post(shelf).status_code == 201
+        assert reader.patch(shelf, json=entry).status_code == 200
+
+
+# --- what nobody may do ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evil", EVIL, ids=["an image", "a script"])
+def test_what_users_write_is_text(server: Server, visit: Visit, evil: str) -> None:
+    rita = sign_up(server.client, "Rita")
+    assert rita.patch("/users/me", json={"full_name": evil}).status_code == 200
+    texts = dict.fromkeys(("title", "author", "genre", "publisher", "description"), evil)
+    book = rita.add_book(**texts)
+    shelf = f"/my-library/{book['id']}"
+    rita.post(shelf)
+    assert rita.patch(shelf, json={"status": "completed", "review": evil, "tags": ["<b>x</b>"]}).status_code == 200
+    page = visit(server)
+    scripts = page.locator("script").count()
+    sign_in(page, "Rita", shown=evil)
+    expect(page.locator(".ticker")).to_contain_text(f"New: {evil} by {evil}")
+    expect(here(page).get_by_label("Genre").locator("option").last).to_have_text(f"{evil} (1)")
+    expect(cards(page)).to_contain_text(evil)
+    dialog = open_book(page, evil)
+    expect(dialog.locator("#book-reviews")).to_contain_text(evil)
+    expect(dialog.locator("#book-info")).to_contain_text(evil)
+    dialog.get_by_role("button", name="Close").click()
+    for view in ("My shelf", "Statistics"):
+        go(page, view)
+        expect(page.locator("main > section:visible")).to_contain_text(evil[:14])
+    assert (page.locator("img, b").count(), page.locator("script").count()) == (0, scripts)
+
+
+def test_the_policy_stops_what_the_page_might_forget(server: Server, visit: Visit) -> None:
+    page = visit(server, expected="TrustedHTML|Trusted Type|Content Security Policy")
+    refused = page.evaluate("try { document.body.innerHTML = '<p>'; 'taken' } catch (error) { error.name }")
+    assert refused == "TypeError"
+    loaded = page.evaluate(
+        "new Promise(done => { const s = document.createElement('style'); s.textContent = 'body { zoom: 2 }';"
+        "document.head.append(s); done(getComputedStyle(document.body).zoom); })"
+    )
+    assert loaded == "1"
+
+
+# --- for everybody ------------------------------------------------------------------------------------------------
+
+
+def tab_to(page: Page, wanted: Locator, key: str = "Tab") -> None:
+    for _ in range(80):
+        page.keyboard.press(key)
+        if wanted.evaluate("node => node === document.activeElement"):
+            return
+    pytest.fail("the Tab key does not lead there")
+
+
+def test_the_keyboard_is_enough(server: Server, visit: Visit) -> None:
+    rita = sign_up(server.client, "Rita")
+    read_a_little(rita)
+    page = visit(server)
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#main")).to_be_focused()
+    assert "#main" not in page.url, "the address keeps the view"
+    tab_to(page, page.locator("#sign-in"), key="Shift+Tab")
+    page.keyboard.press("Enter")
+    page.keyboard.type("Rita")
+    page.keyboard.press("Tab")
+    page.keyboard.type(PASSWORD)
+    page.keyboard.press("Enter")
+    expect(page.locator("#who")).to_contain_text("Rita")
+    expect(page.locator("#main")).to_be_focused()  # the button that opened it is gone
+
+    tab_to(page, page.get_by_label("Search for"))
+    page.keyboard.type("dune")
+    expect(cards(page)).to_have_count(1)
+    card = cards(page).get_by_role("button", name="Dune")
+    tab_to(page, card)
+    page.keyboard.press("Enter")
+    dialog = page.get_by_role("dialog", name="Dune")
+    expect(dialog).to_contain_text("Frank Herbert")
+    expect(dialog.get_by_role("radio", name="5 stars")).to_be_checked()
+    tab_to(page, dialog.get_by_role("radio", name="5 stars"))
+    page.keyboard.press("ArrowLeft")
+    tab_to(page, dialog.get_by_role("button", name="Save"))
+    page.keyboard.press("Enter")
+    expect(dialog).to_contain_text("Saved.")
+    expect(cards(page)).to_contain_text("4.0 (1)")  # it is drawn anew behind the dialog
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    expect(card).to_be_focused()
+
+
+LONG = "Donaudampfschiffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 3
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_nothing_is_wider_than_the_screen(server: Server, visit: Visit, size: tuple[int, int]) -> None:
+    lydia = staff(server)
+    read_a_little(lydia)
+    book = lydia.add_book(title=LONG, author=LONG, genre=LONG[:100], publisher=LONG)
+    lydia.post(f"/my-library/{book['id']}", json={"status": "completed"})
+    lydia.post(f"/books/{book['id']}/stock", json={"quantity": 1})
+    lydia.post("/loans", json={"book_id": book["id"]})
+    page = visit(server, size)
+    sign_in(page, "Lydia")
+    for view in tour(page, LONG):
+        wide = page.evaluate(
+            "[document.documentElement, ...document.querySelectorAll('dialog[open]')]"
+            ".some(node => node.scrollWidth > node.clientWidth)"
+        )
+        assert not wide, view
+
+
+def tour(page: Page, title: str) -> Iterator[str]:
+    """All there is to look at, one after the other."""
+    yield "catalogue"
+    dialog = open_book(page, title)
+    expect(dialog.locator("#mine")).to_be_visible()
+    yield "book"
+    dialog.get_by_role("button", name="Close").click()
+    page.get_by_role("button", name="Add a book").click()
+    yield "add"
+    page.locator("#add").get_by_role("button", name="Close").click()
+    for view in ("My shelf", "Lending"):
+        go(page, view)
+        expect(cards(page).first).to_be_visible()
+        yield view
+    go(page, "Statistics")
+    expect(page.locator("svg").first).to_be_visible()
+    yield "statistics"
+    go(page, "Import")
+    upload(page, "books.csv", f"title,author\n,{LONG}\n")
+    expect(page.get_by_role("table")).to_be_visible()
+    yield "import"
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nobody_is_kept_out(server: Server, visit: Visit, scheme: str, size: tuple[int, int]) -> None:
+    lydia = staff(server)
+    read_a_little(lydia)
+    lydia.post("/books/1/stock", json={"quantity": 2})
+    lydia.post("/loans", json={"book_id": 1})
+    page = visit(server, size, scheme)
+    faults = axe(page, "visitor")
+    page.locator("#sign-in").click()
+    faults += axe(page, "sign in")
+    page.keyboard.press("Escape")
+    sign_in(page, "Lydia")
+    for view in tour(page, "Dune"):
+        faults += axe(page, view)
+    assert faults == []
+
+
+def axe(page: Page, view: str) -> list[str]:
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{view}: {fault['id']}, {node['html']}"
+        for fault in found
+        if fault["impact"] in ("serious", "critical")
+        for node in fault["nodes"]
+    ]
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_screenshots(server: Server, visit: Visit, tmp_path: Path) -> None:
+    """The README's pictures; SCREENSHOTS=screenshots puts them where it looks for them."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    folder.mkdir(exist_ok=True)
+    lydia = staff(server)
+    lydia.upload((ROOT / "static" / "sample_books.csv").read_bytes())
+    reviews = ["Handsome, clever, and rich.", "Long, and worth it.", None, "Read it twice.", None, None]
+    shelved = lydia.get("/books", params={"genre": "Novel", "limit": 9}).json()["items"]
+    for i, book in enumerate(shelved):
+        lydia.post(f"/my-library/{book['id']}", json={"status": "completed" if i < 6 else "reading"})
+        if i < 6:
+            said = {"rating": 5 - i % 3, "review": reviews[i], "finished_at": f"{2024 - i % 3}-05-01T12:00:00Z"}
+            lydia.patch(f"/my-library/{book['id']}", json=said)
+        lydia.patch(f"/books/{book['id']}", json={"pages": 200 + 40 * i})
+        lydia.post(f"/books/{book['id']}/stock", json={"quantity": 1 + i % 3})
+    page = visit(server, PICTURE)
+    sign_in(page, "Lydia")
+    here(page).get_by_label("Sort by").select_option("-rating")
+    expect(cards(page).first).to_contain_text("5.0 (1)")
+    page.screenshot(path=folder / "catalogue.png")
+    go(page, "My shelf")
+    expect(cards(page)).to_have_count(9)
+    page.screenshot(path=folder / "shelf.png")
+    go(page, "Statistics")
+    expect(page.locator("svg").first).to_be_visible()
+    page.screenshot(path=folder / "statistics.png")
+    page.goto(f"{server.url}/docs")
+    expect(page.locator(".opblock").first).to_be_visible()
+    page.screenshot(path=folder / "docs.png")
+    for name in ("catalogue", "shelf", "statistics", "docs"):
+        assert 5_000 < (folder / f"{name}.png").stat().st_size < 150_000, name

@@ -1,0 +1,247 @@
+"""Rate limits: what is counted, for whom, and when it may be tried again."""
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from starlette.requests import Request
+
+import security
+from mail import Email
+from settings import settings
+from tests.fixtures import NEW, PASSWORD, ROOT, Clock, Person, Server, code_in, free_port, wait_for
+
+
+class Later:
+    """Moves the clock by which attempts are counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds, real = 0.0, time.time
+        monkeypatch.setattr(time, "time", lambda: real() + self.seconds)
+
+
+@pytest.fixture
+def limited(client: TestClient, monkeypatch: pytest.MonkeyPatch, mailbox: list[Email]) -> TestClient:
+    """A service whose limits are in force, and Rita, who has an account."""
+    assert client.post("/auth/register", json=NEW).status_code == 201
+    monkeypatch.setattr(settings, "rate_limits", True)
+    return client
+
+
+def attempts(client: TestClient, path: str, body: dict[str, Any], times: int) -> list[int]:
+    return [client.post(path, json=body).status_code for _ in range(times)]
+
+
+WRONG = {"username": "rita", "password": "wrong password"}
+RIGHT = {"username": "rita", "password": PASSWORD}
+
+
+def test_ten_wrong_passwords_close_the_door_for_a_quarter_of_an_hour(
+    limited: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = Later(monkeypatch)
+    assert attempts(limited, "/login", WRONG, 10) == [401] * 10
+    refused = limited.post("/login", json=RIGHT)
+    assert refused.status_code == 429
+    assert refused.headers["Content-Type"] == "application/problem+json"
+    seconds = int(refused.headers["Retry-After"])
+    assert 890 < seconds <= 900
+    assert refused.json()["detail"] == f"Too many attempts. Try again in {seconds} s."
+    assert limited.post("/login", json={**RIGHT, "username": " RITA "}).status_code == 429
+    by_address = limited.post("/login", json={**RIGHT, "username": "rita@example.com"})
+    assert by_address.status_code == 200, "a common count would tell that the name and the address belong together"
+    later.seconds = seconds - 2
+    assert limited.post("/login", json=RIGHT).status_code == 429
+    later.seconds = seconds + 1
+    assert limited.post("/login", json=RIGHT).status_code == 200
+
+
+def test_the_right_password_makes_earlier_failures_forgotten(limited: TestClient) -> None:
+    for _ in range(3):
+        assert attempts(limited, "/login", WRONG, 9) == [401] * 9
+        assert limited.post("/login", json=RIGHT).status_code == 200
+
+
+def test_an_account_that_does_not_exist_is_limited_just_the_same(limited: TestClient) -> None:
+    nobody = {"username": "nobody", "password": "wrong password"}
+    assert attempts(limited, "/login", nobody, 12) == [401] * 10 + [429] * 2
+
+
+def test_guessing_the_password_of_a_stolen_session_is_limited_too(limited: TestClient) -> None:
+    rita = Person(limited, "rita")
+    guess = {"current_password": "wrong password", "new_password": "another horse"}
+    assert [rita.post("/auth/change-password", json=guess).status_code for _ in range(11)] == [403] * 10 + [429]
+    assert rita.delete("/users/me", json={"password": PASSWORD}).status_code == 429
+    assert rita.get("/users/me").status_code == 200
+    assert limited.post("/login", json=RIGHT).status_code == 200
+
+
+@pytest.mark.slow
+def test_many_addresses_do_not_help_for_long(limited: TestClient) -> None:
+    """Ten guesses from each of ten addresses, and the account is closed to all but who has its mail."""
+    answers = []
+    for address in range(11):
+        limited._transport.client = (f"203.0.113.{address}", 1)  # type: ignore[attr-defined]  # of Starlette's client
+        answers += attempts(limited, "/login", WRONG, 10)
+    assert answers == [401] * 100 + [429] * 10
+
+
+def test_a_new_password_by_mail_opens_the_door_again(limited: TestClient, mailbox: list[Email]) -> None:
+    attempts(limited, "/login", WRONG, 11)
+    limited.post("/auth/forgot-password", json={"email": NEW["email"]})
+    body = {"email": NEW["email"], "otp": code_in(mailbox[-1]), "new_password": "another horse"}
+    assert limited.post("/auth/reset-password", json=body).status_code == 204
+    assert limited.post("/login", json={**RIGHT, "password": "another horse"}).status_code == 200
+
+
+def test_a_number_for_a_name_is_not_somebodys_id(limited: TestClient) -> None:
+    attempts(limited, "/login", {"username": "2", "password": "wrong password"}, 11)
+    assert limited.post("/login", json=RIGHT).status_code == 200
+
+
+def test_signing_in_unconfirmed_does_not_mail_without_end(
+    limited: TestClient, clock: Clock, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "require_verified_email", True)
+    for _ in range(9):
+        clock.advance(minutes=6)
+        assert limited.post("/login", json=RIGHT).status_code == 403
+    assert len(mailbox) == 1 + 5
+
+
+BY_ACCOUNT: dict[str, tuple[str, dict[str, Any], list[int]]] = {
+    "register": ("register", {**NEW, "username": "other"}, [409] * 5),
+    "forgot": ("forgot-password", {"email": "rita@example.com"}, [202] * 5),
+    "forgot, nobody": ("forgot-password", {"email": "nobody@example.com"}, [202] * 5),
+    "reset": ("reset-password", {"email": NEW["email"], "otp": "000000", "new_password": PASSWORD}, [400] * 10),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "answers"), BY_ACCOUNT.values(), ids=BY_ACCOUNT)
+def test_each_account_has_its_limit(
+    limited: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], answers: list[int]
+) -> None:
+    monkeypatch.setattr("auth.REFUSAL_SECONDS", 0)
+    later = Later(monkeypatch)
+    assert attempts(limited, f"/auth/{path}", body, len(answers) + 1) == [*answers, 429]
+    later.seconds = 3601
+    assert attempts(limited, f"/auth/{path}", body, 1) == answers[:1]
+
+
+def test_refreshes_of_one_login_are_limited(limited: TestClient) -> None:
+    rita, other = Person(limited, "rita"), Person(limited, "rita")
+    for _ in range(30):
+        answer = limited.post("/auth/refresh", json={"refresh_token": rita.tokens["refresh_token"]})
+        assert answer.status_code == 200
+        rita.tokens = answer.json()
+    for person, status in ((rita, 429), (other, 200)):
+        body = {"refresh_token": person.tokens["refresh_token"]}
+        assert limited.post("/auth/refresh", json=body).status_code == status
+
+
+def test_links_are_not_mailed_without_end(limited: TestClient, mailbox: list[Email]) -> None:
+    rita = Person(limited, "rita")
+    asked = [rita.post("/auth/verify-email").status_code for _ in range(3)]
+    changed = [rita.patch("/users/me", json={"email": f"a{n}@example.com"}).status_code for n in range(3)]
+    assert asked + changed == [202] * 3 + [200, 200, 429]
+    assert rita.patch("/users/me", json={"full_name": "R."}).status_code == 200
+
+
+# --- where a request comes from -----------------------------------------------------------------------------------
+
+
+def test_addresses_are_limited_each_by_itself(serve: Callable[..., Server]) -> None:
+    """Behind a proxy only what that wrote counts: the rightmost address; a client can write any others before it."""
+    server = serve(RATE_LIMITS="true")
+
+    def forgot(number: int, forwarded: str) -> int:
+        body = {"email": f"somebody{number}@example.com"}
+        headers = {"X-Forwarded-For": forwarded}
+        return server.client.post("/auth/forgot-password", json=body, headers=headers).status_code
+
+    answers = [forgot(number, f"198.51.100.{number}, 203.0.113.7") for number in range(31)]
+    assert answers == [202] * 30 + [429]
+    assert forgot(99, "203.0.113.7, 203.0.113.8") == 202
+
+
+def test_without_a_proxy_that_is_trusted_the_header_says_nothing(serve: Callable[..., Server]) -> None:
+    server = serve("--forwarded-allow-ips", "10.0.0.0/8", RATE_LIMITS="true")
+    answers = [
+        server.client.post(
+            "/auth/forgot-password",
+            json={"email": f"somebody{number}@example.com"},
+            headers={"X-Forwarded-For": f"203.0.113.{number}"},
+        ).status_code
+        for number in range(31)
+    ]
+    assert answers == [202] * 30 + [429]
+
+
+@pytest.mark.parametrize(
+    ("client", "place"),
+    [
+        pytest.param(("203.0.113.7", 1), "203.0.113.7", id="IPv4"),
+        pytest.param(("2001:db8:1:2:3:4:5:6", 1), "2001:db8:1:2::/64", id="IPv6, whose owner has them all"),
+        pytest.param(("::ffff:203.0.113.7", 1), "203.0.113.7", id="IPv4 within IPv6"),
+        pytest.param(("fe80::1%eth0", 1), "fe80::/64", id="with a zone"),
+        pytest.param(("unix", 0), "unix", id="a socket"),
+        pytest.param(("x" * 5000, 0), "x" * 100, id="nonsense"),
+        pytest.param(None, "nowhere", id="none"),
+    ],
+)
+def test_where_a_request_comes_from(client: tuple[str, int] | None, place: str) -> None:
+    assert security.client_address(Request({"type": "http", "client": client})) == place
+
+
+# --- where it is counted ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[int]:
+    """A real Redis; its port. CI installs it."""
+    program = shutil.which("redis-server")
+    assert program, "install redis-server"
+    port = free_port()
+    command = [program, "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    wait_for(lambda: "Ready to accept" in ((process.stdout and process.stdout.readline()) or "") or None)
+    try:
+        yield port
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_several_processes_can_count_together(serve: Callable[..., Server], redis: int) -> None:
+    options = {"RATE_LIMITS": "true", "RATE_LIMIT_STORAGE": f"redis://127.0.0.1:{redis}/0"}
+    one, two = serve(**options), serve(**options)
+    answers = [
+        server.client.post("/login", json={"username": "admin", "password": "wrong"}).status_code
+        for server in (one, two) * 6
+    ]
+    assert answers == [401] * 10 + [429] * 2
+
+
+@pytest.mark.slow
+def test_while_the_common_counters_are_down_each_process_counts(serve: Callable[..., Server]) -> None:
+    server = serve(RATE_LIMITS="true", RATE_LIMIT_STORAGE=f"redis://127.0.0.1:{free_port()}/0")
+    wrong = {"username": "admin", "password": "wrong"}
+    answers = [server.client.post("/login", json=wrong).status_code for _ in range(11)]
+    assert answers == [401] * 10 + [429]
+    assert "RATE_LIMIT_STORAGE does not answer" in server.log.read_text()
+
+
+def test_the_readme_states_the_limits() -> None:
+    section = (ROOT / "README.md").read_text().split("\n### Limits\n")[1].split("\n### ")[0]
+    told = re.findall(r"^\| (\w+) \| (.*?) \| (.*?) \| (.*?) \|$", section, re.MULTILINE)
+    assert told == [
+        (name, *(limit.replace("per", "in") for limit in allowed)) for name, allowed in security.RATE_LIMITS.items()
+    ]
