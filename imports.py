@@ -48,6 +48,7 @@ from csv_files import (
     strip_invalid,
     which_comes_first,
 )
+from database import CompiledQuery
 from external import Enricher
 from models import (
     Book,
@@ -65,7 +66,7 @@ from schemas import BookBase, BookUpdate, EntryUpdate, UploadPublic
 from search import index_books
 from settings import settings
 
-BOOKS = SQLModel.metadata.tables["book"]
+INSERT_BOOKS = CompiledQuery(sa.insert(Book))
 
 # What makes two books one: the ISBN, or without it title and author. In a file that we wrote ourselves the latter are
 # exact, and come with a number: two books that differ in nothing are two.
@@ -171,8 +172,8 @@ class BatchImporter:
         """Insert and index many books at once. The transaction has the write lock: their ids have no gaps."""
         if not new:
             return
-        books = [Book.row(row.book) for row in new.values() if row.book is not None]
-        database.insert_many(self.session, BOOKS, books, Book.untouched(self.owner.id))
+        books = [Book.described(row.book) for row in new.values() if row.book is not None]
+        INSERT_BOOKS.execute_many(self.session, [book | Book.initial(self.owner.id) for book in books])
         last = int(self.session.execute(sa.select(sa.func.max(col(Book.id)))).scalar_one())
         first = last - len(new) + 1
         index_books(self.session, first, last)

@@ -126,12 +126,13 @@ def password_changed(to: str, username: str) -> Email:
     return _notice(to, "Your password was changed", f'The password of the account "{username}" was changed.')
 
 
-def address_changed(to: str, username: str, new: str, undo: str | None) -> Email:
-    text = f'The e-mail address of the account "{username}" was changed to {new}.\n'
-    if undo is not None:
-        link = f"{settings.public_url}/auth/verify-email/{undo}"
-        text += "If it was not you, open this link within 7 days: it takes the change back, ends all sessions and\n"
-        text += f"makes the password useless. Then have a code mailed to you for a new one.\n\n{link}\n"
+def address_change_requested(to: str, username: str, new: str) -> Email:
+    text = f'A new e-mail address was given for the account "{username}": {new}. It takes effect when it is confirmed.'
+    return _notice(to, "A new e-mail address for your account", text)
+
+
+def address_changed(to: str, username: str, new: str) -> Email:
+    text = f'The e-mail address of the account "{username}" was changed to {new} by an admin.'
     return _notice(to, "Your e-mail address was changed", text)
 
 

@@ -26,6 +26,7 @@ from sqlmodel import Session
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
+import accounts
 import api
 import auth
 import books
@@ -36,10 +37,11 @@ import imports
 import library
 import loans
 import models
+import pagination
 import security
 import uploads
 import users
-from api import HANDLERS, TAGS, RequestMiddleware, Router, disk_full, errors
+from api import HANDLERS, RequestMiddleware, Router, disk_full, errors
 from database import Sqlite
 from models import Setting, claim_job
 from security import Admin
@@ -159,7 +161,7 @@ class Health(BaseModel):
 async def health() -> Health:
     """Whether the service can read and write its database: 200, or 503 with what is wrong."""
     try:
-        await database.read(events.last_event_id)
+        await database.read(pagination.last_event_id)
     except DBAPIError as error:
         raise _unwell("read", error.orig) from None
     if time.monotonic() - _Probe.at > PROBE_SECONDS:
@@ -270,6 +272,16 @@ FRONT_ETAG = f'"{hashlib.sha256(FRONT_PAGE.encode()).hexdigest()[:32]}"'
 
 # --- the app ------------------------------------------------------------------------------------------------------
 
+TAGS = {
+    "Catalogue": "Books: find, add and change them; genres, reviews.",
+    "My library": "My shelf: what I want to read, am reading and have read, with my ratings and reviews.",
+    "Lending": "Copies of a book, who has them, and until when.",
+    "In and out": "Import and export of books and shelves, and books of other catalogues.",
+    "Changes": "Every committed change: as a stream, or as a log to poll.",
+    "Accounts": "Sign up, in and out, confirm an address, reset a password. Start with `POST /login`.",
+    "Users": "My account and all that is stored about me; for admins, all accounts.",
+    "Service": "Health, and a copy of the database.",
+}
 app = FastAPIOffline(
     title="Books API",
     version=VERSION,
@@ -278,7 +290,7 @@ app = FastAPIOffline(
     "[problem documents](https://www.rfc-editor.org/rfc/rfc9457).",
     lifespan=lifespan,
     exception_handlers=HANDLERS,
-    openapi_tags=TAGS,
+    openapi_tags=[{"name": name, "description": text} for name, text in TAGS.items()],
     redirect_slashes=False,
 )
 if settings.cors_origins:
@@ -291,9 +303,12 @@ if settings.cors_origins:
     )
 app.add_middleware(RequestMiddleware)  # outermost: what goes wrong further in is answered with its headers, too
 ROUTERS = (  # what is asked most comes first, even before /docs: routes are tried in turn
+    books.hot,
+    library.hot,
     books.router,
     library.router,
     auth.router,
+    accounts.router,
     users.router,
     library.reviews_router,
     uploads.router,
@@ -310,7 +325,7 @@ plain_openapi = app.openapi
 
 def openapi() -> dict[str, Any]:
     if app.openapi_schema is None:
-        api.complete(plain_openapi())
+        api.complete_openapi(plain_openapi())
     return plain_openapi()
 
 
@@ -321,7 +336,7 @@ app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's manual has 
 async def front_page(if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """The page for people. A browser keeps it, and asks each time whether it is still the same."""
     headers = {"ETag": FRONT_ETAG, "Cache-Control": "no-cache"}
-    if if_none_match is not None and books.names_etag(if_none_match, FRONT_ETAG):
+    if if_none_match is not None and books.etag_matches(if_none_match, FRONT_ETAG):
         return Response(status_code=304, headers=headers)
     return HTMLResponse(FRONT_PAGE, headers=headers)
 

@@ -163,6 +163,7 @@ class User(SQLModel, table=True):
     role: str = Field(default=Role.reader, max_length=20)
     is_active: bool = True
     email_verified_at: datetime | None = timestamp_column()
+    pending_email: str | None = Field(default=None, max_length=254, index=True)  # until its owner confirms it
     created_at: datetime = now_column()
 
 
@@ -403,19 +404,19 @@ class Book(SQLModel, table=True):
         return self.rating_sum / self.rating_count if self.rating_count else None
 
     @staticmethod
-    def row(new: Any) -> dict[str, Any]:
+    def described(new: Any) -> dict[str, Any]:
         """The columns that follow from what `new` says."""
         return {**vars(new), "title_key": sort_key(new.title), "author_key": sort_key(new.author)}
 
     @staticmethod
-    def untouched(added_by: int) -> dict[str, Any]:
+    def initial(added_by: int) -> dict[str, Any]:
         """The other columns of a new book."""
         moment = utcnow()
         figures = {"copies": 0, "available": 0, "rating_count": 0, "rating_sum": 0, "version": 1}
         return figures | {"added_by": added_by, "created_at": moment, "updated_at": moment}
 
     def describe(self, new: Any) -> None:
-        for name, value in self.row(new).items():
+        for name, value in self.described(new).items():
             setattr(self, name, value)
 
     def touch(self) -> None:
@@ -523,18 +524,14 @@ class Loan(SQLModel, table=True):
 
     @property
     def status(self) -> LoanStatus:
-        return loan_status(self.due_at, self.returned_at)
+        if self.returned_at is not None:
+            return LoanStatus.returned
+        return LoanStatus.overdue if self.due_at < utcnow() else LoanStatus.active
 
     def renew(self, days: int) -> None:
         """From the day it was due, not from today: who renews early loses nothing."""
         self.due_at += timedelta(days=days)
         self.renewals += 1
-
-
-def loan_status(due_at: datetime, returned_at: datetime | None) -> LoanStatus:
-    if returned_at is not None:
-        return LoanStatus.returned
-    return LoanStatus.overdue if due_at < utcnow() else LoanStatus.active
 
 
 def claim_job(session: Session, work: str, span: timedelta) -> bool:

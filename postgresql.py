@@ -1,35 +1,35 @@
-"""PostgreSQL: the same promises as the SQLite file gives, for more than one machine."""
+"""PostgreSQL: the guarantees of the SQLite file, for more than one machine."""
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import anyio
 import psycopg
-from sqlalchemy import Connection, Table, create_engine, event, make_url
+from sqlalchemy import Connection, create_engine, event, make_url
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session
 
 log = logging.getLogger("books.postgresql")
 
-# One writer at a time, as on SQLite. Ids of events are handed out when a row is inserted, not when it is committed: a
-# reader of the log would pass over one that is committed late. Held from the start of a transaction, so that nobody
-# has locked rows already for which others wait while they hold this.
+# One writer at a time, as on SQLite. Event ids are handed out at insert, not at commit: without the lock, a reader of
+# the log skips an event that commits late. Taken at the start of a transaction, before any row lock, so that the two
+# can't deadlock.
 WRITE_LOCK, MIGRATION_LOCK = 0x626F6F6B, 0x626F6F6C
 CHANNEL = "books_events"
 OPTIONS = (
     "-c timezone=UTC"
-    " -c lock_timeout=10s"  # how long a writer waits for others
-    " -c idle_in_transaction_session_timeout=60s"  # a process that hangs must not keep them waiting for ever
+    " -c lock_timeout=10s"  # of a writer
+    " -c idle_in_transaction_session_timeout=60s"  # a hanging process must not hold the lock for ever
 )
 KEEPALIVES: dict[str, Any] = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
 
 
 class Postgresql:
     kind = "postgresql"
-    threads = 5  # beside two that write and two of jobs: the smallest plans allow 20 connections, for two processes
+    threads = 5  # beside two writers and two jobs: the smallest plans allow 20 connections, for two processes
 
     def __init__(self, url: str, to_json: Callable[[object], str]) -> None:
         self.url = url
@@ -37,11 +37,11 @@ class Postgresql:
             url,
             pool_size=self.threads,
             max_overflow=4,
-            pool_pre_ping=True,  # a server that was restarted is no error to whoever asks next
+            pool_pre_ping=True,  # no error after a restart of the server
             json_serializer=to_json,
             connect_args={"options": OPTIONS, "connect_timeout": 10, **KEEPALIVES},
         )
-        # One moment for all statements of a read.
+        # One snapshot for all statements of a read.
         self.reader = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self.writer = self.engine.execution_options(writes=True)
         event.listen(self.engine, "begin", take_write_lock)
@@ -49,24 +49,12 @@ class Postgresql:
     def close(self) -> None:
         self.engine.dispose()
 
-    @staticmethod
-    def insert_many(session: Session, table: Table, rows: Sequence[Mapping[str, Any]], same: Mapping[str, Any]) -> None:
-        dialect = session.get_bind().dialect
-        names = [*rows[0], *same]
-        prepare = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) or _unchanged for name in names]
-        connection: Any = session.connection().connection.dbapi_connection
-        cursor = connection.cursor()
-        columns = ", ".join(f'"{name}"' for name in names)
-        with cursor, cursor.copy(f'COPY "{table.name}" ({columns}) FROM STDIN') as copy:
-            for row in rows:
-                copy.write_row([f(row[n] if n in row else same[n]) for n, f in zip(names, prepare, strict=True)])
-
     async def listen(self, notify: Callable[[], None]) -> None:
-        """Nudge whenever somebody has committed an event; also after each new connection, for what went unheard."""
+        """Call `notify` after each committed event, and after each reconnect, for those that were missed."""
         address = make_url(self.url).set(drivername="postgresql").render_as_string(hide_password=False)
         while True:
             try:
-                with anyio.CancelScope(shield=True):  # cut off in the middle, it would never be closed
+                with anyio.CancelScope(shield=True):  # cancelled half-way, it would never be closed
                     listener = await psycopg.AsyncConnection.connect(
                         address, autocommit=True, connect_timeout=10, **KEEPALIVES
                     )
@@ -75,37 +63,33 @@ class Postgresql:
                     notify()
                     async for _ in listener.notifies():
                         notify()
-                finally:  # its own `async with` rolls back first, which can't be done when this is cancelled
+                finally:  # its own `async with` rolls back first, which fails when cancelled
                     await listener.close()
             except psycopg.Error as error:
-                log.error("lost the connection that listens for changes: %s", error)
+                log.error("lost the LISTEN connection: %s", error)
             await asyncio.sleep(0.5)
 
     @staticmethod
     def notify_listeners(session: Session) -> None:
-        """Tell the listeners, when this transaction is committed."""
+        """NOTIFY, sent when this transaction commits."""
         session.connection().exec_driver_sql(f"NOTIFY {CHANNEL}")
 
     @staticmethod
     def violation(error: IntegrityError) -> tuple[str, str]:
         assert isinstance(error.orig, psycopg.Error)
-        told, table = error.orig.diag, error.orig.diag.table_name
-        name = told.constraint_name or ""
+        diagnostics, table = error.orig.diag, error.orig.diag.table_name
+        name = diagnostics.constraint_name or ""
         if isinstance(error.orig, psycopg.errors.UniqueViolation):
             return "unique", name.removeprefix(f"uq_{table}_")
         if isinstance(error.orig, psycopg.errors.CheckViolation):
             return "check", name.removeprefix(f"ck_{table}_")
         if isinstance(error.orig, psycopg.errors.NotNullViolation):
-            return "check", told.column_name or ""
+            return "check", diagnostics.column_name or ""
         return "reference", ""
 
     @staticmethod
     def is_full(error: object) -> bool:
         return isinstance(error, psycopg.errors.DiskFull)
-
-
-def _unchanged(value: object) -> object:
-    return value
 
 
 def take_write_lock(connection: Connection) -> None:
@@ -115,7 +99,7 @@ def take_write_lock(connection: Connection) -> None:
 
 @contextmanager
 def postgresql_migration(url: str) -> Iterator[Connection]:
-    """A transaction that keeps other processes waiting, for the migrations."""
+    """A transaction for the migrations, which other processes wait for."""
     engine = create_engine(url, connect_args={"connect_timeout": 10})
     try:
         with engine.begin() as connection:

@@ -18,7 +18,6 @@ from pydantic import (
     StrictBool,
     StringConstraints,
     ValidationInfo,
-    computed_field,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -26,7 +25,7 @@ from pydantic_core import CoreSchema, core_schema
 from stdnum import isbn as isbn_numbers
 
 import models
-from models import MAX_COPIES, MAX_ID, MIN_YEAR, LoanStatus, OnDuplicate, Role, ShelfStatus, UploadStatus, loan_status
+from models import MAX_COPIES, MAX_ID, MIN_YEAR, LoanStatus, OnDuplicate, Role, ShelfStatus, UploadStatus
 
 Printed = TypeVar("Printed", int, date)
 
@@ -248,13 +247,20 @@ class AccountCreate(UserCreate):
 class UserUpdate(RequestModel):
     """A field that is left out stays; `full_name: null` clears it."""
 
-    email: EmailAddress = ""
-    full_name: Annotated[Word | None, BlankIsNull] = None
+    email: EmailAddress = Field(default="", examples=["rita@example.com"])
+    full_name: Annotated[Word | None, BlankIsNull] = Field(default=None, examples=["Rita R. Reader"])
+    current_password: Annotated[str, Field(max_length=1000), Storable] | None = Field(
+        default=None, description="Needed with a new `email`.", examples=["a long way to Arrakis"]
+    )
 
 
-class AccountUpdate(UserUpdate):
+class AccountUpdate(RequestModel):
+    """A field that is left out stays; `full_name: null` clears it."""
+
+    email: EmailAddress = Field(default="", examples=["rita@example.com"])
+    full_name: Annotated[Word | None, BlankIsNull] = Field(default=None, examples=["Rita R. Reader"])
     role: Role = Role.reader
-    is_active: StrictBool = True
+    is_active: StrictBool = Field(default=True, examples=[True])
 
 
 class UserPublic(BaseModel):
@@ -267,6 +273,7 @@ class UserPublic(BaseModel):
     role: Role
     is_active: bool
     email_verified_at: datetime | None
+    pending_email: str | None = Field(description="A new address that waits to be confirmed.")
     created_at: datetime
 
 
@@ -477,11 +484,7 @@ class LoanPublic(BaseModel):
     due_at: datetime
     returned_at: datetime | None
     renewals: int
-
-    @computed_field(description="Exactly one of these; `overdue` is open and past `due_at`.")  # type: ignore[prop-decorator]  # mypy takes none
-    @property
-    def status(self) -> LoanStatus:
-        return loan_status(self.due_at, self.returned_at)
+    status: LoanStatus = Field(description="Exactly one of these; `overdue` is open and past `due_at`.")
 
 
 def invalid_body(field: str, message: str) -> RequestValidationError:

@@ -1,12 +1,12 @@
-"""The words of the catalogue: what is asked for, how each database looks it up, and what matches best.
+"""Full-text search: the words of a query, how each database looks them up, and which books match best.
 
 SQLite has an FTS5 index (`book_fts`), PostgreSQL a column of words (`book.words`, a tsvector under GIN); the migrations
-make both. A word is a run of letters and digits without case and accents, and is looked up as a beginning.
+make both. A word is a run of letters and digits without case and accents, and matches as a prefix.
 """
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,35 +17,34 @@ from sqlmodel import Session, col
 from stdnum import isbn as isbn_numbers
 
 import database
-from database import CompiledQuery, connection_of
+from database import CompiledQuery
 from models import Book, normalize, sort_key
 
 FTS = sa.table("book_fts")
-BOOKS_BY_WORDS = sa.join(Book, FTS, sa.text("book.id = book_fts.rowid"))
+ROWID = sa.literal_column("book_fts.rowid", sa.Integer)
 
 
 @functools.lru_cache(1000)
 def words(text: str | None) -> tuple[str, ...]:
-    """What there is to search for: the words, or the ISBN that they spell, in the form it is kept in."""
+    """The words of a query, or the ISBN that it spells, as it is stored."""
     if text is None:
         return ()
-    if isbn_numbers.is_valid(text):  # with spaces in it, maybe
-        return (_as_kept(text),)
-    return tuple(_as_kept(word) for word in text.replace('"', " ").split() if any(map(str.isalnum, word)))
+    if isbn_numbers.is_valid(text):  # it may contain spaces
+        return (_stored_form(text),)
+    return tuple(_stored_form(word) for word in text.replace('"', " ").split() if any(map(str.isalnum, word)))
 
 
-def _as_kept(word: str) -> str:
+def _stored_form(word: str) -> str:
     if isbn_numbers.is_valid(word):
         return str(isbn_numbers.to_isbn13(isbn_numbers.compact(word)))
-    begun = re.fullmatch(r"97[89](-\d+)+-?", word)
-    return word.replace("-", "") if begun else word
+    return word.replace("-", "") if re.fullmatch(r"97[89](-\d+)+-?", word) else word
 
 
 @dataclass(frozen=True)
 class SearchTerms:
-    """All that must be found: the words of `search` anywhere, the others in their columns.
+    """The words of `search` match in any column, the others in their own.
 
-    None asks for nothing, and a text without a word, like `???`, for what no book has.
+    None does not restrict; a text without a word, like `???`, matches nothing.
     """
 
     search: str | None = None
@@ -56,91 +55,62 @@ class SearchTerms:
         return (self.search, self.author, self.publisher) != (None, None, None)
 
     @property
-    def ranked(self) -> bool:
+    def is_ranked(self) -> bool:
         return bool(words(self.search))
 
-    def expression(self) -> str:
-        """What is bound to `words` in the conditions below, in the language of the database."""
-        return _tsquery(self) if database.is_postgresql() else _fts5(self)
+    def values(self) -> dict[str, Any]:
+        """What is bound in `matches` and in the statements of `best_first`."""
+        values = _postgresql_values(self) if database.is_postgresql() else _fts5_values(self)
+        return {**values, "title": sort_key(self.search or "")}
 
 
-def has_words() -> ColumnElement[bool]:
-    """For lists that are not in the order of the best match."""
+def matches() -> ColumnElement[bool]:
+    """The condition that a book matches the words; bound as `words`."""
     if database.is_postgresql():
-        return WORDS.bool_op("@@")(sa.cast(sa.bindparam("words", type_=sa.Text), TSQUERY))
-    return col(Book.id).in_(sa.text("SELECT rowid FROM book_fts WHERE book_fts MATCH :words"))
+        return WORDS.bool_op("@@")(_tsquery("words"))
+    return col(Book.id).in_(sa.select(ROWID).select_from(FTS).where(_match("words")))
 
 
-def count_matches(conditions: Sequence[ColumnElement[bool]]) -> sa.Select[Any]:
+def count_matches() -> sa.Select[Any]:
     if database.is_postgresql():
-        return sa.select(sa.func.count()).select_from(Book).where(has_words(), *conditions)
-    if conditions:
-        # Not joined: SQLite might go through the books of a genre and search the index for each of them.
-        return sa.select(sa.func.count()).select_from(Book).where(has_words(), *conditions)
-    return sa.select(sa.func.count()).select_from(FTS).where(sa.text("book_fts MATCH :words"))
+        return sa.select(sa.func.count()).select_from(Book).where(matches())
+    return sa.select(sa.func.count()).select_from(FTS).where(_match("words"))
 
 
-def best_first(  # noqa: PLR0917  # they are what a walk consists of
+@functools.lru_cache(1000)
+def _tiers(filters: tuple[str, ...], conditions: Callable[[tuple[str, ...]], Any]) -> list[CompiledQuery]:
+    tiers = _postgresql_tiers() if database.is_postgresql() else _fts5_tiers(bool(filters))
+    last, limit = sa.bindparam("last", type_=sa.Integer), sa.bindparam("limit", type_=sa.Integer)
+    return [
+        CompiledQuery(select.where(row_id > last, *conditions(filters)).order_by(row_id).limit(limit))
+        for select, row_id in tiers
+    ]
+
+
+def best_first(  # a page's place and size
     connection: Connection,
-    asked: SearchTerms,
-    conditions: Sequence[ColumnElement[bool]],
+    filters: tuple[str, ...],
+    conditions: Callable[[tuple[str, ...]], Any],
     values: Mapping[str, Any],
     after: tuple[int, int],
     limit: int,
 ) -> list[tuple[int, int]]:
-    """Best match first: the exact title, then titles that begin so, then all words in the title, then the rest.
+    """The tiers and ids of books, best match first: the exact title, then titles that begin with the words, then all
+    words in the title, then the rest; `after` is the tier and id of the last book before.
 
-    Each of these tiers is in the order of ids, so that a walk by cursor stays true while books come and go, which a
-    score from word statistics would not; and each is read from the index only as far as the page needs it. Books are
-    given as their tier and id; `after` is the last one before.
+    Within a tier books come by id, so that a walk by cursor stays true while books are added and deleted, which a score
+    from word statistics would not; and each tier is read from its index only as far as the page needs.
     """
-    tiers = _tiers_of_postgresql(asked) if database.is_postgresql() else _tiers_of_sqlite(asked, bool(conditions))
-    tier, last_id = after
+    tier, last = after
     found: list[tuple[int, int]] = []
-    for number in range(max(tier, 0), len(tiers)):
-        matching, book_id = tiers[number]
-        last = last_id if number == tier else 0
-        page = matching.where(book_id > last, *conditions).order_by(book_id).limit(limit - len(found))
-        found += [(number, one) for one in connection.execute(page, values).scalars()]
-        if len(found) == limit:
-            break
+    for number, statement in enumerate(_tiers(filters, conditions)):
+        if number >= tier and len(found) < limit:
+            bound = {**values, "last": last if number == tier else 0, "limit": limit - len(found)}
+            found += [(number, book_id) for (book_id,) in statement.all(connection, bound)]
     return found
 
 
-FEW = 200  # matches, up to which it is quicker to look at each
-MATCHES = CompiledQuery(sa.select(sa.literal_column("rowid")).select_from(FTS).where(sa.text("book_fts MATCH :words")))
-AMONG = sa.text("SELECT value FROM json_each(:ids)")
-SAME_TITLE = CompiledQuery(
-    sa.select(col(Book.id)).where(col(Book.title_key) == sa.bindparam("title"), col(Book.id).in_(AMONG))
-)
-
-
-def few_best_first(connection: Connection, asked: SearchTerms) -> list[tuple[int, int]]:
-    """The same on SQLite for all of a few matches."""
-    in_title, begins = _title_expressions(asked)
-    found = dict.fromkeys(_ids(connection, _fts5(asked)), 3)
-    # What matches in a narrower way is among what matches at all.
-    if found and (titles := _ids(connection, in_title)):
-        found |= dict.fromkeys(titles, 2)
-        found |= dict.fromkeys(_ids(connection, begins), 1)
-    if found:
-        same = SAME_TITLE.all(connection, {"title": sort_key(asked.search or ""), "ids": str([*found])})
-        found |= {book_id: 0 for (book_id,) in same}
-    return sorted((tier, book_id) for book_id, tier in found.items())
-
-
-def _ids(connection: Connection, expression: str) -> list[int]:
-    return [book_id for (book_id,) in MATCHES.all(connection, {"words": expression})]
-
-
-def index_books(session: Session, first: int, last: int) -> None:
-    """Make new books, those with ids from `first` to `last`, searchable. Changes and deletions are the triggers'."""
-    if database.is_postgresql():
-        return  # where the column is generated
-    INDEX.all(connection_of(session), {"first": first, "last": last})
-
-
-INDEX = CompiledQuery(
+INDEX_BOOKS = CompiledQuery(
     sa.text(
         "INSERT INTO book_fts (rowid, title, author, isbn, publisher)"
         " SELECT id, title, author, isbn, publisher FROM book WHERE id BETWEEN :first AND :last"
@@ -148,18 +118,17 @@ INDEX = CompiledQuery(
 )
 
 
-Tiers = Sequence[tuple[sa.Select[Any], Any]]  # what a tier selects, and the id by which it is read
+def index_books(session: Session, first: int, last: int) -> None:
+    """Index new books, those with ids from `first` to `last`. Triggers index updates and deletions."""
+    if not database.is_postgresql():  # where the column is generated
+        INDEX_BOOKS.all(session, {"first": first, "last": last})
+
 
 # --- SQLite -------------------------------------------------------------------------------------------------------
 
 
-def _fts5(asked: SearchTerms) -> str:
-    """The FTS5 expression for all words asked for."""
-    parts = [] if asked.search is None else [_all_words(words(asked.search))]
-    for column, text in (("author", asked.author), ("publisher", asked.publisher)):
-        if text is not None:
-            parts.append(f"{{{column}}} : ({_all_words(words(text), prefixes=False)})")
-    return " AND ".join(f"({part})" for part in parts)
+def _match(parameter: str) -> Any:
+    return sa.text(f"book_fts MATCH :{parameter}")
 
 
 def _all_words(found: Sequence[str], *, prefixes: bool = True) -> str:
@@ -167,37 +136,43 @@ def _all_words(found: Sequence[str], *, prefixes: bool = True) -> str:
     return " AND ".join(f'"{word}"{"*" * prefixes}' for word in found) or '""'
 
 
-def _matches(expression: str) -> ColumnElement[bool]:
-    return sa.text("book_fts MATCH :match").bindparams(match=expression)  # type: ignore[return-value]  # text that is a condition
+def _fts5_values(terms: SearchTerms) -> dict[str, str]:
+    more = [
+        f"{{{column}}} : ({_all_words(words(text), prefixes=False)})"
+        for column, text in (("author", terms.author), ("publisher", terms.publisher))
+        if text is not None
+    ]
+    found = words(terms.search)
+    search = [] if terms.search is None else [_all_words(found)]
+    everything = " AND ".join(f"({part})" for part in [*search, *more])
+    # Without more terms, a title that has the words has all terms; each part takes its time.
+    rest = f"({everything}) AND " if more else ""
+    in_title, begins = f"{rest}{{title}} : ({_all_words(found)})", f'{rest}{{title}} : ^"{" ".join(found)}"*'
+    return {
+        "words": everything,
+        "begins": begins,
+        "in_title": f"({in_title}) NOT ({begins})",
+        "elsewhere": f"({everything}) NOT ({in_title})",
+    }
 
 
-def _title_expressions(asked: SearchTerms) -> tuple[str, str]:
-    """What matches with all words in the title, and with a title that begins with them."""
-    found = words(asked.search)
-    # Without more to ask, a title that has the words has all that is asked for; each part takes its time.
-    more = f"({_fts5(asked)}) AND " if asked.author or asked.publisher else ""
-    return f"{more}{{title}} : ({_all_words(found)})", f'{more}{{title}} : ^"{" ".join(found)}"*'
+def _fts5_tiers(filtered: bool) -> list[tuple[Any, Any]]:
+    book_id, by_words = col(Book.id), sa.select(ROWID).select_from(FTS)
+    exact = col(Book.title_key) == sa.bindparam("title")
+    joined = sa.select(ROWID).select_from(sa.join(Book, FTS, book_id == ROWID))
 
+    def tier(parameter: str) -> tuple[Any, Any]:
+        if filtered:  # joined, SQLite might go through the books of a genre and search the index for each
+            return sa.select(book_id).where(book_id.in_(by_words.where(_match(parameter))), ~exact), book_id
+        return joined.where(_match(parameter), ~exact), ROWID
 
-def _tiers_of_sqlite(asked: SearchTerms, filtered: bool) -> Tiers:
-    match, (in_title, begins) = _fts5(asked), _title_expressions(asked)
-    exact = col(Book.title_key) == sort_key(asked.search or "")
-    row_id = sa.literal_column("book_fts.rowid", sa.Integer)
-    book_id = col(Book.id)
-    by_words = sa.select(row_id).select_from(FTS)
-
-    def matching(expression: str) -> tuple[sa.Select[Any], Any]:
-        if filtered:  # not joined, see above
-            return sa.select(book_id).where(book_id.in_(by_words.where(_matches(expression))), ~exact), book_id
-        return sa.select(row_id).select_from(BOOKS_BY_WORDS).where(_matches(expression), ~exact), row_id
-
-    return (
-        # By the index of titles, which few rows share, and not by the words, which half of all rows may.
-        (sa.select(book_id).where(exact, book_id.in_(by_words.where(_matches(match)))), book_id),
-        matching(begins),
-        matching(f"({in_title}) NOT ({begins})"),
-        matching(f"({match}) NOT ({in_title})"),
-    )
+    return [
+        # By the index of titles, which few rows share, not by the words, which half of all rows may share.
+        (sa.select(book_id).where(exact, book_id.in_(by_words.where(_match("words")))), book_id),
+        tier("begins"),
+        tier("in_title"),
+        tier("elsewhere"),
+    ]
 
 
 # --- PostgreSQL ---------------------------------------------------------------------------------------------------
@@ -206,8 +181,12 @@ WORDS: ColumnElement[Any] = sa.literal_column("book.words")
 TITLE_WORDS: ColumnElement[str] = sa.literal_column("book.title_words", sa.Text)
 # The words of these columns stand in `words` once more, with a mark.
 MARKS = {"title": "t:", "author": "a:", "publisher": "p:"}
-NO_BOOK = "'no such word'"  # what no book has
-WORD_MAX = 2000  # bytes; PostgreSQL refuses to look for a word of 2,048
+NO_BOOK = "'no such word'"  # matches nothing
+MAX_WORD = 2000  # bytes; PostgreSQL refuses to look for a word of 2,048
+
+
+def _tsquery(parameter: str) -> Any:
+    return sa.cast(sa.bindparam(parameter, type_=sa.Text), TSQUERY)
 
 
 def _tokens(found: Sequence[str]) -> list[str]:
@@ -217,29 +196,24 @@ def _tokens(found: Sequence[str]) -> list[str]:
 def _terms(found: Sequence[str], mark: str = "", *, prefixes: bool = True) -> list[str]:
     # Letters, digits and our own marks only: nothing in it is syntax within the quotes.
     tokens = _tokens(found)
-    if any(len(token.encode()) > WORD_MAX for token in tokens):
+    if not tokens or any(len(token.encode()) > MAX_WORD for token in tokens):
         return [NO_BOOK]
     return [f"'{mark}{token}'{':*' * prefixes}" for token in tokens]
 
 
-def _tsquery(asked: SearchTerms) -> str:
-    terms = [] if asked.search is None else _terms(words(asked.search)) or [NO_BOOK]
-    for column, text in (("author", asked.author), ("publisher", asked.publisher)):
+def _postgresql_values(terms: SearchTerms) -> dict[str, str]:
+    found = words(terms.search)
+    everything = [] if terms.search is None else _terms(found)
+    for column, text in (("author", terms.author), ("publisher", terms.publisher)):
         if text is not None:
-            terms += _terms(words(text), MARKS[column], prefixes=False) or [NO_BOOK]
-    return " & ".join(terms)
+            everything += _terms(words(text), MARKS[column], prefixes=False)
+    begins = re.sub(r"([\\%_])", r"\\\1", " ".join(_tokens(found))) + "%"
+    return {"words": " & ".join(everything), "begins": begins, "in_title": " & ".join(_terms(found, MARKS["title"]))}
 
 
-def _has(query: str) -> ColumnElement[bool]:
-    return WORDS.bool_op("@@")(sa.cast(sa.literal(query, sa.Text), TSQUERY))
-
-
-def _tiers_of_postgresql(asked: SearchTerms) -> Tiers:
-    found = words(asked.search)
-    has_all, in_title = _has(_tsquery(asked)), _has(" & ".join(_terms(found, MARKS["title"]) or [NO_BOOK]))
-    begins = TITLE_WORDS.startswith(" ".join(_tokens(found)))
-    exact = col(Book.title_key) == sort_key(asked.search or "")
-    return tuple(
-        (sa.select(col(Book.id)).where(has_all, *more), col(Book.id))
-        for more in ((exact,), (~exact, begins), (~exact, ~begins, in_title), (~exact, ~begins, ~in_title))
-    )
+def _postgresql_tiers() -> list[tuple[Any, Any]]:
+    in_title = WORDS.bool_op("@@")(_tsquery("in_title"))
+    begins = TITLE_WORDS.like(sa.bindparam("begins", type_=sa.Text))
+    exact = col(Book.title_key) == sa.bindparam("title")
+    tiers = ((exact,), (~exact, begins), (~exact, ~begins, in_title), (~exact, ~begins, ~in_title))
+    return [(sa.select(col(Book.id)).where(matches(), *tier), col(Book.id)) for tier in tiers]

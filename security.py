@@ -7,36 +7,36 @@ import hmac
 import ipaddress
 import logging
 import math
-import multiprocessing
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Annotated, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-import anyio.to_thread
 import limits
 import sqlalchemy as sa
 from fastapi import Depends, HTTPException, Request
 from fastapi.security import OAuth2PasswordBearer
 from jose import JWTError, jwt
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import FixedWindowRateLimiter
 from limits.errors import StorageError
-from limits.storage import MemoryStorage, storage_from_string
-from limits.strategies import FixedWindowRateLimiter
+from limits.storage import storage_from_string
 from passlib.context import CryptContext
 from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
 from sqlalchemy import Connection
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
 import database
 import models
-from database import CompiledQuery, connection_of
+from database import CompiledQuery
 from models import LoginSession, Principal, Role, Setting, User
 from schemas import EmailAddress, Id, Username, invalid_body
 from settings import COMMON_PASSWORDS, settings
 
+T = TypeVar("T")
 log = logging.getLogger("books.security")
 MAX_TOKEN = 4000  # characters; ours have some 300
 
@@ -47,9 +47,9 @@ MAX_TOKEN = 4000  # characters; ours have some 300
 passwords = CryptContext(
     schemes=["argon2"], argon2__type="id", argon2__memory_cost=19456, argon2__time_cost=2, argon2__parallelism=1
 )
-# At most two at once, off the event loop: enough to use both cores, and a flood of logins waits here, not elsewhere.
+# Off the event loop, two at once: enough for two cores, and a flood of logins blocks nothing else.
 hashers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="argon2")
-# Verified where there is no such user, so that the answer takes the same time.
+# Verified for unknown users, so that the answer takes the same time.
 DUMMY_PASSWORD_HASH = passwords.hash(secrets.token_urlsafe())
 
 
@@ -58,14 +58,14 @@ async def hash_password(password: str) -> str:
 
 
 async def verify_password(password: str, password_hash: str) -> tuple[bool, str | None]:
-    """Whether it is the right one, and a new hash of it where the old one was made with other parameters."""
+    """Whether it is right, and a new hash where the old one was made with other parameters."""
     verify = passwords.verify_and_update
-    right, new_hash = await asyncio.get_running_loop().run_in_executor(hashers, verify, password, password_hash)
-    return right, new_hash
+    is_right, new_hash = await asyncio.get_running_loop().run_in_executor(hashers, verify, password, password_hash)
+    return is_right, new_hash
 
 
 def check_password_strength(field: str, password: str, *names: str) -> None:
-    """422 for a password that is somebody's first guess."""
+    """422 for a password that is guessed first."""
     if password.lower() in [name.lower() for name in names]:
         raise invalid_body(field, "must not be the user name or the e-mail address")
     if password.lower() in COMMON_PASSWORDS:
@@ -73,7 +73,7 @@ def check_password_strength(field: str, password: str, *names: str) -> None:
 
 
 async def reject_repeated_fields(request: Request) -> None:
-    """Refuse a form that gives a field twice (RFC 6749, 3.2): else the last counts, and nobody is told."""
+    """422 for a form that gives a field twice (RFC 6749, 3.2)."""
     names = [name for name, _ in (await request.form()).multi_items()]
     for name in names:
         if names.count(name) > 1:
@@ -84,7 +84,7 @@ async def reject_repeated_fields(request: Request) -> None:
 
 
 class _SigningKey:
-    """What signs tokens: SECRET_KEY, or in development mode a random key from the database."""
+    """SECRET_KEY, or in development mode a random key from the database."""
 
     value = ""
 
@@ -105,13 +105,13 @@ class Claims(BaseModel):
 
 @functools.lru_cache(1000)
 def _decode(token: str, key: str) -> Claims:
-    """What a token with a good signature says: that never changes. Whether its login still lives is not asked here."""
-    # Whether it has expired is asked of our own clock; that it has an expiry, Claims insists on.
+    """The claims of a token with a valid signature, which never change."""
+    # `verify_token` checks the expiry by our own clock; `Claims` requires one.
     return Claims.model_validate(jwt.decode(token, key, ["HS256"], options={"verify_exp": False}))
 
 
 def verify_token(kind: str, token: str) -> Claims | None:
-    """The claims of a token of this kind, or None. Tokens of one kind never pass for another."""
+    """The claims of a valid token of this kind."""
     if len(token) > MAX_TOKEN:
         return None
     try:
@@ -119,8 +119,8 @@ def verify_token(kind: str, token: str) -> Claims | None:
     except (JWTError, ValidationError, RecursionError):
         return None
     now = models.utcnow().timestamp()
-    issued_later = claims.iat > now + 60  # a minute, for clocks that differ
-    return None if claims.typ != kind or issued_later or claims.exp <= now else claims
+    is_from_the_future = claims.iat > now + 60  # clocks of several machines differ
+    return None if claims.typ != kind or is_from_the_future or claims.exp <= now else claims
 
 
 def sha256(secret: str) -> str:
@@ -128,12 +128,12 @@ def sha256(secret: str) -> str:
 
 
 def hmac_hash(*parts: object) -> str:
-    """A hash that nobody can try values against without the key: the database alone does not give a code away."""
+    """Short codes can't be guessed from these without the key."""
     text = ":".join(map(str, parts))
     return hmac.new(_SigningKey.value.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
-# --- who is asking ------------------------------------------------------------------------------------------------
+# --- the current user ---------------------------------------------------------------------------------------------
 
 bearer = OAuth2PasswordBearer(tokenUrl="login", auto_error=False)
 
@@ -154,13 +154,15 @@ _PRINCIPAL = CompiledQuery(
 )
 
 
-def _find_principal(connection: Connection, user_id: int, session_id: int, expires_at: float) -> Principal | None:
+def _find_principal(
+    connection: Connection | Session, user_id: int, session_id: int, expires_at: float
+) -> Principal | None:
     row = _PRINCIPAL.first(connection, {"user_id": user_id, "session_id": session_id})
     return None if row is None else Principal._make((*row, expires_at))
 
 
 async def get_principal(token: Annotated[str | None, Depends(bearer)]) -> Principal | None:
-    """Who signed in, None without a token. A token that is no good is an error even where none is needed."""
+    """The owner of the bearer token; None without one. 401 for an invalid token, even where none is needed."""
     if token is None:
         return None
     claims = verify_token("access", token)
@@ -173,15 +175,14 @@ async def get_principal(token: Annotated[str | None, Depends(bearer)]) -> Princi
 
 
 async def is_token_valid(principal: Principal) -> bool:
-    """Whether the token is still good, and its owner still who they were: for answers that take long."""
-    now = await database.read(_find_principal, principal.id, principal.session_id, principal.expires_at)
-    return now == principal and models.utcnow().timestamp() < principal.expires_at
+    """Whether token, session and role are still valid: for responses that take long."""
+    current = await database.read(_find_principal, principal.id, principal.session_id, principal.expires_at)
+    return current == principal and models.utcnow().timestamp() < principal.expires_at
 
 
 def check_still_authorized(session: Session, principal: Principal) -> None:
-    """In a change of an account, which may have waited for others: what it rests on may be gone meanwhile."""
-    asked = principal.id, principal.session_id, principal.expires_at
-    if _find_principal(connection_of(session), *asked) != principal:
+    """401 if session or role have changed while the transaction waited for its turn."""
+    if _find_principal(session, principal.id, principal.session_id, principal.expires_at) != principal:
         raise unauthorized()
 
 
@@ -196,7 +197,7 @@ CurrentUser = Annotated[Principal, Depends(get_current_user)]
 
 
 def require(*roles: Role) -> Any:
-    """A dependency: the user who asks, who must have one of these roles."""
+    """A dependency: the current user, with one of these roles (403)."""
 
     async def check(user: CurrentUser) -> Principal:
         if user.role not in roles:
@@ -219,31 +220,31 @@ async def get_contributor(user: CurrentUser) -> Principal:
 Contributor = Annotated[Principal, Depends(get_contributor)]
 
 
-# --- the first start ----------------------------------------------------------------------------------------------
+# --- the first admin ----------------------------------------------------------------------------------------------
 
 
 def prepare() -> None:
-    """Set the signing key, and on the first start make the first admin. Safe in several processes at once."""
+    """Set the signing key and, on the first start, make the first admin. Safe in several processes at once."""
     database.write_sync(_prepare)
     if settings.development:
-        _tell_of_development_mode()
+        hint = " The first account is admin / admin." if settings.makes_admin_admin else ""
+        log.warning("Development mode: SECRET_KEY is not set.%s", hint)
 
 
 def _prepare(session: Session) -> None:
     password = settings.admin_password.get_secret_value() if settings.admin_password else None
+    admins = session.scalars(sa.select(User).where(col(User.role) == Role.admin)).all()
     if settings.secret_key is None:
-        kept = session.get(Setting, "secret_key") or Setting(key="secret_key", value=secrets.token_hex(32))
-        session.add(kept)
-        _SigningKey.value = kept.value
+        stored = session.get(Setting, "secret_key") or Setting(key="secret_key", value=secrets.token_hex(32))
+        session.add(stored)
+        _SigningKey.value = stored.value
         password = password or "admin"
     else:
         _SigningKey.value = settings.secret_key.get_secret_value()
-        _replace_development_passwords(session, password)
-    admins = session.scalars(sa.select(User).where(col(User.role) == Role.admin)).all()
+        _refuse_default_password(session)
     if password is None or admins:
-        if password not in (None, "admin") and settings.admin_username.lower() not in [
-            a.username.lower() for a in admins
-        ]:
+        names = [admin.username.lower() for admin in admins]
+        if password not in (None, "admin") and settings.admin_username.lower() not in names:
             log.warning("ADMIN_USERNAME is not made: there is an admin already, %s.", admins[0].username)
         return
     if password in COMMON_PASSWORDS:
@@ -260,57 +261,28 @@ def _prepare(session: Session) -> None:
         session.flush()
     except IntegrityError as error:
         field = database.violation(error).field
-        raise RuntimeError(f"can't make the first admin: somebody else has this {field}. Set another one") from None
-    if password == "admin":
-        session.merge(Setting(key="open_hash", value=admin.password_hash))
-    else:
+        raise RuntimeError(f"can't make the first admin: another account has this {field}. Set another one") from None
+    if password != "admin":
         log.info("Made the first admin: %s.", admin.username)
 
 
-def _tell_of_development_mode() -> None:
-    """At each start, by one of its workers."""
-    try:
-        first, open_to_all = database.write_sync(_look_around)
-    except OperationalError:  # a full disk: nothing can be kept
-        first, open_to_all = True, None
-    if first:
-        hint = f" Sign in as {open_to_all} / admin." if open_to_all else ""
-        log.warning("Development mode: SECRET_KEY is not set.%s", hint)
+def _refuse_default_password(session: Session) -> None:
+    """Only development mode makes an account with the password `admin`: passwords have at least 8 characters."""
+    names = sa.or_(col(User.role) == Role.admin, sa.func.lower(col(User.username)) == settings.admin_username.lower())
+    for user in session.scalars(sa.select(User).where(names, col(User.is_active))):
+        if passwords.verify("admin", user.password_hash):
+            raise RuntimeError(
+                f"the account {user.username} still has the password of development mode, admin. Start once without "
+                "SECRET_KEY, sign in and change it (POST /auth/change-password)"
+            )
 
 
-def _look_around(session: Session) -> tuple[bool, str | None]:
-    """Whether no other worker has told of this start, and which admin still has the password `admin`: the one whose
-    hash is the one that was made of it."""
-    start = sha256(multiprocessing.current_process().authkey.hex())  # random, and the same for all its workers
-    kept = session.get(Setting, "last_start") or Setting(key="last_start", value="")
-    first, kept.value = kept.value != start, start
-    session.add(kept)
-    made = sa.select(col(Setting.value)).where(col(Setting.key) == "open_hash").scalar_subquery()
-    theirs = sa.select(col(User.username)).where(col(User.password_hash) == made, col(User.is_active))
-    return first, session.scalars(theirs).first()
-
-
-def _replace_development_passwords(session: Session, password: str | None) -> None:
-    """A database that was begun in development mode must not go public with its `admin` / `admin`, whatever that
-    account has become since."""
-    made = sa.select(col(Setting.value)).where(col(Setting.key) == "open_hash").scalar_subquery()
-    may_have_it = sa.or_(col(User.role) == Role.admin, col(User.password_hash) == made)
-    for admin in session.scalars(sa.select(User).where(may_have_it)):
-        if not passwords.verify("admin", admin.password_hash):
-            continue
-        if password is None:
-            raise RuntimeError(f"{admin.username} still has the password of development mode: set ADMIN_PASSWORD")
-        admin.password_hash = passwords.hash(password)
-        log.warning("%s had the password of development mode: it is ADMIN_PASSWORD now.", admin.username)
-
-
-T = TypeVar("T")
-P = ParamSpec("P")
+# --- rate limits --------------------------------------------------------------------------------------------------
 
 
 class RateLimit(NamedTuple):
-    """How many attempts. `together` is for one account from one address; the limit for an account from all addresses
-    is wider, so that it takes many addresses to lock somebody else out."""
+    """Attempts from one address, of one account from one address, and of one account from all addresses. The last is
+    wider, so that it takes many addresses to lock an account."""
 
     address: str
     together: str
@@ -328,59 +300,55 @@ RATE_LIMITS = {
 }
 
 
-class _Counters:
-    """This process's own, and those that RATE_LIMIT_STORAGE shares between processes, if it does."""
+class _Limiters:
+    """This process's counters and, with RATE_LIMIT_STORAGE, those that processes share."""
 
-    own = FixedWindowRateLimiter(MemoryStorage())
+    local: FixedWindowRateLimiter
     shared: FixedWindowRateLimiter | None = None
 
 
 def open_rate_limits() -> None:
-    _Counters.own.storage.reset()
-    _Counters.shared = None
+    """Call it on the event loop: the memory storage belongs to the one that first uses it."""
+    _Limiters.local, _Limiters.shared = FixedWindowRateLimiter(MemoryStorage()), None
     if not settings.rate_limit_storage.startswith("memory:"):
-        patience = {"socket_timeout": 1, "socket_connect_timeout": 1}
-        storage = storage_from_string(settings.rate_limit_storage, wrap_exceptions=True, **patience)
-        _Counters.shared = FixedWindowRateLimiter(storage)
+        timeouts = {"socket_timeout": 1, "socket_connect_timeout": 1}
+        url = f"async+{settings.rate_limit_storage}"
+        storage: Any = storage_from_string(url, wrap_exceptions=True, implementation="redispy", **timeouts)
+        _Limiters.shared = FixedWindowRateLimiter(storage)
 
 
 async def check_rate_limit(action: str, request: Request, account: object = None) -> None:
-    """Count an attempt at `action`, or refuse it: 429 that says when to come back."""
-    if seconds := await hit_rate_limit(action, request, account):
-        raise HTTPException(429, f"Too many attempts. Try again in {seconds} s.", {"Retry-After": str(seconds)})
-
-
-async def hit_rate_limit(action: str, request: Request, account: object = None) -> int:
-    """Count an attempt: 0, or the seconds until the next one may be made."""
-    if settings.rate_limits:
-        for limit, key in _keys(action, request, account):
-            if seconds := await _run(_hit, limit, key):
-                return seconds
-    return 0
+    """Count an attempt. 429 with `Retry-After` where there have been too many."""
+    for limit, key in _limits(action, request, account):
+        if not await _use(FixedWindowRateLimiter.hit, limit, key):
+            window = await _use(FixedWindowRateLimiter.get_window_stats, limit, key)
+            seconds = max(1, math.ceil(window.reset_time - time.time()))
+            raise HTTPException(429, f"Too many attempts. Try again in {seconds} s.", {"Retry-After": str(seconds)})
 
 
 async def reset_rate_limit(action: str, request: Request, account: object) -> None:
-    """Forget the attempts on this account: its owner has come in."""
-    if settings.rate_limits:
-        for limit, key in _keys(action, request, account)[1:]:
-            await _run(FixedWindowRateLimiter.clear, limit, key)
+    """Forget the attempts on this account, after a successful one."""
+    for limit, key in _limits(action, request, account)[1:]:
+        await _use(FixedWindowRateLimiter.clear, limit, key)
 
 
-def _keys(action: str, request: Request, account: object) -> list[tuple[limits.RateLimitItem, str]]:
-    allowed, address = RATE_LIMITS[action], client_address(request)
-    keys = [(limits.parse(allowed.address), f"{action} from {address}")]
+def _limits(action: str, request: Request, account: object) -> list[tuple[limits.RateLimitItem, str]]:
+    if not settings.rate_limits:
+        return []
+    rate, address = RATE_LIMITS[action], client_address(request)
+    keys = [(limits.parse(rate.address), f"{action} from {address}")]
     if account is not None:
-        # A hash: what was typed may be long, and somebody's address is nobody's business in a shared storage.
+        # A hash: names may be long, and addresses do not belong into a shared storage.
         name = hashlib.blake2b(str(account).encode(), digest_size=16).hexdigest()
-        keys.append((limits.parse(allowed.together), f"{action} of {name} from {address}"))
-        keys.append((limits.parse(allowed.account), f"{action} of {name}"))
+        keys.append((limits.parse(rate.together), f"{action} of {name} from {address}"))
+        keys.append((limits.parse(rate.account), f"{action} of {name}"))
     return keys
 
 
 def client_address(request: Request) -> str:
-    """Where a request comes from. An IPv6 network of 64 bits is one place: each of its hosts can take any address.
+    """The client's IP address; of IPv6 its /64 network, in which a host can take any address.
 
-    Behind a proxy, uvicorn puts the client's address here, if it was told to trust that proxy.
+    Behind a proxy that uvicorn trusts (`--forwarded-allow-ips`), uvicorn has put the client's address here.
     """
     host = request.client.host if request.client else "nowhere"
     try:
@@ -392,18 +360,11 @@ def client_address(request: Request) -> str:
     return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
 
 
-def _hit(limiter: FixedWindowRateLimiter, limit: limits.RateLimitItem, key: str) -> int:
-    """Count it: 0, or the seconds until there is room again."""
-    if limiter.hit(limit, key):
-        return 0
-    return max(1, math.ceil(limiter.get_window_stats(limit, key).reset_time - time.time()))
-
-
-async def _run(use: Callable[Concatenate[FixedWindowRateLimiter, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Use the shared counters, or our own where there are none, or while they do not answer."""
-    if _Counters.shared is not None:
+async def _use(call: Callable[..., Awaitable[T]], limit: limits.RateLimitItem, key: str) -> T:
+    """With the shared counters, or this process's while they do not answer."""
+    if _Limiters.shared is not None:
         try:
-            return await anyio.to_thread.run_sync(functools.partial(use, _Counters.shared, *args, **kwargs))
+            return await call(_Limiters.shared, limit, key)
         except StorageError as error:
             log.error("RATE_LIMIT_STORAGE does not answer; counting in this process: %s", error)
-    return use(_Counters.own, *args, **kwargs)
+    return await call(_Limiters.local, limit, key)

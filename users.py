@@ -1,13 +1,13 @@
-"""The accounts themselves: my profile, all that is stored of me, and administration."""
+"""`/users`: my account, all that is stored about me, and administration."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import BackgroundTasks, HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
@@ -17,14 +17,23 @@ import library
 import loans
 import mail
 import models
-import security
+from accounts import (
+    cancel_codes,
+    confirm_password,
+    confirmation_email,
+    create_account,
+    get_verified_user,
+    of_user,
+    read_account,
+)
 from api import PAGE, Router, errors
-from auth import change_address, create_account, end_sessions, find_user, read_account, still_me, with_password
-from books import SELECT_BOOKS, as_book, disown_books
+from auth import SESSIONS, end_sessions
+from books import BOOKS, disown_books
+from database import readonly, transactional
 from events import record_account_event
 from mail import Email
-from models import Book, Event, Loan, LoginSession, Principal, Role, ShelfEntry, Upload, UploadError, User
-from pagination import Order, Page, PageQuery, named, page_answer, read_page
+from models import CodePurpose, Event, OneTimeCode, Principal, Role, Upload, UploadError, User
+from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
 from schemas import (
     AccountCreate,
     AccountUpdate,
@@ -43,119 +52,93 @@ from schemas import (
     UserPublic,
     UserUpdate,
 )
-from security import Admin, CurrentUser, check_still_authorized
+from security import Admin, CurrentUser, check_rate_limit, check_still_authorized
 from settings import settings
 
 router = Router(prefix="/users", tags=["Users"])
 
-# --- my profile ---------------------------------------------------------------------------------------------------
+# --- my account ---------------------------------------------------------------------------------------------------
 
 
-@router.get("/me")
+@router.get("/me", summary="Read my account")
 async def read_me(user: CurrentUser) -> UserPublic:
     """My account."""
     return UserPublic.model_validate(await read_account(user))
 
 
-@router.patch("/me", responses=errors(409, 429))
+@router.patch("/me", summary="Change my account", responses=errors(403, 409, 429))
 async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> UserPublic:
-    """Change my name or e-mail address (RFC 7396). Role, user name and state are not mine to change.
+    """Change my name or e-mail address (RFC 7396).
 
-    A new address must be confirmed by the link that is mailed there; the old one is told.
+    A new address needs `current_password`. It is kept as `pending_email` and takes effect when it is confirmed by the
+    link that is mailed there; the old address is informed at once.
     """
-    if "email" in change.model_fields_set:
-        await security.check_rate_limit("verify", request, user.id)
-    return await _update(user.id, change, user, tasks)
+    me = await read_account(user)
+    changes_address = "email" in change.model_fields_set and change.email != me.email
+    if changes_address:
+        await check_rate_limit("verify", request, user.id)
+        me = await confirm_password(user, change.current_password or "", request)
+    public, emails = await database.write(change_me, user, change, me.password_hash if changes_address else None)
+    for email in emails:
+        tasks.add_task(mail.send, email)
+    return public
 
 
-async def _update(user_id: int, change: UserUpdate, by: Principal, tasks: BackgroundTasks) -> UserPublic:
-    user, letters = await database.write(_change_account, user_id, change, by)
-    for letter in letters:
-        tasks.add_task(mail.send, letter)
-    return user
-
-
-def _change_account(
-    session: Session, user_id: int, change: UserUpdate, by: Principal
+def change_me(
+    session: Session, user: Principal, change: UserUpdate, verified_hash: str | None
 ) -> tuple[UserPublic, list[Email]]:
-    admins = _lock_admins(session)
-    check_still_authorized(session, by)  # now that nobody else changes admins
-    user = session.get(User, user_id, with_for_update=True)
-    if user is None:
-        raise no_such_user()
-    role, was_active, was_admin = user.role, user.is_active, _is_admin(user)
-    changed = change.model_dump(exclude_unset=True)
-    new_email = changed.pop("email", user.email)
-    for name, value in changed.items():
-        setattr(user, name, value)
-    if was_admin and not _is_admin(user):
-        _keep_an_admin(admins, user_id)
-    letters = change_address(session, user, new_email, by.id) if new_email != user.email else []
-    if user.role != role:
-        record_account_event(session, user_id, "role_changed", old=role, new=user.role, by=by.id)
-    if user.is_active != was_active:
-        end_sessions(session, user_id, sa.true())  # so that they stay dead when it is switched on again
-        record_account_event(session, user_id, "switched_on" if user.is_active else "switched_off", by=by.id)
-    return UserPublic.model_validate(user), letters
+    emails: list[Email] = []
+    if verified_hash is not None:
+        me = get_verified_user(session, user, verified_hash)
+        emails = request_address_change(session, me, change.email)
+    else:
+        check_still_authorized(session, user)
+        me = session.get_one(User, user.id)
+        if "email" in change.model_fields_set:  # the present one again
+            cancel_address_change(session, me)
+    if "full_name" in change.model_fields_set:
+        me.full_name = change.full_name
+    return UserPublic.model_validate(me), emails
 
 
-def _lock_admins(session: Session) -> set[int]:
-    """The active admins, locked in one order until the transaction ends: of two who go at once, one stays."""
-    admins = sa.select(col(User.id)).where(col(User.role) == Role.admin, col(User.is_active))
-    if settings.require_verified_email:  # the others can't sign in
-        admins = admins.where(col(User.email_verified_at).is_not(None))
-    return set(session.scalars(admins.order_by(col(User.id)).with_for_update()))
+def request_address_change(session: Session, user: User, address: str) -> list[Email]:
+    cancel_address_change(session, user)
+    with session.begin_nested() as attempt:  # 409 if somebody has it now; the constraint decides again at the end
+        session.execute(sa.update(User).where(col(User.id) == user.id).values(email=address))
+        attempt.rollback()
+    user.pending_email = address
+    record_account_event(session, user.id, "email_change_requested", old=user.email, new=address, by=user.id)
+    notice = mail.address_change_requested(user.email, user.username, address)
+    return [notice, confirmation_email(session, user, address)]
 
 
-def _is_admin(user: User) -> bool:
-    return user.role == Role.admin and user.is_active
-
-
-def _keep_an_admin(admins: set[int], leaving: int) -> None:
-    if not admins - {leaving}:
-        raise HTTPException(409, "This is the last active admin: make another one first.")
+def cancel_address_change(session: Session, user: User) -> None:
+    links = sa.and_(of_user(user.id, CodePurpose.verify_email), col(OneTimeCode.email) == user.pending_email)
+    session.execute(sa.delete(OneTimeCode).where(links))
+    user.pending_email = None
+    session.flush()
 
 
 class MyPassword(RequestModel):
-    password: Annotated[str, Field(max_length=1000), Storable]
+    password: Annotated[str, Field(max_length=1000), Storable] = Field(examples=["a long way to Arrakis"])
 
 
-@router.delete("/me", status_code=204, responses=errors(403, 409, 429))
-async def delete_me(given: MyPassword, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
+@router.delete("/me", status_code=204, summary="Delete my account", responses=errors(403, 409, 429))
+async def delete_me(body: MyPassword, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Delete my account, with my shelf, reviews, uploads and past loans. The books that I added stay.
 
     Needs my password. 409 while I have books on loan: it names them.
     """
-    me = await with_password(user, given.password, request)
-    tasks.add_task(mail.send, await database.write(_delete_my_account, user, me.password_hash))
+    me = await confirm_password(user, body.password, request)
+    tasks.add_task(mail.send, await database.write(delete_verified_user, user, me.password_hash))
 
 
-def _delete_my_account(session: Session, user: Principal, verified_hash: str) -> Email:
-    still_me(session, user, verified_hash)
-    return _delete_account(session, user.id, user)
+def delete_verified_user(session: Session, user: Principal, verified_hash: str) -> Email:
+    get_verified_user(session, user, verified_hash)
+    return delete_account(session, user.id, user)
 
 
-def _delete_account(session: Session, user_id: int, by: Principal) -> Email:
-    admins = _lock_admins(session)
-    check_still_authorized(session, by)  # now that nobody else changes admins
-    user = session.get(User, user_id, with_for_update=True)
-    if user is None:
-        raise no_such_user()
-    if _is_admin(user):
-        _keep_an_admin(admins, user_id)
-    loans.refuse_while_borrowing(session, user_id)
-    library.withdraw_reviews(session, user)
-    disown_books(session, user_id)
-    events.anonymize_reviewer(session, user.username)
-    session.delete(user)
-    session.flush()
-    # What was logged of the account is gone with it; that it is gone, admins can still read.
-    told = {"user_id": user_id, "username": user.username, "by": by.id}
-    events.record(session, "account.deleted", told, private=True)
-    return mail.account_deleted(user.email, user.username)
-
-
-# --- all that is stored of me -------------------------------------------------------------------------------------
+# --- all that is stored about me ----------------------------------------------------------------------------------
 
 
 class UploadProblem(UploadErrorPublic):
@@ -171,79 +154,75 @@ class AccountExport(BaseModel):
     books_added: list[BookPublic]
     uploads: list[UploadPublic]
     upload_errors: list[UploadProblem]
-    events: list[EventPublic] = Field(description="What the change log keeps: my private ones, and of my reviews.")
+    events: list[EventPublic] = Field(description="From the change log: my private events, and those of my reviews.")
 
 
-class Part(NamedTuple):
-    """A list of the export: what it selects, by which id it is read on, and how an item is made of a row."""
-
-    shape: type[BaseModel]
-    select: sa.Select[Any]
-    id: Any
-    item: Callable[[Any], dict[str, Any]]
+def _mine(shape: type[BaseModel], table: Any, condition: ColumnElement[bool]) -> Listing:
+    columns = {name: getattr(table, name) for name in shape.model_fields}
+    return Listing(sa.select(JsonObject(columns)), filters={"user_id": condition}, orders={"id": (col(table.id),)})
 
 
-@router.get("/me/export", response_model=AccountExport)
+USER_ID: Any = sa.bindparam("user_id")
+MY_UPLOADS = sa.select(col(Upload.id)).where(col(Upload.user_id) == USER_ID)
+MY_REVIEWS = sa.and_(
+    col(Event.type).startswith("review."), Event.data["username"].as_string() == sa.bindparam("username")
+)
+PARTS: dict[str, tuple[Listing, str]] = {
+    "sessions": (SESSIONS, "id"),
+    "shelf": (library.ENTRIES, "added"),
+    "loans": (loans.LOANS, "id"),
+    "books_added": (BOOKS, "id"),
+    "uploads": (_mine(UploadPublic, Upload, col(Upload.user_id) == USER_ID), "id"),
+    "upload_errors": (_mine(UploadProblem, UploadError, col(UploadError.upload_id).in_(MY_UPLOADS)), "id"),
+    "events": (_mine(EventPublic, Event, sa.or_(col(Event.user_id) == USER_ID, MY_REVIEWS)), "id"),
+}
+
+
+@router.get("/me/export", response_model=AccountExport, summary="Download all that is stored about me")
 async def export_me(user: CurrentUser) -> StreamingResponse:
-    """All that is stored about me, as one JSON file. The password is not in it: only its hash is stored."""
+    """All that is stored about me, as one JSON file. Of the password only a hash is stored, which is not in it."""
     account = UserPublic.model_validate(await read_account(user))
     headers = {"Content-Disposition": f'attachment; filename="books-api-{user.username}.json"'}
-    return StreamingResponse(_export(user, account), media_type="application/json", headers=headers)
+    return StreamingResponse(export_account(user, account), media_type="application/json", headers=headers)
 
 
-def _export(user: Principal, account: UserPublic) -> Iterator[str]:
-    """A piece at a time: somebody's uploads may have explained a million rows."""
-    yield f'{{"exported_at": "{models.isoformat(models.utcnow())}",\n"account": {account.model_dump_json()}'
-    for name, part in _parts(user).items():
+def export_account(user: Principal, account: UserPublic) -> Iterator[str]:
+    """In batches: the errors of my uploads may be a million rows."""
+    now = models.utcnow()
+    yield f'{{"exported_at": "{models.isoformat(now)}",\n"account": {account.model_dump_json()}'
+    values = {"user_id": user.id, "session_id": user.session_id, "username": user.username, "now": now}
+    for name, (listing, order) in PARTS.items():
         yield f',\n"{name}": ['
-        last, separator = 0, "\n"
-        while rows := database.read_sync(_next_rows, part, last):
-            last = rows[-1][-1]
-            items = [part.shape.model_validate(part.item(row)).model_dump_json() for row in rows]
-            yield separator + ",\n".join(items)
+        filters = {**values, "added_by": user.id} if listing is BOOKS else values
+        separator = "\n"
+        for items in listing.batches(filters, order):
+            yield separator + ",\n".join(items) if items else ""
             separator = ",\n"
         yield "]"
     yield "}\n"
 
 
-def _next_rows(connection: Connection, part: Part, last: int) -> Sequence[Any]:
-    page = part.select.add_columns(part.id).where(part.id > last).order_by(part.id).limit(500)
-    return connection.execute(page).all()
-
-
-def _parts(user: Principal) -> dict[str, Part]:
-    current = (col(LoginSession.id) == user.session_id).label("current")
-    said = sa.and_(col(Event.type).startswith("review."), Event.data["username"].as_string() == user.username)
-    return {
-        "sessions": _part(SessionPublic, LoginSession, col(LoginSession.user_id) == user.id, current=current),
-        "shelf": Part(
-            EntryPublic,
-            library.SELECT_ENTRIES.where(col(ShelfEntry.user_id) == user.id),
-            col(ShelfEntry.id),
-            library.as_entry,
-        ),
-        "loans": Part(LoanPublic, loans.SELECT_LOANS.where(col(Loan.user_id) == user.id), col(Loan.id), loans.as_loan),
-        "books_added": Part(BookPublic, SELECT_BOOKS.where(col(Book.added_by) == user.id), col(Book.id), as_book),
-        "uploads": _part(UploadPublic, Upload, col(Upload.user_id) == user.id),
-        "upload_errors": _part(
-            UploadProblem,
-            UploadError,
-            col(UploadError.upload_id).in_(sa.select(col(Upload.id)).where(col(Upload.user_id) == user.id)),
-        ),
-        "events": _part(EventPublic, Event, sa.or_(col(Event.user_id) == user.id, said)),
-    }
-
-
-def _part(shape: type[BaseModel], table: Any, mine: ColumnElement[bool], **more: ColumnElement[Any]) -> Part:
-    columns = {name: getattr(table, name) for name in shape.model_fields if name not in more} | more
-    return Part(shape, sa.select(*columns.values()).where(mine), col(table.id), named(columns))
-
-
 # --- administration -----------------------------------------------------------------------------------------------
 
 UserId = Annotated[Id, Path(description="The user's `id`.")]
-USERS, USER_PAGE = Order("id", (col(User.id),)), TypeAdapter(Page[UserPublic])
-SELECT_USERS = sa.select(*[col(getattr(User, name)) for name in UserPublic.model_fields])
+SPELLINGS = ("search", "search_upper", "search_title", "search_lower")
+USERS = Listing(
+    sa.select(JsonObject({name: getattr(User, name) for name in UserPublic.model_fields})),
+    filters={
+        "id": col(User.id) == sa.bindparam("id"),
+        # LIKE and lower() of SQLite fold ASCII only: other letters match as typed, in upper, lower or title case.
+        "search": sa.or_(
+            *(
+                sa.func.lower(column).like(sa.func.lower(sa.bindparam(name, type_=sa.String)), escape="\\")
+                for column in (col(User.username), col(User.email), col(User.full_name))
+                for name in SPELLINGS
+            )
+        ),
+        "role": col(User.role) == sa.bindparam("role"),
+        "is_active": col(User.is_active) == sa.bindparam("is_active", type_=sa.Boolean),
+    },
+    orders={"id": (col(User.id),)},
+)
 
 
 class UserQuery(PageQuery):
@@ -258,30 +237,19 @@ def no_such_user() -> HTTPException:
     return HTTPException(404, "No such user.")
 
 
-@router.get("", response_model=Page[UserPublic], responses=errors(403) | PAGE)
+@router.get("", response_model=Page[UserPublic], summary="List accounts", responses=errors(403) | PAGE)
 async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request: Request) -> Response:
-    """Everybody who has an account."""
-    return page_answer(await database.read_in_thread(_find_users, query), USER_PAGE, request)
-
-
-def _find_users(connection: Connection, query: UserQuery) -> dict[str, Any]:
-    found = SELECT_USERS
+    """All accounts."""
+    filters = query.model_dump(include={"role", "is_active"}, exclude_none=True)
     if query.search is not None:
-        texts = (User.username, User.email, User.full_name)
-        part = query.search
-        # SQLite's lower() knows ASCII only: other letters are looked for as they may be written.
-        spelled = {part.lower(), part.upper(), part.title(), part}
-        like = [sa.func.lower(col(text)).contains(part.lower(), autoescape=True) for text in texts]
-        like += [col(text).contains(one, autoescape=True) for text in texts for one in spelled]
-        found = found.where(sa.or_(*like))
-    if query.role is not None:
-        found = found.where(col(User.role) == query.role)
-    if query.is_active is not None:
-        found = found.where(col(User.is_active) == query.is_active)
-    return read_page(connection, found, USERS, query, named(UserPublic.model_fields))
+        text = query.search
+        for name, spelling in zip(SPELLINGS, (text, text.upper(), text.title(), text.lower()), strict=True):
+            escaped = spelling.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+            filters[name] = f"%{escaped}%"
+    return page_response(request, await database.read_in_thread(USERS.page, filters, "id", query))
 
 
-@router.post("", status_code=201, responses=errors(403, 409, sends={201: "Location"}))
+@router.post("", status_code=201, summary="Make an account", responses=errors(403, 409, sends={201: "Location"}))
 async def create_user(new: AccountCreate, admin: Admin, response: Response, tasks: BackgroundTasks) -> UserPublic:
     """Make an account with any role. Its owner gets a link that confirms the address, and the password from you."""
     user = await create_account(new, new.role, tasks, by=admin)
@@ -289,28 +257,95 @@ async def create_user(new: AccountCreate, admin: Admin, response: Response, task
     return user
 
 
-@router.get("/{user_id:id}", responses=errors(403))
-async def read_user(user_id: UserId, admin: Admin) -> UserPublic:
+@router.get("/{user_id:id}", response_model=UserPublic, summary="Read an account", responses=errors(403, 404))
+@readonly
+def read_user(connection: Connection, user_id: UserId, admin: Admin) -> Response:
     """One account."""
-    user = await database.read(find_user, user_id)
+    user = USERS.first(connection, {"id": user_id})
     if user is None:
         raise no_such_user()
+    return json_response(user)
+
+
+@router.patch("/{user_id:id}", summary="Change an account", responses=errors(403, 404, 409))
+@transactional
+def update_user(
+    session: Session, user_id: UserId, change: AccountUpdate, admin: Admin, tasks: BackgroundTasks
+) -> UserPublic:
+    """Change an account's role, address or name, or deactivate and reactivate it (RFC 7396).
+
+    Deactivating ends all sessions at once. The last active admin stays one: 409.
+    """
+    check_still_authorized(session, admin)
+    user = session.get(User, user_id)
+    if user is None:
+        raise no_such_user()
+    role, was_active, was_admin = user.role, user.is_active, is_active_admin(user)
+    fields = change.model_dump(exclude_unset=True)
+    new_email = fields.pop("email", user.email)
+    for name, value in fields.items():
+        setattr(user, name, value)
+    session.flush()
+    if was_admin and not is_active_admin(user):
+        require_an_admin(session)
+    if new_email != user.email:
+        for email in set_address(session, user, new_email, admin.id):
+            tasks.add_task(mail.send, email)
+    if user.role != role:
+        record_account_event(session, user_id, "role_changed", old=role, new=user.role, by=admin.id)
+    if user.is_active != was_active:
+        end_sessions(session, user_id, sa.true())  # also for when it is reactivated
+        record_account_event(session, user_id, "switched_on" if user.is_active else "switched_off", by=admin.id)
     return UserPublic.model_validate(user)
 
 
-@router.patch("/{user_id:id}", responses=errors(403, 409))
-async def update_user(user_id: UserId, change: AccountUpdate, admin: Admin, tasks: BackgroundTasks) -> UserPublic:
-    """Change an account's role, address or name, or switch it off and on (RFC 7396).
-
-    An account that is switched off is signed out everywhere at once. The last active admin stays one: 409.
-    """
-    return await _update(user_id, change, admin, tasks)
+def is_active_admin(user: User) -> bool:
+    return user.role == Role.admin and user.is_active
 
 
-@router.delete("/{user_id:id}", status_code=204, responses=errors(403, 409))
-async def delete_user(user_id: UserId, admin: Admin, tasks: BackgroundTasks) -> None:
+def require_an_admin(session: Session) -> None:
+    """409 if the transaction has left no admin who can sign in."""
+    admins = sa.select(col(User.id)).where(col(User.role) == Role.admin, col(User.is_active))
+    if settings.require_verified_email:
+        admins = admins.where(col(User.email_verified_at).is_not(None))
+    if session.execute(admins.limit(1)).first() is None:
+        raise HTTPException(409, "This is the last active admin: make another one first.")
+
+
+def set_address(session: Session, user: User, address: str, by: int) -> list[Email]:
+    """An admin's change of an address takes effect at once, unconfirmed."""
+    old, user.email, user.email_verified_at, user.pending_email = user.email, address, None, None
+    session.flush()
+    cancel_codes(session, user.id, CodePurpose.verify_email, CodePurpose.reset_password)
+    record_account_event(session, user.id, "email_changed", old=old, new=address, by=by)
+    return [mail.address_changed(old, user.username, address), confirmation_email(session, user, address)]
+
+
+@router.delete("/{user_id:id}", status_code=204, summary="Delete an account", responses=errors(403, 404, 409))
+@transactional
+def delete_user(session: Session, user_id: UserId, admin: Admin, tasks: BackgroundTasks) -> None:
     """Delete an account, with its shelf, reviews, uploads and past loans. The books that it added stay.
 
     409 while it has books on loan: return them for it first.
     """
-    tasks.add_task(mail.send, await database.write(_delete_account, user_id, admin))
+    tasks.add_task(mail.send, delete_account(session, user_id, admin))
+
+
+def delete_account(session: Session, user_id: int, by: Principal) -> Email:
+    check_still_authorized(session, by)
+    user = session.get(User, user_id)
+    if user is None:
+        raise no_such_user()
+    was_admin = is_active_admin(user)
+    loans.refuse_while_borrowing(session, user_id)
+    library.withdraw_reviews(session, user)
+    disown_books(session, user_id)
+    events.anonymize_reviewer(session, user.username)
+    session.delete(user)
+    session.flush()
+    if was_admin:
+        require_an_admin(session)
+    # The account's own events are deleted with it; admins can read that it was deleted.
+    data = {"user_id": user_id, "username": user.username, "by": by.id}
+    events.record(session, "account.deleted", data, private=True)
+    return mail.account_deleted(user.email, user.username)

@@ -1,0 +1,399 @@
+"""Accounts: registration, confirming an e-mail address, and passwords."""
+
+import asyncio
+import html
+import secrets
+from datetime import datetime, timedelta
+from typing import Annotated, Any, NamedTuple
+
+import sqlalchemy as sa
+from fastapi import BackgroundTasks, HTTPException, Path, Request, Response
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel, Field
+from sqlalchemy import ColumnElement, Connection
+from sqlmodel import Session, col
+
+import database
+import mail
+import models
+from api import Router, errors
+from auth import end_sessions
+from events import record_account_event
+from mail import Email
+from models import CodePurpose, LoginSession, OneTimeCode, Principal, Role, User
+from pagination import json_response
+from schemas import (
+    EmailAddress,
+    Password,
+    RequestModel,
+    Storable,
+    UserCreate,
+    UserPublic,
+    invalid_body,
+    pattern,
+)
+from security import (
+    CurrentUser,
+    check_password_strength,
+    check_rate_limit,
+    check_still_authorized,
+    hash_password,
+    hmac_hash,
+    reset_rate_limit,
+    unauthorized,
+    verify_password,
+)
+
+router = Router(tags=["Accounts"])
+
+# --- registration -------------------------------------------------------------------------------------------------
+
+
+@router.post("/auth/register", status_code=201, summary="Sign up", responses=errors(409, 429, sends={201: "Location"}))
+async def register(new: UserCreate, request: Request, response: Response, tasks: BackgroundTasks) -> UserPublic:
+    """Make an account with the role reader, and mail a link that confirms its address.
+
+    User names and e-mail addresses are unique whatever their case; 409 names the one that is taken.
+    """
+    await check_rate_limit("register", request, new.email)
+    response.headers["Location"] = "/users/me"
+    return await create_account(new, Role.reader, tasks)
+
+
+async def create_account(
+    new: UserCreate, role: Role, tasks: BackgroundTasks, by: Principal | None = None
+) -> UserPublic:
+    check_password_strength("password", new.password, new.username, new.email)
+    user, email = await database.write(insert_account, new, await hash_password(new.password), role, by)
+    tasks.add_task(mail.send, email)
+    return user
+
+
+def insert_account(
+    session: Session, new: UserCreate, password_hash: str, role: Role, by: Principal | None
+) -> tuple[UserPublic, Email]:
+    if by is not None:
+        check_still_authorized(session, by)
+    user = add_user(session, new, password_hash, role)
+    by_id = by.id if by else user.id
+    record_account_event(session, user.id, "created", username=user.username, role=role, by=by_id)
+    return UserPublic.model_validate(user), confirmation_email(session, user, user.email)
+
+
+def add_user(session: Session, new: UserCreate, password_hash: str, role: Role) -> User:
+    user = User(**new.model_dump(exclude={"password", "role"}), password_hash=password_hash, role=role)
+    session.add(user)
+    session.flush()
+    return user
+
+
+# --- confirming an address ----------------------------------------------------------------------------------------
+
+LINK_LIFETIME = timedelta(hours=24)
+MAX_CODE_ATTEMPTS = 5
+PAGE_HEAD = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    '<title>Books API</title><link rel="stylesheet" href="../../static/style.css">'
+)
+LINK_RESPONSES = errors(404, 409) | {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
+LinkToken = Annotated[str, Path(max_length=100), Storable]
+
+
+class Confirmed(BaseModel):
+    email: str
+    email_verified_at: datetime
+
+
+class Notice(BaseModel):
+    detail: str
+
+
+def confirmation_email(session: Session, user: User, address: str) -> Email:
+    """A mail to this address with a new link that confirms it. Earlier links stay valid."""
+    token = secrets.token_urlsafe(24)
+    session.add(
+        OneTimeCode(
+            user_id=user.id,
+            purpose=CodePurpose.verify_email,
+            email=address,
+            code_hash=hmac_hash(CodePurpose.verify_email, token),
+            expires_at=models.utcnow() + LINK_LIFETIME,
+        )
+    )
+    return mail.confirm_address(address, user.username, token)
+
+
+@router.get(
+    "/auth/verify-email/{token}",
+    response_model=Confirmed,
+    summary="Open the link that confirms an e-mail address",
+    responses=LINK_RESPONSES | errors(507),
+)
+async def verify_email(token: LinkToken, request: Request) -> Response:
+    """A page with a button that confirms the address: mail scanners that follow links confirm nothing.
+
+    A request that accepts `application/json` confirms it at once.
+    """
+    if "application/json" in request.headers.get("accept", ""):
+        return await confirm_email(token, request)
+    return HTMLResponse(
+        f'{PAGE_HEAD}<main><form method="post"><button>Confirm my e-mail address</button></form></main>'
+    )
+
+
+@router.post(
+    "/auth/verify-email/{token}",
+    response_model=Confirmed,
+    summary="Confirm an e-mail address",
+    responses=LINK_RESPONSES,
+)
+async def confirm_email(token: LinkToken, request: Request) -> Response:
+    """Confirm the address that the link was mailed to. The link works once, for 24 hours."""
+    confirmed = await database.write(confirm_address, token)
+    if confirmed is None:
+        raise HTTPException(404, "This link is used up or too old. POST /auth/verify-email mails another.")
+    if "text/html" not in request.headers.get("accept", ""):
+        return json_response(confirmed.model_dump_json())
+    text = f"The address {html.escape(confirmed.email)} is confirmed. You can close this page."
+    return HTMLResponse(f"{PAGE_HEAD}<main><p>{text}</p></main>")
+
+
+def confirm_address(session: Session, token: str) -> Confirmed | None:
+    token_hash = hmac_hash(CodePurpose.verify_email, token)
+    code = session.scalars(sa.select(OneTimeCode).where(col(OneTimeCode.code_hash) == token_hash, is_valid())).first()
+    if code is None:
+        return None
+    user = session.get_one(User, code.user_id)
+    if code.email not in (user.email, user.pending_email):
+        return None
+    if code.email != user.email:  # 409 if it has been taken since
+        record_account_event(session, user.id, "email_changed", old=user.email, new=code.email, by=user.id)
+        user.email, user.email_verified_at, user.pending_email = str(code.email), None, None
+        cancel_codes(session, user.id, CodePurpose.reset_password)  # these went to the old address
+    session.execute(
+        sa.delete(OneTimeCode).where(of_user(user.id, CodePurpose.verify_email), col(OneTimeCode.email) == code.email)
+    )
+    mark_verified(session, user)
+    return Confirmed(email=user.email, email_verified_at=user.email_verified_at or models.utcnow())
+
+
+def mark_verified(session: Session, user: User) -> None:
+    if user.email_verified_at is None:
+        user.email_verified_at = models.utcnow()
+        record_account_event(session, user.id, "email_verified", email=user.email)
+
+
+def is_valid() -> ColumnElement[bool]:
+    now, attempts = models.utcnow(), col(OneTimeCode.attempts)
+    return sa.and_(col(OneTimeCode.expires_at) > now, attempts < MAX_CODE_ATTEMPTS)
+
+
+def of_user(user_id: int, *purposes: CodePurpose) -> ColumnElement[bool]:
+    return sa.and_(col(OneTimeCode.user_id) == user_id, col(OneTimeCode.purpose).in_(purposes))
+
+
+def cancel_codes(session: Session, user_id: int, *purposes: CodePurpose) -> None:
+    session.execute(sa.delete(OneTimeCode).where(of_user(user_id, *purposes)))
+
+
+class VerificationRequest(RequestModel):
+    email: EmailAddress = Field(examples=["rita@example.com"])
+
+
+@router.post(
+    "/auth/verify-email",
+    status_code=202,
+    summary="Ask for another link that confirms my address",
+    responses=errors(429),
+)
+async def request_verification(body: VerificationRequest, request: Request, tasks: BackgroundTasks) -> Notice:
+    """Mail another link to an address that waits for confirmation. The answer is the same for every address."""
+    await check_rate_limit("verify", request, body.email)
+    tasks.add_task(mail_link, body.email)  # after the response, so that its time tells nothing
+    return Notice(detail="If an account waits for this address to be confirmed, a link is on its way to it.")
+
+
+async def mail_link(address: str) -> None:
+    email = await database.write(another_link, address)
+    if email is not None:
+        await mail.send(email)
+
+
+def another_link(session: Session, address: str) -> Email | None:
+    unverified = sa.and_(col(User.email) == address, col(User.email_verified_at).is_(None))
+    waiting = sa.select(User).where(unverified | (col(User.pending_email) == address), col(User.is_active))
+    # Of several accounts that wait for one address, the one that has it comes first.
+    user = session.scalars(waiting.order_by(col(User.email) != address, col(User.id)).limit(1)).first()
+    return None if user is None else confirmation_email(session, user, address)
+
+
+# --- passwords ----------------------------------------------------------------------------------------------------
+
+CODE_LIFETIME = timedelta(minutes=10)
+REFUSAL_SECONDS = 0.3  # of each refused code, whatever the reason
+
+
+class ForgottenPassword(RequestModel):
+    email: EmailAddress = Field(examples=["rita@example.com"])
+
+
+@router.post(
+    "/auth/forgot-password", status_code=202, summary="Have a code mailed for a new password", responses=errors(429)
+)
+async def forgot_password(body: ForgottenPassword, request: Request, tasks: BackgroundTasks) -> Notice:
+    """Mail a 6-digit code, valid for 10 minutes, 5 attempts and one use. It replaces an earlier one.
+
+    The answer is the same whether or not there is such an account.
+    """
+    await check_rate_limit("forgot", request, body.email)
+    tasks.add_task(mail_code, body.email)  # after the response, so that its time tells nothing
+    return Notice(detail="If an account has this address, a code is on its way to it.")
+
+
+async def mail_code(address: str) -> None:
+    email = await database.write(create_code, address)
+    if email is not None:
+        await mail.send(email)
+
+
+def create_code(session: Session, address: str) -> Email | None:
+    user = session.scalars(sa.select(User).where(col(User.email) == address, col(User.is_active))).first()
+    record_account_event(session, user.id if user else None, "reset_requested")
+    if user is None:
+        return None
+    code = f"{secrets.randbelow(10**6):06}"
+    cancel_codes(session, user.id, CodePurpose.reset_password)
+    session.add(
+        OneTimeCode(
+            user_id=user.id,
+            purpose=CodePurpose.reset_password,
+            email=user.email,
+            code_hash=hmac_hash(CodePurpose.reset_password, user.id, code),
+            expires_at=models.utcnow() + CODE_LIFETIME,
+        )
+    )
+    return mail.reset_code(user.email, user.username, code)
+
+
+OneTimePassword = Annotated[str, Field(pattern=pattern(r"^[0-9]{6}$", "must be the six digits of the code"))]
+
+
+class PasswordReset(RequestModel):
+    email: EmailAddress = Field(examples=["rita@example.com"])
+    otp: OneTimePassword = Field(description="The code.", examples=["271828"])
+    new_password: Password = Field(examples=["a short way home"])
+
+
+@router.post(
+    "/auth/reset-password",
+    status_code=204,
+    summary="Set a new password with the code",
+    responses=errors(429),
+)
+async def reset_password(body: PasswordReset, request: Request, tasks: BackgroundTasks) -> None:
+    """Set a new password with the code that was mailed. Ends every session."""
+    refuse_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS
+    await check_rate_limit("reset", request, body.email)
+    check_password_strength("new_password", body.new_password, body.email)
+    accepted, email = await database.write(try_code, body.email, body.otp), None
+    if accepted is not None:
+        check_password_strength("new_password", body.new_password, accepted.username)
+        email = await database.write(use_code, accepted, await hash_password(body.new_password))
+    if accepted is None or email is None:
+        await asyncio.sleep(refuse_at - asyncio.get_running_loop().time())
+        raise HTTPException(400, "The code is wrong, used up or too old. Ask for a new one.")
+    tasks.add_task(mail.send, email)
+    await reset_rate_limit("reset", request, body.email)
+    for name in (body.email, accepted.username.lower()):
+        await reset_rate_limit("login", request, name)
+
+
+class AcceptedCode(NamedTuple):
+    code_id: int
+    user_id: int
+    username: str
+
+
+def try_code(session: Session, address: str, otp: str) -> AcceptedCode | None:
+    """Each attempt counts, and is committed before its result is used."""
+    codes = sa.select(OneTimeCode, User).join_from(OneTimeCode, User).where(col(User.email) == address)
+    valid = (col(OneTimeCode.purpose) == CodePurpose.reset_password, is_valid(), col(User.is_active))
+    row = session.execute(codes.where(*valid)).first()
+    if row is None:
+        return None
+    code, user = row
+    code.attempts += 1
+    if not secrets.compare_digest(code.code_hash, hmac_hash(CodePurpose.reset_password, user.id, otp)):
+        return None
+    return AcceptedCode(code.id, user.id, user.username)
+
+
+def use_code(session: Session, accepted: AcceptedCode, password_hash: str) -> Email | None:
+    """Set the password; None if another request has used the code."""
+    used = sa.delete(OneTimeCode).where(col(OneTimeCode.id) == accepted.code_id).returning(col(OneTimeCode.id))
+    if session.execute(used).first() is None:
+        return None
+    user = session.get_one(User, accepted.user_id)
+    mark_verified(session, user)  # the code was mailed to that address
+    return set_password(session, user, password_hash, "password_reset", sa.true())
+
+
+def set_password(session: Session, user: User, password_hash: str, event: str, ending: ColumnElement[bool]) -> Email:
+    user.password_hash = password_hash
+    cancel_codes(session, user.id, CodePurpose.reset_password)
+    end_sessions(session, user.id, ending)
+    record_account_event(session, user.id, event)
+    return mail.password_changed(user.email, user.username)
+
+
+class PasswordChange(RequestModel):
+    current_password: Annotated[str, Field(max_length=1000), Storable] = Field(examples=["a long way to Arrakis"])
+    new_password: Password = Field(examples=["a short way home"])
+
+
+@router.post("/auth/change-password", status_code=204, summary="Change my password", responses=errors(403, 429))
+async def change_password(body: PasswordChange, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
+    """Set a new password. Ends all my sessions but this one."""
+    if body.new_password == body.current_password:
+        raise invalid_body("new_password", "must not be the current one")
+    me = await confirm_password(user, body.current_password, request)
+    check_password_strength("new_password", body.new_password, me.username, me.email)
+    password_hash = await hash_password(body.new_password)
+    tasks.add_task(mail.send, await database.write(replace_password, user, me.password_hash, password_hash))
+
+
+def replace_password(session: Session, user: Principal, verified_hash: str, password_hash: str) -> Email:
+    me, others = get_verified_user(session, user, verified_hash), col(LoginSession.id) != user.session_id
+    return set_password(session, me, password_hash, "password_changed", others)
+
+
+async def confirm_password(user: Principal, password: str, request: Request) -> Any:
+    """The user's row, if this is the password: 403."""
+    await check_rate_limit("password", request, user.id)
+    me = await read_account(user)
+    is_right, _ = await verify_password(password, me.password_hash)
+    if not is_right:
+        await database.write(record_account_event, user.id, "password_refused")
+        raise HTTPException(403, "This is not your password.")
+    return me
+
+
+def get_verified_user(session: Session, user: Principal, verified_hash: str) -> User:
+    """The user, whose password may have been changed since it was verified, or the session ended: 401."""
+    check_still_authorized(session, user)
+    me = session.get_one(User, user.id)
+    if me.password_hash != verified_hash:
+        raise unauthorized()
+    return me
+
+
+async def read_account(user: Principal) -> Any:
+    """The user's row; 401 if the account was deleted since the token was verified."""
+    me = await database.read(find_user, user.id)
+    if me is None:
+        raise unauthorized()
+    return me
+
+
+def find_user(connection: Connection, user_id: int) -> Any:
+    return connection.execute(sa.select(User).where(col(User.id) == user_id)).first()

@@ -1,0 +1,18 @@
+"""A new e-mail address waits for its confirmation. Links that undo a change, and notes about the password of development
+mode, are gone."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0007"
+down_revision = "0006"
+
+
+def upgrade() -> None:
+    op.add_column("user", sa.Column("pending_email", sa.String(length=254), nullable=True))
+    op.create_index("ix_user_pending_email", "user", ["pending_email"])
+    op.execute(
+        "DELETE FROM one_time_code WHERE purpose = 'verify_email' AND email IS NOT NULL"
+        ' AND email <> (SELECT email FROM "user" WHERE "user".id = user_id)'
+    )
+    op.execute("DELETE FROM setting WHERE key IN ('open_hash', 'last_start')")
