@@ -22,6 +22,7 @@ from settings import Settings, settings
 from tests.fixtures import DUNE, ROOT, Person, Server, wait_for
 
 README = ROOT / "README.md"
+TEST_FILES = [ROOT / "test_main.py", *ROOT.glob("tests/test_*.py")]
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 # --- the tour -----------------------------------------------------------------------------------------------------
@@ -417,7 +418,7 @@ def test_the_readme_and_env_example_list_every_setting_with_its_default() -> Non
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
 def test_the_documents_name_files_and_tests_that_exist(file: Path) -> None:
     text = file.read_text()
-    tests = {name for path in ROOT.glob("tests/test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    tests = {name for path in TEST_FILES for name in re.findall(r"def (test_\w+)", path.read_text())}
     names = set(re.findall(r"`([\w./]+)`", text))
     assert {name for name in names if re.fullmatch(r"test_\w+", name)} <= tests
     assert [name for name in names if name.endswith((".py", ".toml", ".csv")) and not (ROOT / name).is_file()] == []
