@@ -1,4 +1,30 @@
-"""TOUR"""
+"""Books API: a small library service. This module assembles the app. Reading order of the modules:
+
+    settings.py    settings and their validation
+    models.py      tables, columns, constraints, and rules on single rows
+    database.py    SQLite: engine, transactions, compiled statements, migrations, constraint violations
+    postgresql.py  the same interface on PostgreSQL
+    schemas.py     request and response models, validated field types
+    mail.py        SMTP delivery, and the mails
+    pagination.py  lists: rows as JSON, cursors, offsets, Link headers
+    security.py    password hashing, JWTs, the current user, roles, rate limits, the first admin
+    csv_files.py   CSV: encoding, dialect, records, cells, known formats
+    api.py         what routes share: problem documents, Router, FastRoute, RequestMiddleware
+    events.py      the change log, /events and /stream
+    auth.py        /login and /auth: sessions, registration, confirming addresses, passwords
+    search.py      full-text search: FTS5 and tsvector
+    books.py       the catalogue
+    library.py     /my-library, statistics, reviews
+    loans.py       stock and /loans
+    external.py    Google Books and Open Library
+    users.py       /users: profile, account export, administration
+    imports.py     the import job: batches, duplicates, recovery after a crash
+    uploads.py     /books/upload, /my-library/import, refused rows, exports
+
+A request passes `api.RequestMiddleware` and reaches its route, which depends on `security.get_principal` if it needs a
+user. The route makes one read or one transaction through `database` and answers; what the transaction changed is
+recorded as events in it. Every error becomes a problem document in one of the handlers in `api`.
+"""
 
 import asyncio
 import contextlib

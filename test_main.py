@@ -1,4 +1,7 @@
-"""The product's tour, in order: what a visitor, readers, a librarian and an admin do with it. Then its house rules."""
+"""A tour of the product: what a visitor, readers, a librarian and an admin do with it.
+
+Then what holds for every route, the interactive docs, the documents, and the structure of the code.
+"""
 
 import ast
 import json
@@ -19,11 +22,13 @@ from settings import Settings, settings
 from tests.fixtures import DUNE, ROOT, Person, Server, wait_for
 
 README = ROOT / "README.md"
+TEST_FILES = [ROOT / "test_main.py", *ROOT.glob("tests/test_*.py")]
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 # --- the tour -----------------------------------------------------------------------------------------------------
 
 
-def test_a_visitor_finds_a_page_and_an_empty_catalogue(client: TestClient) -> None:
+def test_a_visitor_sees_the_front_page_and_an_empty_catalogue(client: TestClient) -> None:
     page = client.get("/", follow_redirects=False)
     assert (page.status_code, page.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
     assert 'href="docs"' in page.text
@@ -32,7 +37,7 @@ def test_a_visitor_finds_a_page_and_an_empty_catalogue(client: TestClient) -> No
     assert client.get("/books").json() == {"items": [], "total": 0, "next": None}
 
 
-def test_a_reader_signs_up_and_in(client: TestClient) -> None:
+def test_a_reader_registers_and_signs_in(client: TestClient) -> None:
     new = {"username": "Rita", "email": "Rita@Example.com", "password": "correct horse battery", "full_name": "Rita R."}
     answer = client.post("/auth/register", json=new)
     assert answer.status_code == 201
@@ -58,7 +63,7 @@ def test_a_reader_adds_a_book_and_everybody_sees_it(client: TestClient, reader: 
     assert client.get("/books", params={"search": "herb dune"}).json()["items"] == [book]
 
 
-def test_a_reader_shelves_reads_and_reviews_it(client: TestClient, reader: Person, other_reader: Person) -> None:
+def test_a_reader_shelves_and_reviews_a_book(client: TestClient, reader: Person, other_reader: Person) -> None:
     book = reader.add_book(**DUNE)
     shelf = f"/my-library/{book['id']}"
     assert other_reader.post(shelf).json()["status"] == "wishlist"
@@ -73,7 +78,7 @@ def test_a_reader_shelves_reads_and_reviews_it(client: TestClient, reader: Perso
     assert reader.get("/my-library").json()["total"] == 0
 
 
-def test_a_reader_borrows_it_and_brings_it_back(client: TestClient, reader: Person, librarian: Person) -> None:
+def test_a_reader_borrows_and_returns_a_book(client: TestClient, reader: Person, librarian: Person) -> None:
     book = reader.add_book(**DUNE)
     stock = f"/books/{book['id']}/stock"
     assert librarian.post(stock, json={"quantity": 1}).json() == {"copies": 1, "available": 1, "on_loan": 0}
@@ -85,7 +90,7 @@ def test_a_reader_borrows_it_and_brings_it_back(client: TestClient, reader: Pers
     assert client.get("/books", params={"available": True}).json()["total"] == 1
 
 
-def test_a_librarian_brings_in_a_file_of_classics(client: TestClient, librarian: Person) -> None:
+def test_a_librarian_imports_a_csv_file(client: TestClient, librarian: Person) -> None:
     upload = librarian.upload((ROOT / "static" / "sample_books.csv").read_bytes())
     assert upload.items() >= {"status": "completed", "rows": 50, "inserted": 50, "failed": 0, "progress": 1.0}.items()
     assert client.get("/books", params={"search": "bronte"}).json()["total"] == 2
@@ -94,32 +99,43 @@ def test_a_librarian_brings_in_a_file_of_classics(client: TestClient, librarian:
     assert (oldest["title"], oldest["publication_year"]) == ("The Epic of Gilgamesh", -1800)
 
 
-def test_who_follows_the_change_log_sees_all_of_it(client: TestClient, reader: Person) -> None:
+def test_an_admin_makes_a_reader_a_librarian_and_sees_all_accounts(admin: Person, reader: Person) -> None:
+    book = reader.add_book(**DUNE)
+    stock = f"/books/{book['id']}/stock"
+    assert reader.post(stock, json={"quantity": 1}).status_code == 403
+    promoted = admin.patch(f"/users/{reader.get('/users/me').json()['id']}", json={"role": "librarian"})
+    assert (promoted.status_code, promoted.json()["role"]) == (200, "librarian")
+    assert reader.post(stock, json={"quantity": 1}).status_code == 200
+    assert reader.get("/users").status_code == 403
+    assert {user["role"] for user in admin.get("/users").json()["items"]} == {"admin", "librarian"}
+
+
+def test_the_change_log_shows_public_events_and_own_private_ones(client: TestClient, reader: Person) -> None:
     book = reader.add_book(**DUNE)
     reader.post(f"/my-library/{book['id']}", json={"status": "reading"})
     public = [event["type"] for event in client.get("/events").json()["items"]]
-    mine = [event["type"] for event in reader.get("/events").json()["items"]]
+    own = [event["type"] for event in reader.get("/events").json()["items"]]
     assert public == ["book.created"]
-    assert mine == ["account.login", "book.created", "shelf.created"]
+    assert own == ["account.login", "book.created", "shelf.created"]
 
 
-# --- manners ------------------------------------------------------------------------------------------------------
+# --- every route --------------------------------------------------------------------------------------------------
 
 ERRORS: dict[str, tuple[str, str, int]] = {
-    "an unknown path": ("GET", "/nothing", 404),
-    "an unknown book": ("GET", "/books/1", 404),
-    "a book with a word for its id": ("GET", "/books/one", 404),
-    "a book id that no database can hold": ("GET", f"/books/{10**30}", 404),
-    "a book id and a line break": ("GET", "/books/1%0A", 404),
-    "a book id that is a little too large": ("GET", "/books/2147483648", 422),
-    "a method that a path does not take": ("DELETE", "/books", 405),
-    "no token": ("GET", "/users/me", 401),
-    "an unknown parameter": ("GET", "/books?colour=red", 422),
-    "a page of none": ("GET", "/books?limit=0", 422),
-    "a page of too many": ("GET", "/books?limit=101", 422),
-    "a negative page": ("GET", "/books?limit=-1", 422),
-    "a NUL in a search": ("GET", "/books?search=%00", 422),
-    "a body that is no JSON": ("POST", "/auth/register", 422),
+    "unknown path": ("GET", "/nothing", 404),
+    "unknown book": ("GET", "/books/1", 404),
+    "word as an id": ("GET", "/books/one", 404),
+    "id of 31 digits": ("GET", f"/books/{10**30}", 404),
+    "id with a line break": ("GET", "/books/1%0A", 404),
+    "id above 32 bits": ("GET", "/books/2147483648", 422),
+    "unsupported method": ("DELETE", "/books", 405),
+    "missing token": ("GET", "/users/me", 401),
+    "unknown parameter": ("GET", "/books?colour=red", 422),
+    "limit of zero": ("GET", "/books?limit=0", 422),
+    "limit above the maximum": ("GET", "/books?limit=101", 422),
+    "negative limit": ("GET", "/books?limit=-1", 422),
+    "NUL in a search": ("GET", "/books?search=%00", 422),
+    "malformed JSON": ("POST", "/auth/register", 422),
 }
 
 
@@ -136,12 +152,12 @@ def test_every_error_is_a_problem_document(client: TestClient, method: str, path
     assert ("WWW-Authenticate" in answer.headers) == (status == 401)
 
 
-def test_405_names_every_method_of_the_path(client: TestClient) -> None:
+def test_405_lists_every_method_of_the_path(client: TestClient) -> None:
     assert client.post("/books/1").headers["Allow"] == "GET, PUT, PATCH, DELETE"
     assert client.put("/books/upload").headers["Allow"] == "GET, POST"
 
 
-def test_a_bug_is_500_and_tells_nothing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_500_without_internals(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("events.last_event_id", lambda _connection: 1 / 0)
     client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]  # of Starlette's client
     answer = client.get("/health")
@@ -150,14 +166,14 @@ def test_a_bug_is_500_and_tells_nothing(client: TestClient, monkeypatch: pytest.
     assert "division" not in answer.text
 
 
-def test_both_spellings_of_a_path_work(client: TestClient, reader: Person) -> None:
+def test_trailing_slashes_are_optional(client: TestClient, reader: Person) -> None:
     book = reader.post("/books/", json=DUNE)
     assert book.status_code == 201
     for path in ("/books/", "/books", "/books/1/", "/health/", "/docs/"):
         assert client.get(path, follow_redirects=False).status_code == 200
 
 
-def test_head_is_get_without_its_body(server: Server) -> None:
+def test_head_is_get_without_a_body(server: Server) -> None:
     answer = server.client.head("/books")
     assert (answer.status_code, answer.content) == (200, b"")
     assert int(answer.headers["Content-Length"]) == len(server.client.get("/books").content)
@@ -183,15 +199,13 @@ def test_each_request_is_one_line_in_the_log(server: Server) -> None:
     assert "s3cret" not in server.log.read_text()
 
 
-def security(answer: httpx.Response) -> dict[str, str | None]:
+def security_headers(answer: httpx.Response) -> dict[str, str | None]:
     names = ("X-Content-Type-Options", "Referrer-Policy", "X-Frame-Options", "Strict-Transport-Security")
     return {name: answer.headers.get(name) for name in names}
 
 
 @pytest.mark.parametrize("path", ["/", "/books", "/books/1", "/nothing", "/users/me", "/health", "/docs", "/bug"])
-def test_every_answer_tells_browsers_to_be_careful(
-    client: TestClient, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_answer_has_security_headers(client: TestClient, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "/bug":
         monkeypatch.setattr("events.last_event_id", lambda _connection: 1 / 0)
         path = "/health"
@@ -203,26 +217,26 @@ def test_every_answer_tells_browsers_to_be_careful(
         "Strict-Transport-Security": None,
     }
     answer = client.get(path, follow_redirects=False)
-    assert security(answer) == plain
+    assert security_headers(answer) == plain
     policy = answer.headers["Content-Security-Policy"]
     assert "default-src 'self'" in policy if path == "/docs" else policy.startswith("default-src 'none'")
     secure = client.get(f"https://testserver{path}", follow_redirects=False)
-    assert security(secure) == {**plain, "Strict-Transport-Security": "max-age=31536000"}
+    assert security_headers(secure) == {**plain, "Strict-Transport-Security": "max-age=31536000"}
 
 
-def test_behind_a_prefix_the_rules_of_a_path_hold(client: TestClient) -> None:
+def test_headers_of_a_path_are_the_same_behind_a_prefix(client: TestClient) -> None:
     client = TestClient(client.app, root_path="/books-api")
     assert client.get("/books-api/docs").headers["Content-Security-Policy"].startswith("default-src 'self'")
     assert client.post("/books-api/login", data={}).headers["Cache-Control"] == "no-store"
     assert client.head("/books-api/auth/verify-email/x").status_code == 405
 
 
-def test_https_is_known_behind_a_proxy(server: Server) -> None:
+def test_https_is_recognised_behind_a_proxy(server: Server) -> None:
     answer = server.client.get("/health", headers={"X-Forwarded-Proto": "https"})
     assert answer.headers["Strict-Transport-Security"] == "max-age=31536000"
 
 
-def test_nothing_personal_is_kept_on_the_way(client: TestClient, reader: Person) -> None:
+def test_personal_answers_are_not_cached(client: TestClient, reader: Person) -> None:
     book = reader.add_book()
     reader.post(f"/my-library/{book['id']}")
     for path in (
@@ -240,45 +254,45 @@ def test_nothing_personal_is_kept_on_the_way(client: TestClient, reader: Person)
     for path in ("/login", "/auth/token", "/auth/refresh", "/auth/forgot-password"):
         assert client.post(path, json=body).headers["Cache-Control"] == "no-store", path
     for person in (client, reader):
-        assert "Cache-Control" not in person.get(f"/books/{book['id']}").headers, "its ETag lets it be kept"
+        assert "Cache-Control" not in person.get(f"/books/{book['id']}").headers, "it has an ETag"
 
 
-ELSEWHERE = {"Origin": "https://elsewhere.example"}
+OTHER_SITE = {"Origin": "https://elsewhere.example"}
 
 
-def test_no_other_site_may_call_it(server: Server) -> None:
-    assert "Access-Control-Allow-Origin" not in server.client.get("/books", headers=ELSEWHERE).headers
+def test_cors_is_closed_by_default(server: Server) -> None:
+    assert "Access-Control-Allow-Origin" not in server.client.get("/books", headers=OTHER_SITE).headers
 
 
-def test_sites_that_are_set_may(serve: Callable[..., Server]) -> None:
+def test_cors_allows_the_configured_origins(serve: Callable[..., Server]) -> None:
     server = serve(CORS_ORIGINS="https://elsewhere.example, http://localhost:3000/")
-    answer = server.client.get("/books?limit=101", headers=ELSEWHERE)
-    assert answer.status_code == 422, "errors can be read there, too"
+    answer = server.client.get("/books?limit=101", headers=OTHER_SITE)
+    assert answer.status_code == 422, "errors are readable, too"
     assert answer.headers["Access-Control-Allow-Origin"] == "https://elsewhere.example"
     assert "ETag" in answer.headers["Access-Control-Expose-Headers"]
-    asked = {**ELSEWHERE, "Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "if-match"}
-    assert server.client.options("/books/1", headers=asked).status_code == 200
-    other = server.client.options("/books/1", headers={**asked, "Origin": "https://evil.example"})
+    preflight = {**OTHER_SITE, "Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "if-match"}
+    assert server.client.options("/books/1", headers=preflight).status_code == 200
+    other = server.client.options("/books/1", headers={**preflight, "Origin": "https://evil.example"})
     assert "Access-Control-Allow-Origin" not in other.headers
     assert (other.status_code, other.headers["Content-Type"]) == (400, "application/problem+json")
     assert other.json()["detail"].startswith("Another site may not")
 
 
-def test_what_starlette_answers_is_a_problem_too(server: Server) -> None:
+def test_errors_of_starlette_are_problem_documents(server: Server) -> None:
     style = "/static-offline-docs/swagger-ui.css"
-    said = {
+    answers = {
         416: server.client.get(style, headers={"Range": "bytes=99999999-"}),
         400: server.client.get(style, headers={"Range": "x"}),
         404: server.client.get("/nothing"),
         405: server.client.delete("/books"),
     }
-    for status, answer in said.items():
+    for status, answer in answers.items():
         assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json")
-    # as a browser asks for a web socket
+    # the request of a browser for a web socket
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     socket = server.client.get("/stream", headers={**upgrade, "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="})
     assert (socket.status_code, socket.json()["detail"][:26]) == (404, "There is no web socket her")
-    assert [answer.json()["detail"] for answer in said.values()] == [
+    assert [answer.json()["detail"] for answer in answers.values()] == [
         "The file has no such range.",
         "The header Range can't be read.",
         "There is nothing at this path.",
@@ -286,13 +300,13 @@ def test_what_starlette_answers_is_a_problem_too(server: Server) -> None:
     ]
 
 
-def test_no_pattern_is_an_explanation(client: TestClient, reader: Person) -> None:
-    """What the schema gives as a pattern is told in words, where a text does not match it."""
-    somebody = {"username": "r ita", "email": "rita", "password": "a long way to Arrakis"}
-    forgotten = {"email": "rita@example.com", "otp": "12345", "new_password": "a long way to Arrakis"}
+def test_errors_explain_patterns_in_words(client: TestClient, reader: Person) -> None:
+    """A text that does not match a pattern of the schema gets an error in words, not the pattern."""
+    account = {"username": "r ita", "email": "rita", "password": "a long way to Arrakis"}
+    reset = {"email": "rita@example.com", "otp": "12345", "new_password": "a long way to Arrakis"}
     refused = [
-        client.post("/auth/register", json=somebody),
-        client.post("/auth/reset-password", json=forgotten),
+        client.post("/auth/register", json=account),
+        client.post("/auth/reset-password", json=reset),
         reader.post("/books", json={"title": "A", "author": "B", "cover_url": "javascript:alert(1)"}),
         client.get("/events?types=everything"),
         client.get("/books?cursor=!"),
@@ -306,14 +320,16 @@ def test_no_pattern_is_an_explanation(client: TestClient, reader: Person) -> Non
         "cursor": "is not one that this service gave",
     }
     schema = json.dumps(client.get("/openapi.json").json())
-    patterns = {json.loads(found) for found in re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', schema)}
-    assert patterns - {r"\S", r"^\s*$"} <= PATTERN_MESSAGES.keys(), "those two are told by what they are: blank or not"
+    patterns = {json.loads(text) for text in re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', schema)}
+    assert patterns - {r"\S", r"^\s*$"} <= PATTERN_MESSAGES.keys(), (
+        "these two have messages of their own: blank, not blank"
+    )
 
 
 # --- the docs -----------------------------------------------------------------------------------------------------
 
 
-def test_the_docs_need_no_other_host(client: TestClient) -> None:
+def test_the_docs_load_nothing_from_other_hosts(client: TestClient) -> None:
     for page in ("/docs", "/redoc"):
         html = client.get(page).text
         loaded = re.findall(r"""(?:src|href)=["']([^"']+)""", html)
@@ -323,7 +339,7 @@ def test_the_docs_need_no_other_host(client: TestClient) -> None:
             assert client.get(asset).status_code == 200
 
 
-def test_the_authorize_button_finds_the_login(client: TestClient) -> None:
+def test_the_authorize_button_uses_the_login(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
     flow = schema["components"]["securitySchemes"]["OAuth2PasswordBearer"]["flows"]["password"]
     form = {"grant_type": "password", "username": "admin", "password": "admin", "scope": ""}
@@ -331,7 +347,7 @@ def test_the_authorize_button_finds_the_login(client: TestClient) -> None:
     assert answer.json()["token_type"] == "bearer"
 
 
-def test_every_operation_has_a_name_of_its_own_and_a_description(client: TestClient) -> None:
+def test_every_operation_has_a_unique_id_and_a_description(client: TestClient) -> None:
     operations = [
         operation for path in client.get("/openapi.json").json()["paths"].values() for operation in path.values()
     ]
@@ -340,8 +356,8 @@ def test_every_operation_has_a_name_of_its_own_and_a_description(client: TestCli
     assert [operation["operationId"] for operation in operations if not operation.get("description")] == []
 
 
-def test_a_blank_parameter_is_none(client: TestClient, reader: Person) -> None:
-    """As forms send it. On every path that takes parameters, each of them; a number must still be one."""
+def test_a_blank_parameter_is_ignored(client: TestClient, reader: Person) -> None:
+    """HTML forms send blank fields. Numbers may refuse them with 422."""
     book = reader.add_book()
     reader.post(f"/my-library/{book['id']}")
     reader.upload("title,author\nA,\n")
@@ -353,41 +369,79 @@ def test_a_blank_parameter_is_none(client: TestClient, reader: Person) -> None:
     assert client.get("/stream", params={"types": "", "seconds": 0.1}).status_code == 200
 
 
-# --- the README ---------------------------------------------------------------------------------------------------
+# --- the README and docs/ -----------------------------------------------------------------------------------------
+
+
+def section(heading: str) -> str:
+    return README.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
 def commands(heading: str) -> str:
-    """The shell lines under a heading of the README."""
-    section = README.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return "\n".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL))
+    """The shell commands under a heading of the README."""
+    return "\n".join(re.findall(r"```sh\n(.*?)```", section(heading), re.DOTALL))
 
 
 def table(heading: str) -> list[list[str]]:
-    section = README.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    rows = [line.strip("|").split(" | ") for line in section(heading).splitlines() if line.startswith("| `")]
     return [[cell.strip() for cell in row] for row in rows]
 
 
+def test_the_readme_begins_with_the_run_and_test_commands() -> None:
+    run, test = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)[:2]
+    assert run.strip().endswith("&& .venv/bin/uvicorn main:app")
+    assert '-m pytest -q -n auto -m "not slow"' in test  # .ci/run extracts it
+
+
 def test_the_readme_lists_every_endpoint() -> None:
-    told = {(method, path) for row in table("Endpoints") for method, path in [row[0].strip("`").split()]}
+    listed = [tuple(row[0].strip("`").split()) for row in table("Endpoints")]
     schema = app.openapi()["paths"]
-    assert told == {(method.upper(), path) for path, operations in schema.items() for method in operations}
+    assert sorted(listed) == sorted((method.upper(), path) for path, methods in schema.items() for method in methods)
 
 
-def test_the_readme_and_the_example_list_every_setting() -> None:
-    told = {row[0].strip("`") for row in table("Settings")}
-    known = {name.upper() for name in Settings.model_fields}
-    assert told == known
+def test_the_readme_and_env_example_list_every_setting_with_its_default() -> None:
+    fields = Settings.model_fields.items()
+    defaults = {name.upper(): "" if field.default in (None, ()) else str(field.default) for name, field in fields}
+    defaults |= {name.upper(): str(field.default).lower() for name, field in fields if field.annotation is bool}
+    listed = {row[0].strip("`"): row[1].partition(": ")[0].strip("`") for row in table("Settings")}
+    assert listed.pop("DATABASE_URL") == "books.db` beside `main.py"
     example = (ROOT / ".env.example").read_text()
-    assert set(re.findall(r"^#?([A-Z_]+)=", example, re.MULTILINE)) == known
-    Settings(_env_file=ROOT / ".env.example")  # a copy of it, untouched, starts
+    exemplified = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", example, re.MULTILINE))
+    assert exemplified.keys() == defaults.keys()
+    for name in ("DATABASE_URL", "LOG_FILE"):
+        assert "xample" in example.split(f"#{name}=")[0].rpartition("=")[2], "its value there is not the default"
+        exemplified[name] = defaults[name]
+    assert exemplified == defaults
+    assert listed == {name: default or "none" for name, default in defaults.items() if name != "DATABASE_URL"}
+    Settings(_env_file=ROOT / ".env.example")  # an unchanged copy is valid
 
 
-def test_the_readme_names_tests_that_there_are() -> None:
-    named = set(re.findall(r"`(test_\w+)`", README.read_text()))
-    there = set(re.findall(r"def (test_\w+)", "".join(file.read_text() for file in ROOT.glob("test_*.py"))))
-    assert named
-    assert named <= there
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_the_documents_name_files_and_tests_that_exist(file: Path) -> None:
+    text = file.read_text()
+    tests = {name for path in TEST_FILES for name in re.findall(r"def (test_\w+)", path.read_text())}
+    names = set(re.findall(r"`([\w./]+)`", text))
+    assert {name for name in names if re.fullmatch(r"test_\w+", name)} <= tests
+    assert [name for name in names if name.endswith((".py", ".toml", ".csv")) and not (ROOT / name).is_file()] == []
+
+
+def anchors(file: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_links_between_the_documents_work(file: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", file.read_text()):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = (file.parent / path).resolve() if path else file
+            assert target.is_file(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_links_every_document() -> None:
+    links = set(re.findall(r"\]\((docs/\w[\w-]*\.md)", README.read_text()))
+    assert {f"docs/{file.name}" for file in DOCUMENTS if file != README} <= links
 
 
 def test_the_readme_tour_works_as_written(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -404,7 +458,7 @@ def test_the_readme_tour_works_as_written(serve: Callable[..., Server], tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for told in (
+    for expected in (
         '"inserted":50',
         '"title":"Emma"',
         '"status":"completed"',
@@ -415,7 +469,7 @@ def test_the_readme_tour_works_as_written(serve: Callable[..., Server], tmp_path
         "event: books.imported",
         "event: book.stock",
     ):
-        assert told in done.stdout
+        assert expected in done.stdout
     assert '"status":4' not in done.stdout
 
 
@@ -457,7 +511,7 @@ def make_python(folder: Path) -> Path:
     return folder / "python" / "bin"
 
 
-# --- the house ----------------------------------------------------------------------------------------------------
+# --- the structure of the code ------------------------------------------------------------------------------------
 
 MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.name not in ("conftest.py", "test_main.py"))
 
@@ -472,7 +526,7 @@ def imported_modules(name: str) -> set[str]:
 
 
 def test_imports_run_downward_only() -> None:
-    """No module imports, by whatever way, one that imports it."""
+    """No module imports, directly or not, a module that imports it."""
     remaining = {name: imported_modules(name) for name in MODULES}
     floors = 0
     while remaining:
@@ -484,16 +538,20 @@ def test_imports_run_downward_only() -> None:
 
 
 def test_the_tour_of_the_code_shows_every_module() -> None:
-    tour = (ROOT / "README.md").read_text().split("## The code, in reading order")[1]
-    assert [name for name in MODULES if f"[{name}.py]" not in tour] == []
-    of_main = ast.get_docstring(ast.parse((ROOT / "main.py").read_text()), clean=False) or ""
-    assert [name for name in MODULES if name != "main" and f"\n    {name}.py " not in of_main] == []
+    """In one reading order, in which every module comes after those that it imports."""
+    listed = re.findall(r"^- \[(\w+)\.py\]\(\1\.py\): ", section("The code, in reading order"), re.MULTILINE)
+    assert sorted(listed) == MODULES
+    docstring = ast.get_docstring(ast.parse((ROOT / "main.py").read_text()), clean=False) or ""
+    assert [*re.findall(r"^    (\w+)\.py +\S", docstring, re.MULTILINE), "main"] == listed
+    for number, name in enumerate(listed):
+        on_demand = {"postgresql"} if name == "database" else set()
+        assert imported_modules(name) - on_demand <= set(listed[:number]), name
 
 
-def test_the_procfile_and_python_version_name_what_is_there() -> None:
+def test_the_procfile_and_python_version_are_valid() -> None:
     procfile = (ROOT / "Procfile").read_text()
     assert "uvicorn main:app" in procfile
-    assert "--forwarded-allow-ips 10.0.0.0/8" in procfile, "with '*' uvicorn would believe what a client claims to be"
-    wanted = (ROOT / ".python-version").read_text().strip()
-    assert wanted in ("3.11", "3.12", "3.13")
+    assert "--forwarded-allow-ips 10.0.0.0/8" in procfile, "with '*' uvicorn would trust X-Forwarded-For of any client"
+    version = (ROOT / ".python-version").read_text().strip()
+    assert version in ("3.11", "3.12", "3.13")
     assert sys.version_info >= (3, 11)

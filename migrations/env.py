@@ -1,4 +1,4 @@
-"""What Alembic runs. The service runs it at every start; for a new revision, see CONTRIBUTING in the README."""
+"""Run by Alembic, at every start of the service. docs/contributing.md says how to add a revision."""
 
 from alembic import context
 from sqlalchemy import Connection, create_engine

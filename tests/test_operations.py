@@ -74,11 +74,11 @@ def test_a_backup_is_whole_while_writes_go_on(server: Server, tmp_path: Path) ->
 
 
 @pytest.mark.sqlite
-def test_the_readme_restores_a_backup(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_the_documented_commands_restore_a_backup(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve()
     admin = Person(server.client, "admin", "admin")
     admin.add_book(title="Kept")
-    section = (ROOT / "README.md").read_text().split("\n## Backup and restore\n")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "deploying.md").read_text().split("\n## Backup and restore\n")[1].split("\n## ")[0]
     back_up, restore = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     shell = f"TOKEN={admin.tokens['access_token']}\n" + back_up.replace(
         "http://localhost:8000", str(server.client.base_url).rstrip("/")
@@ -346,7 +346,7 @@ def test_the_log_can_go_to_a_file_that_workers_share(serve: Callable[..., Server
     wait_for(lambda: file.read_text().count("GET /books 200") == 20 or None)
 
 
-def test_what_heroku_reads_is_what_there_is() -> None:
+def test_app_json_and_procfile_fit_heroku() -> None:
     app = json.loads((ROOT / "app.json").read_text())
     known = {name.upper() for name in type(settings).model_fields}
     assert set(app["env"]) <= known
@@ -357,18 +357,18 @@ def test_what_heroku_reads_is_what_there_is() -> None:
     procfile = (ROOT / "Procfile").read_text()
     keep_alive = int(re.findall(r"--timeout-keep-alive (\d+)", procfile)[0])
     graceful = int(re.findall(r"--timeout-graceful-shutdown (\d+)", procfile)[0])
-    assert keep_alive > 90, "the router uses idle connections again for 90 s"
-    assert graceful < 30, "30 s after SIGTERM comes SIGKILL"
+    assert keep_alive > 90, "Heroku's router reuses idle connections for 90 s"
+    assert graceful < 30, "Heroku sends SIGKILL 30 s after SIGTERM"
 
 
 def flags(command: str) -> dict[str, str]:
     return dict(re.findall(r"--([a-z-]+) (\S+)", command))
 
 
-def test_what_the_readme_says_of_a_machine_of_your_own_goes_together() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_documented_unit_and_proxies_fit_the_procfile() -> None:
+    deploying = (ROOT / "docs" / "deploying.md").read_text()
     unit, nginx, caddy = (
-        re.findall(rf"```{kind}\n(.*?)```", readme, re.DOTALL)[-1] for kind in ("ini", "nginx", "caddy")
+        re.findall(rf"```{kind}\n(.*?)```", deploying, re.DOTALL)[-1] for kind in ("ini", "nginx", "caddy")
     )
     started = flags(re.findall("^ExecStart=(.*)$", unit, re.MULTILINE)[0])
     local = {"host": "127.0.0.1", "port": "8000", "forwarded-allow-ips": "127.0.0.1"}

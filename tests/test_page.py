@@ -741,7 +741,7 @@ def axe(page: Page, view: str) -> list[str]:
 
 
 def test_screenshots(server: Server, visit: Visit, tmp_path: Path) -> None:
-    """The README's pictures; SCREENSHOTS=screenshots puts them where it looks for them."""
+    """The screenshots of the README; `SCREENSHOTS=docs/screenshots` replaces them."""
     folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
     folder.mkdir(exist_ok=True)
     lydia = staff(server)

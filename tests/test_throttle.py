@@ -239,9 +239,9 @@ def test_while_the_common_counters_are_down_each_process_counts(serve: Callable[
     assert "RATE_LIMIT_STORAGE does not answer" in server.log.read_text()
 
 
-def test_the_readme_states_the_limits() -> None:
-    section = (ROOT / "README.md").read_text().split("\n### Limits\n")[1].split("\n### ")[0]
-    told = re.findall(r"^\| (\w+) \| (.*?) \| (.*?) \| (.*?) \|$", section, re.MULTILINE)
-    assert told == [
+def test_the_documentation_states_the_limits() -> None:
+    section = (ROOT / "docs" / "security.md").read_text().split("\n## Limits\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\w+) \| (.*?) \| (.*?) \| (.*?) \|$", section, re.MULTILINE)
+    assert rows == [
         (name, *(limit.replace("per", "in") for limit in allowed)) for name, allowed in security.RATE_LIMITS.items()
     ]
