@@ -87,7 +87,7 @@ BOOKS = Listing(
         "genre": sa.func.lower(col(Book.genre)) == sa.func.lower(sa.bindparam("genre", type_=sa.String)),
         "language": sa.func.lower(col(Book.language)) == sa.func.lower(sa.bindparam("language", type_=sa.String)),
         "year_from": sa.bindparam("year_from", type_=sa.Integer) <= YEAR,
-        "year_to": YEAR.between(MIN_YEAR, sa.bindparam("year_to", type_=sa.Integer)),
+        "year_to": YEAR.between(sa.literal_column(str(MIN_YEAR)), sa.bindparam("year_to", type_=sa.Integer)),
         "available": col(Book.available) > 0,
         "added_by": col(Book.added_by) == sa.bindparam("added_by"),
         "words": matches,

@@ -94,7 +94,7 @@ Read = Callable[Concatenate[Connection, P], T]
 Write = Callable[Concatenate[Session, P], T]
 
 
-async def read(query: Read[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def read(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """A short read (by key, a page by an index), as one snapshot. On SQLite it runs on the event loop."""
     sqlite = backend()
     if not isinstance(sqlite, Sqlite):
@@ -103,27 +103,27 @@ async def read(query: Read[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return query(connection, *args, **kwargs)
 
 
-async def read_in_thread(query: Read[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def read_in_thread(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """A read that may take long (search, counts, sorting), as one snapshot."""
     return await anyio.to_thread.run_sync(
         functools.partial(read_sync, query, *args, **kwargs), limiter=_opened().readers
     )
 
 
-def read_sync(query: Read[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def read_sync(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """`read` for code that runs in a thread."""
     with backend().reader.connect() as connection, connection.begin():
         return query(connection, *args, **kwargs)
 
 
-async def write(change: Write[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def write(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """One write transaction, in a thread: commits when `change` returns, rolls back when it raises."""
     return await anyio.to_thread.run_sync(
         functools.partial(write_sync, change, *args, **kwargs), limiter=_opened().writers
     )
 
 
-async def write_inline(change: Write[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def write_inline(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """`write` for a change of a row or two. On SQLite it runs on the event loop, unless another writer takes long."""
     sqlite = backend()
     if isinstance(sqlite, Sqlite):
@@ -136,7 +136,7 @@ async def write_inline(change: Write[P, T], *args: P.args, **kwargs: P.kwargs) -
     return await write(change, *args, **kwargs)
 
 
-def write_sync(change: Write[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def write_sync(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """`write` for code that runs in a thread.
 
     One transaction writes at a time, on both databases: what it reads stays as it is until its commit, no row needs a
@@ -272,7 +272,7 @@ class Sqlite:
         event.listen(self.writer_engine, "connect", lambda c, _record: c.execute(f"PRAGMA cache_size={WRITER_CACHE}"))
         event.listen(self.writer_engine, "begin", on_begin)
         self.writer = self.writer_engine.execution_options(immediate=True)
-        # The event loop's connection for reads; AUTOCOMMIT because `inline` begins and ends the transaction by itself, at
+        # The event loop's connection for reads; AUTOCOMMIT because `inline` begins and ends transactions by itself, at
         # a twentieth of the cost of SQLAlchemy's begin and rollback.
         self.loop_engine = create_engine(url, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
         event.listen(self.loop_engine, "connect", on_connect)

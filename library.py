@@ -157,7 +157,8 @@ def get_entry(session: Session, book_id: int, user: Principal) -> tuple[ShelfEnt
     row = session.execute(mine.where(col(ShelfEntry.user_id) == user.id, col(Book.id) == book_id)).first()
     if row is None:
         raise not_on_shelf()
-    return row._tuple()
+    entry, book = row
+    return entry, book
 
 
 def record_entry(

@@ -1,5 +1,5 @@
-"""A new e-mail address waits for its confirmation. Links that undo a change, and notes about the password of development
-mode, are gone."""
+"""A new e-mail address waits for its confirmation. Links that undo a change, and what was noted of the password of
+development mode, are gone."""
 
 import sqlalchemy as sa
 from alembic import op
