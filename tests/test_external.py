@@ -1,5 +1,6 @@
 """Books of other catalogues: found there, added here, filled in, harvested; and what happens when they are at fault."""
 
+import asyncio
 import csv
 import io
 import logging
@@ -14,12 +15,13 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
+from cachetools import TTLCache
 from fastapi.testclient import TestClient
 
 import database
 import external
 import imports
-from external import Candidate, Source, date_and_year, make_candidate, paragraphs
+from external import Candidate, Source, date_and_year, make_candidate, parse_google_volume
 from models import UploadStatus
 from settings import settings
 from tests.fixtures import DUNE, Catalogues, Clock, Fault, Person, Server, send, sign_up, wait_for
@@ -148,7 +150,7 @@ def test_what_can_not_be_asked(reader: Person, others: Catalogues, params: dict[
 def test_only_so_many_wait_for_other_catalogues(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(external, "MAX_CONCURRENT", 1)
+    monkeypatch.setattr(external, "slots", asyncio.Semaphore(1))
     let_go = threading.Event()
 
     def late(handler: BaseHTTPRequestHandler) -> None:
@@ -168,7 +170,7 @@ def test_only_so_many_wait_for_other_catalogues(
 
 def test_a_pause_that_no_calendar_has_is_none() -> None:
     answer = httpx.Response(503, headers={"Retry-After": "Mon, 01 Jan 2024 00:00:00 +99999999999999"})
-    assert external._retry_after(answer) == 0
+    assert external.retry_after(answer) == 0
 
 
 DATES: dict[str, tuple[str | None, str | None, int | None]] = {
@@ -195,7 +197,10 @@ def test_dates_as_they_write_them(text: str | None, day: str | None, year: int |
 
 def test_a_description_with_an_entity_without_end_is_a_text() -> None:
     entity = f"&#{'9' * 5000};"
-    assert paragraphs(f"<p>One</p><p>{entity}</p>") == f"One\n{entity}"
+    info = {"title": "T", "description": f"<p>One</p><p>{entity}</p>"}
+    book = parse_google_volume({"id": "x", "volumeInfo": info})
+    assert book is not None
+    assert book.description == f"One\n{entity}"
 
 
 def test_what_is_too_long_or_impossible_is_left_out_and_the_rest_kept() -> None:
@@ -439,16 +444,17 @@ def test_answers_are_kept_for_an_hour(reader: Person, others: Catalogues, clock:
     assert len(others.asked) == 4
 
 
-def test_only_so_much_is_kept(reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_has_a_bound(reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch) -> None:
     look(reader, q="emma")
-    monkeypatch.setattr(external, "MAX_CACHE", external.cache.size + 10)
+    size = external.cache.currsize + 10
+    bounded: TTLCache[str, bytes, Any] = TTLCache(size, external.cache.ttl, external.cache.timer, len)
+    monkeypatch.setattr(external, "cache", bounded)
+    look(reader, q="emma")
     look(reader, q="dune")
-    assert len(external.cache.answers) == 1
+    assert len(bounded) == 1
+    assert bounded.currsize < size
     look(reader, q="emma")
-    assert len(others.asked) == 3
-    monkeypatch.setattr(external, "MAX_CACHE", 0)
-    look(reader, q="pamphlet")
-    assert (external.cache.size, len(external.cache.answers)) == (0, 0)
+    assert len(others.asked) == 4
 
 
 def test_what_is_added_is_fetched_anew(reader: Person, others: Catalogues) -> None:
