@@ -18,7 +18,6 @@ from cachetools import TTLCache
 from fastapi import Depends, HTTPException, Query, Response
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json
-from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
@@ -36,9 +35,10 @@ from security import Contributor, CurrentUser
 from settings import VERSION, settings
 
 T = TypeVar("T")
-MAX_RESPONSE = 4 << 20  # bytes; forty books with long descriptions have some 400,000
-
+Params = dict[str, Any]
+Parser = Callable[[Any], T]
 log = logging.getLogger("books.external")
+MAX_RESPONSE = 4 << 20  # bytes; forty books with long descriptions have some 400,000
 
 # Open Library has MARC's three-letter codes of languages, Google Books and this service have two letters.
 LANGUAGES = dict(
@@ -46,6 +46,7 @@ LANGUAGES = dict(
     for pair in "eng:en fre:fr ger:de spa:es ita:it por:pt dut:nl rus:ru jpn:ja chi:zh pol:pl swe:sv dan:da nor:no "
     "fin:fi cze:cs hun:hu gre:el tur:tr ara:ar heb:he kor:ko lat:la ukr:uk".split()
 )
+SUBJECT = re.compile(r"[^:=]{1,100}")  # Open Library has marks like `nyt:hardcover=2008-08-11` among them
 
 
 class Source(StrEnum):
@@ -100,10 +101,7 @@ def make_candidate(source: Source, ref: Any, **fields: Any) -> Candidate | None:
     return Candidate(source=source, ref=ref, **{**vars(book), "author": book.author or "Unknown"})
 
 
-# What follows takes any JSON: values of other types are left out.
-
-
-def as_dict(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:  # this and the next three take any JSON, and leave out other types
     return value if isinstance(value, dict) else {}
 
 
@@ -111,12 +109,10 @@ def dicts(value: Any) -> list[dict[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def texts(value: Any) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-
-
-def names(value: Any) -> list[str]:
-    return texts([item.get("name") for item in dicts(value)])
+def texts(value: Any, key: str | None = None) -> list[str]:
+    """The strings of a list, or those that its objects have under `key`."""
+    items = value if key is None else [item.get(key) for item in dicts(value)]
+    return [item for item in items if isinstance(item, str)] if isinstance(items, list) else []
 
 
 def text(value: Any, length: int = MAX_RESPONSE) -> str:
@@ -124,17 +120,8 @@ def text(value: Any, length: int = MAX_RESPONSE) -> str:
     return value if len(value) <= length else f"{value[: length - 1]}…"
 
 
-def number(value: Any) -> int:
-    return int(value) if isinstance(value, int) else 0
-
-
 def first(values: Iterable[str | None]) -> str:
     return next(filter(None, values), "")
-
-
-def first_subject(values: Iterable[str]) -> str:
-    """Open Library has marks like `nyt:hardcover=2008-08-11` among its subjects."""
-    return first(value for value in values if len(value) <= 100 and ":" not in value and "=" not in value)
 
 
 def join_names(values: Iterable[str]) -> str:
@@ -187,10 +174,10 @@ def parse_edition(edition: dict[str, Any], isbn: str | None = None) -> Candidate
         Source.openlibrary,
         text(edition.get("key")).rpartition("/")[2],
         title=text(edition.get("title"), 500),
-        author=join_names(names(edition.get("authors"))),
+        author=join_names(texts(edition.get("authors"), "name")),
         isbn=isbn or first(map(repair_isbn, texts(ids.get("isbn_13")) + texts(ids.get("isbn_10")))),
-        genre=first_subject(names(edition.get("subjects"))),
-        publisher=text(first(names(edition.get("publishers"))), 300),
+        genre=first(item for item in texts(edition.get("subjects"), "name") if SUBJECT.fullmatch(item)),
+        publisher=text(first(texts(edition.get("publishers"), "name")), 300),
         pages=edition.get("number_of_pages"),
         cover_url=text(cover.get("large")) or text(cover.get("medium")),
         **date_and_year(edition.get("publish_date")),
@@ -202,14 +189,14 @@ def parse_work(work: dict[str, Any]) -> Candidate | None:
     editions = dicts(as_dict(work.get("editions")).get("docs"))
     book = next((item for item in editions if text(item.get("key")) and text(item.get("title"))), work)
     languages = texts(book.get("language"))
-    cover = number(book.get("cover_i")) or number(work.get("cover_i"))
+    cover = next((n for n in (book.get("cover_i"), work.get("cover_i")) if type(n) is int and n), 0)
     return make_candidate(
         Source.openlibrary,
         text(book.get("key")).rpartition("/")[2],
         title=text(book.get("title"), 500),
         author=join_names(texts(work.get("author_name"))),
         isbn=first(map(repair_isbn, texts(book.get("isbn")))),
-        genre=first_subject(texts(work.get("subject"))),
+        genre=first(item for item in texts(work.get("subject")) if SUBJECT.fullmatch(item)),
         publisher=text(first(texts(book.get("publisher"))), 300),
         language=LANGUAGES.get(languages[0], languages[0]) if len(languages) == 1 else None,
         pages=work.get("number_of_pages_median"),
@@ -220,7 +207,7 @@ def parse_work(work: dict[str, Any]) -> Candidate | None:
 
 # --- requests -----------------------------------------------------------------------------------------------------
 
-MAX_REDIRECTS = 3
+tls_context = functools.cache(httpx2.create_ssl_context)  # takes some 100 ms
 
 
 class RetryPolicy(NamedTuple):
@@ -243,14 +230,8 @@ class SourceError(HTTPException):
         self.pause = pause
 
 
-tls_context = functools.cache(httpx2.create_ssl_context)  # takes some 100 ms
-
-
-async def request(
-    source: Source, path: str, params: dict[str, Any], parse: Callable[[Any], T], policy: RetryPolicy | None = None
-) -> T | None:
+async def request(source: Source, path: str, params: Params, parse: Parser[T], policy: RetryPolicy) -> T | None:
     """What `parse` makes of the JSON (ValueError: it is of another shape); None for 404. Raises SourceError."""
-    policy = policy or CLIENT_POLICY
     base = settings.google_books_url if source is Source.google else settings.open_library_url
     url = httpx2.URL(base + path, params=params)
     agent = f"BooksAPI/{VERSION} (+{quote(settings.public_url, safe=':/?#[]@!$&()*+,;=~%')})"
@@ -264,7 +245,7 @@ async def request(
         async with asyncio.timeout_at(deadline), client:
             while True:
                 try:
-                    return await request_once(client, source, url, parse)
+                    return await get_answer(client, source, url, parse)
                 except SourceError as error:
                     log.warning("%s (try %d of %d)", error.detail, attempt, policy.tries)
                     jitter = random.uniform(0.8, 1.2)  # noqa: S311  # spreads tries
@@ -277,14 +258,12 @@ async def request(
         raise SourceError(504, source, "does not answer in time") from None
 
 
-async def request_once(
-    client: httpx2.AsyncClient, source: Source, url: httpx2.URL, parse: Callable[[Any], T]
-) -> T | None:
+async def get_answer(client: httpx2.AsyncClient, source: Source, url: httpx2.URL, parse: Parser[T]) -> T | None:
     if source is Source.google and settings.google_books_key is not None:
         url = url.copy_merge_params({"key": settings.google_books_key.get_secret_value()})
     try:
-        # httpx2 would follow redirects to any host, and read their bodies whatever their size.
-        for _ in range(MAX_REDIRECTS + 1):
+        # Redirects: at most three. httpx2 itself would follow them to any host, and read their bodies whatever their size.
+        for _ in range(4):
             async with client.stream("GET", url) as response:
                 if not response.has_redirect_location:
                     return await read_answer(source, response, parse)
@@ -302,7 +281,7 @@ async def request_once(
     raise SourceError(502, source, "redirects too often")
 
 
-async def read_answer(source: Source, response: httpx2.Response, parse: Callable[[Any], T]) -> T | None:
+async def read_answer(source: Source, response: httpx2.Response, parse: Parser[T]) -> T | None:
     status = response.status_code
     if status in (404, 410):
         return None
@@ -336,10 +315,8 @@ WORK_FIELDS = "key,title,author_name,first_publish_year,isbn,publisher,language,
 SEARCH_FIELDS = ",".join([WORK_FIELDS, "editions", *(f"editions.{name}" for name in EDITION_FIELDS)])
 
 
-async def search(
-    source: Source, query: str, start: int, limit: int, policy: RetryPolicy | None = None, **options: str
-) -> Candidates:
-    params: dict[str, Any]
+async def search(source: Source, query: str, start: int, limit: int, policy: RetryPolicy, **options: str) -> Candidates:
+    params: Params
     if source is Source.google:
         path, total, items = "/volumes", "totalItems", "items"
         params = {"q": query, "startIndex": start, "maxResults": limit, "printType": "books", **options}
@@ -357,7 +334,7 @@ async def search(
     return await request(source, path, params, parse, policy) or Candidates(items=[], total=0)
 
 
-async def fetch_editions(keys: Sequence[str], policy: RetryPolicy | None = None) -> dict[str, Candidate]:
+async def fetch_editions(keys: Sequence[str], policy: RetryPolicy) -> dict[str, Candidate]:
     """Editions of Open Library by keys like `ISBN:9780141439587` and `OLID:OL7353617M`."""
 
     def parse(answer: Any) -> dict[str, Candidate]:
@@ -371,18 +348,17 @@ async def fetch_editions(keys: Sequence[str], policy: RetryPolicy | None = None)
     return await request(Source.openlibrary, "/api/books", params, parse, policy) or {}
 
 
-def parse_single_volume(answer: Any) -> Candidate | None:
-    if not isinstance(as_dict(answer).get("volumeInfo"), dict) or not isinstance(answer.get("id"), str):
-        raise ValueError("not a volume")
-    return parse_google_volume(answer)
-
-
 async def fetch_candidate(source: Source, ref: str) -> Candidate | None:
+    def parse(answer: Any) -> Candidate | None:
+        if not isinstance(as_dict(answer).get("volumeInfo"), dict) or not isinstance(answer.get("id"), str):
+            raise ValueError("not a volume")
+        return parse_google_volume(answer)
+
     if source is Source.google:
-        return await request(source, f"/volumes/{ref}", {}, parse_single_volume)
+        return await request(source, f"/volumes/{ref}", {}, parse, CLIENT_POLICY)
     if ref.endswith("M"):
-        return (await fetch_editions([f"OLID:{ref}"])).get(f"OLID:{ref}")
-    works = await search(source, f"key:/works/{ref}", 0, 1, fields=WORK_FIELDS)  # without its editions
+        return (await fetch_editions([f"OLID:{ref}"], CLIENT_POLICY)).get(f"OLID:{ref}")
+    works = await search(source, f"key:/works/{ref}", 0, 1, CLIENT_POLICY, fields=WORK_FIELDS)  # no editions
     return next((book for book in works.items if book.ref == ref), None)
 
 
@@ -415,20 +391,17 @@ cache: TTLCache[str, bytes, datetime] = TTLCache(16 << 20, timedelta(hours=1), l
 
 @router.get("", summary="Find books in other catalogues", response_model=Candidates, responses=errors(502, 504))
 async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: CurrentUser) -> Response:
-    """Search Google Books or Open Library by words or by ISBN.
-
-    Answers are cached for an hour. 502 if the source is down, 504 if it is slow.
-    """
+    """Search by words or by ISBN. Answers are cached for an hour; 502 if the source is down, 504 if it is slow."""
     if (query.q is None) == (query.isbn is None):
         raise invalid_query("q", "is needed, or isbn, and only one of them")
     key, start, limit = query.model_dump_json(), query.start_index, query.max_results
     body = cache.get(key)
     if body is None:
         if query.isbn is not None and query.source is Source.openlibrary:
-            editions = [*(await fetch_editions([f"ISBN:{query.isbn}"])).values()]
+            editions = [*(await fetch_editions([f"ISBN:{query.isbn}"], CLIENT_POLICY)).values()]
             found = Candidates(items=editions[start : start + limit], total=len(editions))
         else:
-            found = await search(query.source, query.q or f"isbn:{query.isbn}", start, limit)
+            found = await search(query.source, query.q or f"isbn:{query.isbn}", start, limit, CLIENT_POLICY)
         cache[key] = body = found.model_dump_json().encode()
     return Response(body, media_type="application/json")
 
@@ -468,33 +441,31 @@ class Enricher:
         self.renew_lease, self.policy, self.pause = renew_lease, JOB_POLICY, 0.0
 
     def look_up_isbns(self, rows: Sequence[ImportRow]) -> bool:
-        """Complete or refuse the rows that need a look-up. False if the server stops before that."""
+        """Complete or refuse the rows that need a look-up. False if the server stops first."""
         waiting = [row for row in rows if row.wanted]
         if not waiting:
             return True
-        problem = None
         try:
             books = asyncio.run(self._look_up(list(dict.fromkeys(f"ISBN:{row.wanted}" for row in waiting))))
             if books is None:
                 return False
-            self.policy = JOB_POLICY
+            problem, self.policy = None, JOB_POLICY
         except HTTPException as error:
             books, problem = {}, str(error.detail).rstrip(".")
-            self.policy = SINGLE_TRY  # one try for each batch, until the source answers again
+            self.policy = SINGLE_TRY  # for each batch, until the source answers again
         for row in waiting:
             complete(row, books.get(f"ISBN:{row.wanted}"), problem)
         return True
 
     async def _look_up(self, keys: Sequence[str]) -> dict[str, Candidate] | None:
-        """None if the server stops."""
         await asyncio.sleep(self.pause)
         self.pause = LOOKUP_PAUSE
-        task = asyncio.create_task(fetch_editions(keys, self.policy))  # which asyncio.run cancels if this returns first
+        task = asyncio.create_task(fetch_editions(keys, self.policy))
         clock = asyncio.get_running_loop().time
         renewed_at = clock()
         while not (await asyncio.wait({task}, timeout=STOP_CHECK_INTERVAL))[0]:
             if database.server_is_stopping():
-                return None
+                return None  # and asyncio.run cancels the task
             if clock() - renewed_at >= LEASE_RENEWAL_INTERVAL:
                 renewed_at = clock()
                 await asyncio.to_thread(self.renew_lease)
@@ -517,7 +488,9 @@ def complete(row: ImportRow, found: Candidate | None, problem: str | None) -> No
         row.filled = {name for name, value in values.items() if value is not None} - row.values.keys()
         row.values |= {name: values[name] for name in row.filled}
     elif problem is not None:
-        row.problems.append(RowIssue("isbn", isbn, f"could not be looked up, the book is in as it is: {problem}"))
+        row.problems.append(
+            RowIssue("isbn", isbn, f"could not be looked up, the book was imported without it: {problem}")
+        )
     row.book, row.wanted = FileBook.model_validate(row.values, context=schemas.CSV_CONTEXT), None
 
 
@@ -525,9 +498,6 @@ def complete(row: ImportRow, found: Candidate | None, problem: str | None) -> No
 
 HARVEST_POLL_INTERVAL = 300
 HARVEST_PAGE, HARVEST_PAGES = 40, 5  # books a page, and pages: the newest come first
-
-
-OLDEST_ADMIN = sa.select(col(User.id)).where(col(User.role) == Role.admin, col(User.is_active)).order_by(col(User.id))
 
 
 async def harvest() -> None:
@@ -558,7 +528,8 @@ def record_harvest(session: Session, data: dict[str, Any]) -> None:
 
 
 async def add_newest_books(query: str) -> dict[str, int]:
-    admin = await database.read(Connection.scalar, OLDEST_ADMIN)
+    admins = sa.select(col(User.id)).where(col(User.role) == Role.admin, col(User.is_active)).order_by(col(User.id))
+    admin = await database.read(sa.Connection.scalar, admins)  # the oldest
     if admin is None:
         raise HTTPException(409, "There is no active admin to add the books.")
     found = added = 0
