@@ -262,7 +262,7 @@ async def get_answer(client: httpx2.AsyncClient, source: Source, url: httpx2.URL
     if source is Source.google and settings.google_books_key is not None:
         url = url.copy_merge_params({"key": settings.google_books_key.get_secret_value()})
     try:
-        # Redirects: at most three. httpx2 itself would follow them to any host, and read their bodies whatever their size.
+        # At most three redirects. httpx2 would follow them to any host, and read their bodies whatever their size.
         for _ in range(4):
             async with client.stream("GET", url) as response:
                 if not response.has_redirect_location:
