@@ -1,27 +1,23 @@
 """Google Books and Open Library: search, adding a book, look-up by ISBN for imports, and the daily import."""
 
 import asyncio
-import contextlib
 import functools
-import json
 import logging
 import random
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from http import HTTPStatus
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import httpx2
 import sqlalchemy as sa
+from cachetools import TTLCache
 from fastapi import Depends, HTTPException, Query, Response
-from pydantic import BaseModel, Field, StringConstraints, TypeAdapter, ValidationError, WrapValidator
-from sqlalchemy import Connection
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import from_json
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
@@ -32,33 +28,25 @@ import schemas
 from api import Router, errors
 from books import add_book, etag_of
 from csv_files import LOOKED_UP, FileBook, ImportRow, InvalidCell, RowIssue, from_html, read_date, repair_isbn
-from models import Role, Setting, User
+from models import Role, User, claim_job, schedule_job
 from pagination import invalid_query
-from schemas import (
-    CSV_CONTEXT,
-    BlankIsNull,
-    BookCreate,
-    BookPublic,
-    BookUpdate,
-    Isbn,
-    RequestModel,
-    Title,
-    invalid_body,
-)
+from schemas import BlankIsNull, BookCreate, BookPublic, BookUpdate, Isbn, RequestModel, Title, invalid_body
 from security import Contributor, CurrentUser
 from settings import VERSION, settings
 
 T = TypeVar("T")
-
+Params = dict[str, Any]
+Parser = Callable[[Any], T]
 log = logging.getLogger("books.external")
+MAX_RESPONSE = 4 << 20  # bytes; forty books with long descriptions have some 400,000
 
-UNKNOWN_AUTHOR = "Unknown"  # the catalogue wants one
-# Open Library names languages by three letters (MARC), Google Books by two.
-TWO_LETTERS = dict(
+# Open Library has MARC's three-letter codes of languages, Google Books and this service have two letters.
+LANGUAGES = dict(
     pair.split(":")
     for pair in "eng:en fre:fr ger:de spa:es ita:it por:pt dut:nl rus:ru jpn:ja chi:zh pol:pl swe:sv dan:da nor:no "
     "fin:fi cze:cs hun:hu gre:el tur:tr ara:ar heb:he kor:ko lat:la ukr:uk".split()
 )
+SUBJECT = re.compile(r"[^:=]{1,100}")  # Open Library has marks like `nyt:hardcover=2008-08-11` among them
 
 
 class Source(StrEnum):
@@ -70,12 +58,12 @@ class Source(StrEnum):
         return "Google Books" if self is Source.google else "Open Library"
 
 
-# What a `ref` can be: a part of a path that leads nowhere else.
+# A `ref` becomes a part of a URL: these characters can't change the rest of it.
 REFS = {Source.google: re.compile(r"[A-Za-z0-9_-]{1,40}"), Source.openlibrary: re.compile(r"OL[1-9][0-9]{0,11}[MW]")}
 
 
 class Candidate(BaseModel):
-    """A book as one of the sources tells it; `POST /books/external` takes its `source` and `ref`."""
+    """A book of another catalogue. `POST /books/external` takes its `source` and `ref`."""
 
     source: Source
     ref: str = Field(examples=["zyTCAlFPjgYC"])
@@ -96,281 +84,137 @@ class Candidate(BaseModel):
         return BookCreate.model_validate(self.model_dump(exclude={"source", "ref"}))
 
 
-class SearchResult(NamedTuple):
-    """A page of what a source has found, and how many there are in all."""
-
+class Candidates(BaseModel):
     items: list[Candidate]
-    total: int
+    total: int = Field(description="How many the source says it has; Google Books only guesses.")
 
 
-def make_candidate(source: Source, ref: str, **said: Any) -> Candidate | None:
-    """A candidate of what is usable among the values. None without a title."""
+def make_candidate(source: Source, ref: Any, **fields: Any) -> Candidate | None:
+    """A candidate of the fields that are valid for a book. None without a title or a valid `ref`."""
     try:
-        book = BookUpdate.model_validate(said)
+        book = BookUpdate.model_validate(fields)
     except ValidationError as error:
-        unusable = {e["loc"][0] for e in error.errors()}
-        book = BookUpdate.model_validate({name: value for name, value in said.items() if name not in unusable})
-    if not book.title or not REFS[source].fullmatch(ref):
+        invalid = {e["loc"][0] for e in error.errors()}
+        book = BookUpdate.model_validate({name: value for name, value in fields.items() if name not in invalid})
+    if not book.title or not isinstance(ref, str) or not REFS[source].fullmatch(ref):
         return None
-    return Candidate(source=source, ref=ref, **{**vars(book), "author": book.author or UNKNOWN_AUTHOR})
+    return Candidate(source=source, ref=ref, **{**vars(book), "author": book.author or "Unknown"})
 
 
-def date_and_year(text: str | None) -> dict[str, Any]:
-    """`2008-08-11`, `August 2008`, `c2008`: the day where it is told, and the year."""
-    text = (text or "").strip()
+def as_dict(value: Any) -> dict[str, Any]:  # this and the next three take any JSON, and leave out other types
+    return value if isinstance(value, dict) else {}
+
+
+def dicts(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def texts(value: Any, key: str | None = None) -> list[str]:
+    """The strings of a list, or those that its objects have under `key`."""
+    items = value if key is None else [item.get(key) for item in dicts(value)]
+    return [item for item in items if isinstance(item, str)] if isinstance(items, list) else []
+
+
+def text(value: Any, length: int = MAX_RESPONSE) -> str:
+    value = value if isinstance(value, str) else ""
+    return value if len(value) <= length else f"{value[: length - 1]}…"
+
+
+def first(values: Iterable[str | None]) -> str:
+    return next(filter(None, values), "")
+
+
+def join_names(values: Iterable[str]) -> str:
+    """As many authors as fit."""
+    joined = ""
+    for name in dict.fromkeys(" ".join(value.split()) for value in values):
+        if name and len(joined) + len(name) + 2 <= 1000:
+            joined = f"{joined}, {name}" if joined else name
+    return joined
+
+
+def date_and_year(value: Any) -> dict[str, Any]:
+    """`2008-08-11`, `August 2008`, `c2008`: the date if it is complete, and the year."""
+    value = text(value).strip()
     try:
-        day, year = read_date("published_date", text, lambda: None)
+        day, year = read_date("published_date", value, lambda: None)
     except InvalidCell:
-        years = re.findall(r"(?<!\d)\d{4}(?!\d)", text)
+        years = re.findall(r"(?<!\d)\d{4}(?!\d)", value)
         day, year = None, int(years[0]) if len(years) == 1 else None
     return {"published_date": day, "publication_year": day.year if day else year}
 
 
-def first_isbn(texts: Sequence[str]) -> str | None:
-    return next(filter(None, map(repair_isbn, texts)), None)
+def parse_google_volume(volume: dict[str, Any]) -> Candidate | None:
+    info = as_dict(volume.get("volumeInfo"))
+    ids = dicts(info.get("industryIdentifiers"))
+    isbns = [item.get("identifier") for kind in ("ISBN_13", "ISBN_10") for item in ids if item.get("type") == kind]
+    covers = as_dict(info.get("imageLinks"))
+    paragraphs = re.sub(r"</p>\s*", "\n", text(info.get("description")), flags=re.IGNORECASE)
+    return make_candidate(
+        Source.google,
+        volume.get("id"),
+        title=text(info.get("title"), 500),
+        author=join_names(texts(info.get("authors"))),
+        isbn=first(map(repair_isbn, texts(isbns))),
+        genre=text(first(texts(info.get("categories"))), 100),
+        description=text(from_html(paragraphs), 20_000),
+        publisher=text(info.get("publisher"), 300),
+        language=info.get("language"),
+        pages=info.get("pageCount"),
+        # Their addresses begin with http, but https works, too.
+        cover_url=re.sub("^http:", "https:", text(covers.get("thumbnail")) or text(covers.get("smallThumbnail"))),
+        **date_and_year(info.get("publishedDate")),
+    )
 
 
-def join_names(texts: Sequence[str]) -> str | None:
-    """Several authors as we keep them; as many of them as there is room for."""
-    shown = ""
-    for name in dict.fromkeys(" ".join(text.split()) for text in texts):
-        if name and len(shown) + len(name) + 2 <= 1000:
-            shown = f"{shown}, {name}" if shown else name
-    return shown or None
+def parse_edition(edition: dict[str, Any], isbn: str | None = None) -> Candidate | None:
+    """An edition as `/api/books?jscmd=data` describes it."""
+    ids, cover = as_dict(edition.get("identifiers")), as_dict(edition.get("cover"))
+    return make_candidate(
+        Source.openlibrary,
+        text(edition.get("key")).rpartition("/")[2],
+        title=text(edition.get("title"), 500),
+        author=join_names(texts(edition.get("authors"), "name")),
+        isbn=isbn or first(map(repair_isbn, texts(ids.get("isbn_13")) + texts(ids.get("isbn_10")))),
+        genre=first(item for item in texts(edition.get("subjects"), "name") if SUBJECT.fullmatch(item)),
+        publisher=text(first(texts(edition.get("publishers"), "name")), 300),
+        pages=edition.get("number_of_pages"),
+        cover_url=text(cover.get("large")) or text(cover.get("medium")),
+        **date_and_year(edition.get("publish_date")),
+    )
 
 
-def shorten(text: str | None, most: int) -> str | None:
-    return text if text is None or len(text) <= most else f"{text[: most - 1]}…"
+def parse_work(work: dict[str, Any]) -> Candidate | None:
+    """A work as `/search.json` describes it; of its editions the first, which is the one that matches best."""
+    editions = dicts(as_dict(work.get("editions")).get("docs"))
+    book = next((item for item in editions if text(item.get("key")) and text(item.get("title"))), work)
+    languages = texts(book.get("language"))
+    cover = next((n for n in (book.get("cover_i"), work.get("cover_i")) if type(n) is int and n), 0)
+    return make_candidate(
+        Source.openlibrary,
+        text(book.get("key")).rpartition("/")[2],
+        title=text(book.get("title"), 500),
+        author=join_names(texts(work.get("author_name"))),
+        isbn=first(map(repair_isbn, texts(book.get("isbn")))),
+        genre=first(item for item in texts(work.get("subject")) if SUBJECT.fullmatch(item)),
+        publisher=text(first(texts(book.get("publisher"))), 300),
+        language=LANGUAGES.get(languages[0], languages[0]) if len(languages) == 1 else None,
+        pages=work.get("number_of_pages_median"),
+        cover_url=f"https://covers.openlibrary.org/b/id/{cover}-L.jpg" if cover > 0 else None,
+        **date_and_year(first(texts(book.get("publish_date"))) or str(book.get("first_publish_year"))),
+    )
 
 
-def paragraphs(text: str | None) -> str | None:
-    """HTML as text, its paragraphs as lines."""
-    return None if text is None else from_html(re.sub(r"</p>\s*", "\n", text, flags=re.IGNORECASE))
+# --- requests -----------------------------------------------------------------------------------------------------
 
-
-def secure(url: str | None) -> str | None:
-    """Google Books gives its pictures with http, and serves them by https too."""
-    return None if url is None else re.sub(r"^http://", "https://", url)
-
-
-# --- their shapes -------------------------------------------------------------------------------------------------
-
-
-def _or_nothing(value: Any, handler: Any) -> Any:
-    try:
-        return handler(value)
-    except ValidationError:
-        return None
-
-
-def _of_those(value: Any, handler: Any) -> Any:
-    """The items of a list that are as they should be."""
-    found = [_or_nothing(item, lambda one: handler([one])[0]) for item in value] if isinstance(value, list) else []
-    return [item for item in found if item is not None]
-
-
-Lenient = WrapValidator(_or_nothing)
-Those = WrapValidator(_of_those)
-Text = Annotated[str | None, Lenient]
-Number = Annotated[int | None, Lenient]
-Texts = Annotated[list[str], Those]
-
-
-class GoogleId(BaseModel):
-    type: Literal["ISBN_13", "ISBN_10"]
-    identifier: str
-
-
-def isbn_13_first(known: GoogleId) -> bool:
-    return known.type != "ISBN_13"
-
-
-class GoogleCovers(BaseModel):
-    thumbnail: Text = None
-    smallThumbnail: Text = None
-
-
-class GoogleInfo(BaseModel):
-    title: Text = None
-    authors: Texts = []
-    publisher: Text = None
-    publishedDate: Text = None
-    description: Text = None
-    industryIdentifiers: Annotated[list[GoogleId], Those] = []
-    pageCount: Number = None
-    categories: Texts = []
-    imageLinks: Annotated[GoogleCovers | None, Lenient] = None
-    language: Text = None
-
-
-class GoogleVolume(BaseModel):
-    id: str
-    volumeInfo: GoogleInfo
-
-    def candidate(self) -> Candidate | None:
-        info, covers = self.volumeInfo, self.volumeInfo.imageLinks or GoogleCovers()
-        return make_candidate(
-            Source.google,
-            self.id,
-            title=shorten(info.title, 500),
-            author=join_names(info.authors),
-            isbn=first_isbn([known.identifier for known in sorted(info.industryIdentifiers, key=isbn_13_first)]),
-            genre=shorten(next(iter(info.categories), None), 100),
-            description=shorten(paragraphs(info.description), 20_000),
-            publisher=shorten(info.publisher, 300),
-            language=info.language,
-            pages=info.pageCount,
-            cover_url=secure(covers.thumbnail or covers.smallThumbnail),
-            **date_and_year(info.publishedDate),
-        )
-
-
-class GoogleVolumes(BaseModel):
-    totalItems: Annotated[int, Field(ge=0)]
-    items: Annotated[list[GoogleVolume], Those] = []
-
-    def found(self) -> SearchResult:
-        return SearchResult([found for volume in self.items if (found := volume.candidate())], self.totalItems)
-
-
-class Named(BaseModel):
-    name: str
-
-
-class OpenCover(BaseModel):
-    large: Text = None
-    medium: Text = None
-
-
-class OpenIds(BaseModel):
-    isbn_13: Texts = []
-    isbn_10: Texts = []
-
-
-class OpenEdition(BaseModel):
-    """What `/api/books?jscmd=data` says of an edition."""
-
-    key: str
-    title: Text = None
-    authors: Annotated[list[Named], Those] = []
-    publishers: Annotated[list[Named], Those] = []
-    publish_date: Text = None
-    number_of_pages: Number = None
-    identifiers: Annotated[OpenIds | None, Lenient] = None
-    subjects: Annotated[list[Named], Those] = []
-    cover: Annotated[OpenCover | None, Lenient] = None
-
-    def candidate(self, isbn: str | None = None) -> Candidate | None:
-        ids, cover = self.identifiers or OpenIds(), self.cover or OpenCover()
-        return make_candidate(
-            Source.openlibrary,
-            last_part(self.key),
-            title=shorten(self.title, 500),
-            author=join_names([author.name for author in self.authors]),
-            isbn=isbn or first_isbn([*ids.isbn_13, *ids.isbn_10]),
-            genre=subject([found.name for found in self.subjects]),
-            publisher=shorten(next((found.name for found in self.publishers), None), 300),
-            pages=self.number_of_pages,
-            cover_url=cover.large or cover.medium,
-            **date_and_year(self.publish_date),
-        )
-
-
-OPEN_EDITIONS: TypeAdapter[dict[str, OpenEdition | None]] = TypeAdapter(
-    dict[str, Annotated[OpenEdition | None, Lenient]]
-)
-
-
-class OpenSearchEdition(BaseModel):
-    key: str
-    title: Text = None
-    isbn: Texts = []
-    publisher: Texts = []
-    publish_date: Texts = []
-    language: Texts = []
-    cover_i: Number = None
-
-
-class OpenSearchEditions(BaseModel):
-    docs: Annotated[list[OpenSearchEdition], Those] = []
-
-
-class OpenWork(BaseModel):
-    """What `/search.json` says of a work, with the edition that matches best where it names one."""
-
-    key: str
-    title: Text = None
-    author_name: Texts = []
-    first_publish_year: Number = None
-    isbn: Texts = []
-    publisher: Texts = []
-    language: Texts = []
-    number_of_pages_median: Number = None
-    subject: Texts = []
-    cover_i: Number = None
-    editions: Annotated[OpenSearchEditions | None, Lenient] = None
-
-    def candidate(self) -> Candidate | None:
-        editions = [found for found in (self.editions.docs if self.editions else []) if found.title]
-        edition = editions[0] if editions else self
-        isbns, publishers, languages = edition.isbn, edition.publisher, edition.language
-        if isinstance(edition, OpenSearchEdition):
-            when = date_and_year(next(iter(edition.publish_date), None))
-        else:
-            when = {"publication_year": self.first_publish_year}
-        cover = edition.cover_i or self.cover_i
-        return make_candidate(
-            Source.openlibrary,
-            last_part(edition.key),
-            title=shorten(edition.title, 500),
-            author=join_names(self.author_name),
-            isbn=first_isbn(isbns),
-            genre=subject(self.subject),
-            publisher=shorten(next(iter(publishers), None), 300),
-            language=TWO_LETTERS.get(languages[0], languages[0]) if len(languages) == 1 else None,
-            pages=self.number_of_pages_median,
-            cover_url=f"https://covers.openlibrary.org/b/id/{cover}-L.jpg" if cover and cover > 0 else None,
-            **when,
-        )
-
-
-class OpenWorks(BaseModel):
-    numFound: Annotated[int, Field(ge=0)]
-    docs: Annotated[list[OpenWork], Those] = []
-
-    def found(self) -> SearchResult:
-        return SearchResult([found for work in self.docs if (found := work.candidate())], self.numFound)
-
-
-def last_part(key: str) -> str:
-    """`OL7353617M` of `/books/OL7353617M`."""
-    return key.rpartition("/")[2]
-
-
-def subject(subjects: Sequence[str]) -> str | None:
-    """The first that is one: among them are marks like `nyt:hardcover=2008-08-11`."""
-    return next((name for name in subjects if len(name) <= 100 and ":" not in name and "=" not in name), None)
-
-
-Params = dict[str, str | int]
-
-MAX_RESPONSE = 4 << 20  # bytes; forty books with long descriptions have some 400,000
-MAX_REDIRECTS = 3
-MAX_ISBNS = 50  # of one question: what Open Library asks for
-CACHE_HOUR = timedelta(hours=1)
-MAX_CACHE = 16 << 20  # bytes
-EDITION_FIELDS = "key,title,isbn,publisher,publish_date,language,cover_i".split(",")
-WORK_FIELDS = "key,title,author_name,first_publish_year,isbn,publisher,language,number_of_pages_median,subject,cover_i"
-SEARCH_FIELDS = ",".join([WORK_FIELDS, "editions", *(f"editions.{name}" for name in EDITION_FIELDS)])
+tls_context = functools.cache(httpx2.create_ssl_context)  # takes some 100 ms
 
 
 class RetryPolicy(NamedTuple):
-    """How long to ask. `seconds` is all of it, tries and pauses included."""
-
     tries: int
-    seconds: float
-    each: float  # seconds for one try to connect, or to send the next piece
-    pause: float = 0.5  # before the second try, and twice as long before each one after it
+    seconds: float  # for all tries and the pauses between them
+    each: float  # seconds to connect, or to wait for the next bytes
+    pause: float = 0.5  # before the second try; twice as long before each one after it
 
 
 CLIENT_POLICY = RetryPolicy(tries=3, seconds=10, each=6)
@@ -379,367 +223,155 @@ SINGLE_TRY = RetryPolicy(tries=1, seconds=15, each=15)
 
 
 class SourceError(HTTPException):
-    """The source gave no answer that can be used."""
+    """The source gave no answer that can be used. With `pause`, another try may help after so many seconds."""
 
-    def __init__(self, status: int, source: Source, why: str, *, again: bool = False, pause: float = 0) -> None:
-        super().__init__(status, f"{source.label} {why}.")
-        self.again, self.pause = again, pause  # whether another try may do better, and not before so many seconds
-
-
-class NotThere(Exception):
-    """The source says that it has no such thing."""
+    def __init__(self, status: int, source: Source, problem: str, pause: float | None = None) -> None:
+        super().__init__(status, f"{source.label} {problem}.")
+        self.pause = pause
 
 
-# --- one question -------------------------------------------------------------------------------------------------
-
-
-class Cache:
-    """Answers of the last hour, as they came. It is used on the event loop only."""
-
-    def __init__(self) -> None:
-        self.answers: OrderedDict[str, tuple[datetime, bytes]] = OrderedDict()
-        self.size = 0
-
-    def get(self, url: str) -> bytes | None:
-        until, body = self.answers.get(url, (None, b""))
-        if until is None or until > models.utcnow():
-            return body if until else None
-        self._drop(url)
-        return None
-
-    def put(self, url: str, body: bytes) -> None:
-        self._drop(url)
-        self.answers[url] = (models.utcnow() + CACHE_HOUR, body)
-        self.size += len(body)
-        while self.size > MAX_CACHE:
-            self._drop(next(iter(self.answers)))
-
-    def _drop(self, url: str) -> None:
-        _, body = self.answers.pop(url, (None, b""))
-        self.size -= len(body)
-
-    def clear(self) -> None:
-        self.answers.clear()
-        self.size = 0
-
-
-cache = Cache()
-
-
-tls_lock = threading.Lock()
-
-
-def tls() -> Any:
-    with tls_lock:  # or the first who ask would each make one
-        return _make_tls()
-
-
-@functools.cache
-def _make_tls() -> Any:
-    return httpx2.create_ssl_context()  # takes some 100 ms
-
-
-@contextlib.asynccontextmanager
-async def _client(patience: RetryPolicy) -> AsyncIterator[httpx2.AsyncClient]:
-    headers = {
-        "User-Agent": f"BooksAPI/{VERSION} (+{quote(settings.public_url, safe=':/?#[]@!$&()*+,;=~%')})",
-        "Accept": "application/json",
-        "Accept-Encoding": "identity",  # so that a small answer can't unfold into a large one
-    }
-    context = await asyncio.to_thread(tls)
-    async with httpx2.AsyncClient(verify=context, timeout=patience.each, headers=headers) as client:
-        yield client
-
-
-async def request(
-    source: Source,
-    path: str,
-    params: Params,
-    read: Callable[[bytes], T],
-    *,
-    patience: RetryPolicy | None = None,
-    cached: bool = False,
-) -> T:
-    """What the source answers, as `read` makes it of the body. Raises Unanswered, or NotThere."""
-    patience = patience or CLIENT_POLICY
+async def request(source: Source, path: str, params: Params, parse: Parser[T], policy: RetryPolicy) -> T | None:
+    """What `parse` makes of the JSON (ValueError: it is of another shape); None for 404. Raises SourceError."""
     base = settings.google_books_url if source is Source.google else settings.open_library_url
     url = httpx2.URL(base + path, params=params)
-    body = cache.get(str(url)) if cached else None
-    if body is not None:
-        return await _parse(source, read, body)
+    agent = f"BooksAPI/{VERSION} (+{quote(settings.public_url, safe=':/?#[]@!$&()*+,;=~%')})"
+    # Compressed, a small answer could expand to a large one.
+    headers = {"User-Agent": agent, "Accept": "application/json", "Accept-Encoding": "identity"}
+    tls = await asyncio.to_thread(tls_context)
+    client = httpx2.AsyncClient(verify=tls, timeout=policy.each, headers=headers)
+    clock = asyncio.get_running_loop().time
+    deadline, attempt = clock() + policy.seconds, 1
     try:
-        async with asyncio.timeout(patience.seconds):
-            body, answer = await _ask_until_answered(source, url, read, patience)
+        async with asyncio.timeout_at(deadline), client:
+            while True:
+                try:
+                    return await get_answer(client, source, url, parse)
+                except SourceError as error:
+                    log.warning("%s (try %d of %d)", error.detail, attempt, policy.tries)
+                    jitter = random.uniform(0.8, 1.2)  # noqa: S311  # spreads tries
+                    pause = max(error.pause or 0, policy.pause * 2 ** (attempt - 1) * jitter)
+                    if error.pause is None or attempt == policy.tries or clock() + pause >= deadline:
+                        raise
+                await asyncio.sleep(pause)
+                attempt += 1
     except TimeoutError:
         raise SourceError(504, source, "does not answer in time") from None
-    if cached:
-        cache.put(str(url), body)
-    return answer
 
 
-async def _ask_until_answered(
-    source: Source, url: httpx2.URL, read: Callable[[bytes], T], patience: RetryPolicy
-) -> tuple[bytes, T]:
-    clock = asyncio.get_running_loop().time
-    end = clock() + patience.seconds
-    async with _client(patience) as client:
-        for attempt in range(1, patience.tries + 1):
-            try:
-                body = await _ask_once(client, source, url)
-                return body, await _parse(source, read, body)
-            except SourceError as error:
-                pause = max(error.pause, patience.pause * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))  # noqa: S311  # spreads tries
-                final = not error.again or attempt == patience.tries or clock() + pause >= end
-                log.warning("%s (try %d of %d)", error.detail, attempt, patience.tries)
-                if final:
-                    raise
-            await asyncio.sleep(pause)
-    raise AssertionError("the last try has answered or raised")
-
-
-async def _parse(source: Source, read: Callable[[bytes], T], body: bytes) -> T:
-    """In a thread: a large answer takes a while."""
-    try:
-        return await asyncio.to_thread(read, body)
-    except (ValidationError, ValueError, RecursionError):
-        raise SourceError(502, source, "answers what can't be read", again=True) from None
-
-
-async def _ask_once(client: httpx2.AsyncClient, source: Source, url: httpx2.URL) -> bytes:
-    place = url
+async def get_answer(client: httpx2.AsyncClient, source: Source, url: httpx2.URL, parse: Parser[T]) -> T | None:
     if source is Source.google and settings.google_books_key is not None:
-        place = url.copy_merge_params({"key": settings.google_books_key.get_secret_value()})
+        url = url.copy_merge_params({"key": settings.google_books_key.get_secret_value()})
     try:
-        for _ in range(MAX_REDIRECTS + 1):
-            async with client.stream("GET", place) as answer:
-                if not answer.has_redirect_location:
-                    return await _body(source, answer)
-                there = place.join(answer.headers["Location"])
-            if (there.scheme, there.host, there.port) != (place.scheme, place.host, place.port):
-                raise SourceError(502, source, "sends us elsewhere")
-            place = there
+        # At most three redirects. httpx2 would follow them to any host, and read their bodies whatever their size.
+        for _ in range(4):
+            async with client.stream("GET", url) as response:
+                if not response.has_redirect_location:
+                    return await read_answer(source, response, parse)
+                target = url.join(response.headers["Location"])
+            if (target.scheme, target.netloc) != (url.scheme, url.netloc):
+                raise SourceError(502, source, "redirects to another server")
+            url = target
     except httpx2.TimeoutException:
-        raise SourceError(504, source, "does not answer in time", again=True) from None
+        raise SourceError(504, source, "does not answer in time", pause=0) from None
     except (httpx2.RequestError, httpx2.InvalidURL) as error:
         log.info("%s: %s", source.label, type(error).__name__)
-        raise SourceError(502, source, "can't be reached, or breaks off", again=True) from None
-    raise SourceError(502, source, "sends us in circles")
+        raise SourceError(502, source, "can't be reached, or breaks off", pause=0) from None
+    except ValueError:
+        raise SourceError(502, source, "answers what can't be read", pause=0) from None
+    raise SourceError(502, source, "redirects too often")
 
 
-async def _body(source: Source, answer: httpx2.Response) -> bytes:
-    status = answer.status_code
-    if status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
-        raise NotThere
-    if status != HTTPStatus.OK:
-        again = status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        raise SourceError(502, source, f"answers with {status}", again=again, pause=_retry_after(answer))
-    if answer.headers.get("Content-Encoding", "identity") != "identity":
-        raise SourceError(502, source, "answers in an encoding that was not asked for")
+async def read_answer(source: Source, response: httpx2.Response, parse: Parser[T]) -> T | None:
+    status = response.status_code
+    if status in (404, 410):
+        return None
+    if status != 200:
+        pause = retry_after(response) if status == 429 or status >= 500 else None
+        raise SourceError(502, source, f"answers with {status}", pause)
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise SourceError(502, source, "answers in an encoding that was not requested")
     body = bytearray()
-    async for piece in answer.aiter_raw():
-        body += piece
+    async for chunk in response.aiter_raw():
+        body += chunk
         if len(body) > MAX_RESPONSE:
-            raise SourceError(502, source, "answers more than is taken")
-    return bytes(body)
+            raise SourceError(502, source, "sends too large an answer")
+    return await asyncio.to_thread(lambda: parse(from_json(body)))  # a large answer takes a while
 
 
-def _retry_after(answer: httpx2.Response) -> float:
+def retry_after(response: httpx2.Response) -> float:
     """Seconds: as a number, or until a date (RFC 9110, 10.2.3)."""
-    text = answer.headers.get("Retry-After", "").strip()
-    if text.isascii() and text.isdecimal():
-        return float(text[:9])
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdecimal():
+        return float(value[:9])
     try:
-        return max(0.0, (parsedate_to_datetime(text) - models.utcnow()).total_seconds())
+        return max(0.0, (parsedate_to_datetime(value) - models.utcnow()).total_seconds())
     except (ValueError, TypeError, OverflowError):
         return 0.0
 
 
-# --- what is asked ------------------------------------------------------------------------------------------------
+MAX_ISBNS = 50  # in one request: Open Library asks for it
+EDITION_FIELDS = "key,title,isbn,publisher,publish_date,language,cover_i".split(",")
+WORK_FIELDS = "key,title,author_name,first_publish_year,isbn,publisher,language,number_of_pages_median,subject,cover_i"
+SEARCH_FIELDS = ",".join([WORK_FIELDS, "editions", *(f"editions.{name}" for name in EDITION_FIELDS)])
 
 
-class SourceQuery(NamedTuple):
-    """Words, or an ISBN as 13 digits."""
+async def search(source: Source, query: str, start: int, limit: int, policy: RetryPolicy, **options: str) -> Candidates:
+    params: Params
+    if source is Source.google:
+        path, total, items = "/volumes", "totalItems", "items"
+        params = {"q": query, "startIndex": start, "maxResults": limit, "printType": "books", **options}
+    else:
+        path, total, items = "/search.json", "numFound", "docs"
+        params = {"q": query, "offset": start, "limit": limit, "fields": SEARCH_FIELDS, **options}
 
-    words: str | None = None
-    isbn: str | None = None
-    start: int = 0
-    limit: int = 10
-    newest: bool = False
+    def parse(answer: Any) -> Candidates:
+        count = as_dict(answer).get(total)
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"no {total}")
+        parse_item = parse_google_volume if source is Source.google else parse_work
+        return Candidates(items=[book for item in dicts(answer.get(items)) if (book := parse_item(item))], total=count)
 
-
-async def search(
-    source: Source, wanted: SourceQuery, *, patience: RetryPolicy | None = None, cached: bool = True
-) -> SearchResult:
-    try:
-        if source is Source.google:
-            return await _search_google(wanted, patience, cached)
-        if wanted.isbn is None:
-            params: Params = {
-                "q": wanted.words or "",
-                "offset": wanted.start,
-                "limit": wanted.limit,
-                "fields": SEARCH_FIELDS,
-            }
-            read = OpenWorks.model_validate_json
-            works = await request(source, "/search.json", params, read, patience=patience, cached=cached)
-            return works.found()
-        editions = await _editions([f"ISBN:{wanted.isbn}"], patience, cached)
-        found = [book for book in editions.values() if book is not None]
-        return SearchResult(found[wanted.start : wanted.start + wanted.limit], len(found))
-    except NotThere:
-        return SearchResult([], 0)
+    return await request(source, path, params, parse, policy) or Candidates(items=[], total=0)
 
 
-async def _search_google(wanted: SourceQuery, patience: RetryPolicy | None, cached: bool) -> SearchResult:
-    words = wanted.words if wanted.isbn is None else f"isbn:{wanted.isbn}"
-    params: Params = {"q": words or "", "startIndex": wanted.start, "maxResults": wanted.limit, "printType": "books"}
-    if wanted.newest:
-        params["orderBy"] = "newest"
-    read = GoogleVolumes.model_validate_json
-    volumes = await request(Source.google, "/volumes", params, read, patience=patience, cached=cached)
-    return volumes.found()
+async def fetch_editions(keys: Sequence[str], policy: RetryPolicy) -> dict[str, Candidate]:
+    """Editions of Open Library by keys like `ISBN:9780141439587` and `OLID:OL7353617M`."""
+
+    def parse(answer: Any) -> dict[str, Candidate]:
+        if not isinstance(answer, dict) and answer != []:  # [] has been seen where nothing is found
+            raise ValueError("not an object")
+        isbns = {key: key.removeprefix("ISBN:") for key in keys if key.startswith("ISBN:")}
+        books = {key: parse_edition(as_dict(as_dict(answer).get(key)), isbns.get(key)) for key in keys}
+        return {key: book for key, book in books.items() if book is not None}
+
+    params = {"bibkeys": ",".join(keys), "format": "json", "jscmd": "data"}
+    return await request(Source.openlibrary, "/api/books", params, parse, policy) or {}
 
 
-async def fetch(source: Source, ref: str) -> Candidate | None:
-    """The book behind a `ref`, which must be one (see REFS), as its source tells it now."""
-    try:
-        if source is Source.google:
-            volume = await request(source, f"/volumes/{ref}", {}, GoogleVolume.model_validate_json)
-            return volume.candidate()
-        if ref.endswith("M"):
-            return (await _editions([f"OLID:{ref}"], None)).get(f"OLID:{ref}")
-        params: Params = {"q": f"key:/works/{ref}", "limit": 1, "fields": WORK_FIELDS}
-        works = await request(source, "/search.json", params, OpenWorks.model_validate_json)
-        return next((work.candidate() for work in works.docs if last_part(work.key) == ref), None)
-    except NotThere:
-        return None
+async def fetch_candidate(source: Source, ref: str) -> Candidate | None:
+    def parse(answer: Any) -> Candidate | None:
+        if not isinstance(as_dict(answer).get("volumeInfo"), dict) or not isinstance(answer.get("id"), str):
+            raise ValueError("not a volume")
+        return parse_google_volume(answer)
+
+    if source is Source.google:
+        return await request(source, f"/volumes/{ref}", {}, parse, CLIENT_POLICY)
+    if ref.endswith("M"):
+        return (await fetch_editions([f"OLID:{ref}"], CLIENT_POLICY)).get(f"OLID:{ref}")
+    works = await search(source, f"key:/works/{ref}", 0, 1, CLIENT_POLICY, fields=WORK_FIELDS)  # no editions
+    return next((book for book in works.items if book.ref == ref), None)
 
 
-async def search_isbns(isbns: Sequence[str], patience: RetryPolicy) -> dict[str, Candidate]:
-    """What Open Library knows of up to fifty ISBNs."""
-    assert len(isbns) <= MAX_ISBNS
-    keys = {f"ISBN:{isbn}": isbn for isbn in isbns}
-    try:
-        editions = await _editions(list(keys), patience)
-    except NotThere:
-        return {}
-    return {keys[key]: book for key, book in editions.items() if key in keys and book is not None}
+# --- routes -------------------------------------------------------------------------------------------------------
 
-
-async def _editions(
-    keys: Sequence[str],
-    patience: RetryPolicy | None,
-    cached: bool = False,
-) -> dict[str, Candidate | None]:
-    params: Params = {"bibkeys": ",".join(keys), "format": "json", "jscmd": "data"}
-    answer = await request(Source.openlibrary, "/api/books", params, _read_editions, patience=patience, cached=cached)
-    isbns = {key: key.removeprefix("ISBN:") for key in keys if key.startswith("ISBN:")}
-    return {key: edition.candidate(isbns.get(key)) for key, edition in answer.items() if edition is not None}
-
-
-def _read_editions(body: bytes) -> dict[str, Any]:
-    # Where nothing is found it has been seen to answer an empty list.
-    return {} if json.loads(body) == [] else OPEN_EDITIONS.validate_json(body)
-
-
-LOOKUP_PAUSE = 1.0  # between two questions of a job: Open Library asks for it
-STOP_CHECK_INTERVAL = 0.5  # between two looks whether the server stops
-LEASE_RENEWAL_INTERVAL = 4.0  # between two signs of life: well under a job's LEASE
-
-
-class Stopping(Exception):
-    """The server stops: the rows that wait are asked for again after its next start."""
-
-
-class Enricher:
-    """`keep` tells that the job is alive. It raises where the job is no longer this one's."""
-
-    def __init__(self, keep: Callable[[], None]) -> None:
-        self.keep = keep
-        self.patience = JOB_POLICY
-        self.has_asked = False
-
-    def fill_in(self, rows: Sequence[ImportRow]) -> bool:
-        """Decide the rows that wait for what is looked up. False where the server stops first."""
-        waiting = [row for row in rows if row.wanted]
-        if not waiting:
-            return True
-        try:
-            found, down = asyncio.run(self._look_up(list(dict.fromkeys(row.wanted for row in waiting if row.wanted))))
-        except Stopping:
-            return False
-        for row in waiting:
-            complete(row, found.get(row.wanted or ""), down)
-        return True
-
-    async def _look_up(self, isbns: Sequence[str]) -> tuple[dict[str, Candidate], str | None]:
-        """What is known of them, or why nothing could be asked."""
-        asking = asyncio.create_task(self._ask(isbns))
-        clock = asyncio.get_running_loop().time
-        kept = clock()
-        try:
-            while not (await asyncio.wait({asking}, timeout=STOP_CHECK_INTERVAL))[0]:
-                if database.server_is_stopping():
-                    raise Stopping
-                if clock() - kept >= LEASE_RENEWAL_INTERVAL:
-                    kept = clock()
-                    await asyncio.to_thread(self.keep)
-            # A source that is down is asked once for each batch from then on, until it answers.
-            answer = asking.result(), None
-            self.patience = JOB_POLICY
-            return answer
-        except HTTPException as error:
-            self.patience = SINGLE_TRY
-            return {}, str(error.detail).rstrip(".")
-        finally:
-            asking.cancel()
-            await asyncio.wait({asking})
-
-    async def _ask(self, isbns: Sequence[str]) -> dict[str, Candidate]:
-        if self.has_asked:
-            await asyncio.sleep(LOOKUP_PAUSE)
-        self.has_asked = True
-        return await search_isbns(isbns, self.patience)
-
-
-def complete(row: ImportRow, found: Candidate | None, down: str | None) -> None:
-    """Make the book of what the row says and of what was found; what the row says wins."""
-    source = Source.openlibrary.label
-    lacks = {"title", "author"} - row.values.keys()
-    if found is None and lacks:
-        if down is None:
-            row.refuse("isbn", row.values["isbn"], f"is not known to {source}")
-        else:
-            row.refuse(None, row.values["isbn"], f"could not be looked up: {down}")
-        return
-    if found is not None:
-        fills = {name: getattr(found, name) for name in LOOKED_UP | {"published_date", "language"}}
-        if row.values.keys() & {"published_date", "publication_year"}:  # two halves of one thing
-            fills["published_date"] = fills["publication_year"] = None
-        row.filled = {name for name, value in fills.items() if value is not None} - row.values.keys()
-        row.values |= {name: fills[name] for name in row.filled}
-    elif down is not None:
-        row.problems.append(
-            RowIssue("isbn", row.values["isbn"], f"could not be looked up, the book is in as it is: {down}")
-        )
-    row.book, row.wanted = FileBook.model_validate(row.values, context=CSV_CONTEXT), None
-
-
-MAX_CONCURRENT = 20  # requests of this process that wait for another catalogue
-
-
-class _Waiting:
-    count = 0
+slots = asyncio.Semaphore(20)  # for requests of this process that wait for another catalogue
 
 
 async def limit_concurrency() -> AsyncIterator[None]:
-    if _Waiting.count >= MAX_CONCURRENT:
-        raise HTTPException(503, "Too many are asking other catalogues just now. Try again.", {"Retry-After": "5"})
-    _Waiting.count += 1
-    try:
+    if slots.locked():
+        raise HTTPException(503, "Too many requests to other catalogues at once. Try again.", {"Retry-After": "5"})
+    async with slots:
         yield
-    finally:
-        _Waiting.count -= 1
 
 
 router = Router(prefix="/books/external", tags=["In and out"], dependencies=[Depends(limit_concurrency)])
@@ -753,137 +385,166 @@ class ExternalQuery(RequestModel):
     max_results: Annotated[int, Field(ge=1, le=40)] = 10
 
 
-class Candidates(BaseModel):
-    items: list[Candidate]
-    total: int = Field(description="How many the source says it has; Google Books only guesses.")
+# Answers as JSON, by query. `utcnow` is looked up at each call, so that tests can replace it.
+cache: TTLCache[str, bytes, datetime] = TTLCache(16 << 20, timedelta(hours=1), lambda: models.utcnow(), len)  # noqa: PLW0108
 
 
-@router.get("", responses=errors(502, 504))
-async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: CurrentUser) -> Candidates:
-    """Look for books in Google Books or Open Library, by words or by ISBN.
-
-    Answers are kept for an hour. Where the source is down it is 502, where it is slow 504.
-    """
+@router.get("", summary="Find books in other catalogues", response_model=Candidates, responses=errors(502, 504))
+async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: CurrentUser) -> Response:
+    """Search by words or by ISBN. Answers are cached for an hour; 502 if the source is down, 504 if it is slow."""
     if (query.q is None) == (query.isbn is None):
         raise invalid_query("q", "is needed, or isbn, and only one of them")
-    wanted = SourceQuery(query.q, query.isbn, query.start_index, query.max_results)
-    found = await search(query.source, wanted)
-    return Candidates(items=found.items, total=found.total)
+    key, start, limit = query.model_dump_json(), query.start_index, query.max_results
+    body = cache.get(key)
+    if body is None:
+        if query.isbn is not None and query.source is Source.openlibrary:
+            editions = [*(await fetch_editions([f"ISBN:{query.isbn}"], CLIENT_POLICY)).values()]
+            found = Candidates(items=editions[start : start + limit], total=len(editions))
+        else:
+            found = await search(query.source, query.q or f"isbn:{query.isbn}", start, limit, CLIENT_POLICY)
+        cache[key] = body = found.model_dump_json().encode()
+    return Response(body, media_type="application/json")
 
 
 class ExternalBook(RequestModel):
     source: Source
-    ref: Annotated[str, StringConstraints(max_length=40)] = Field(examples=["zyTCAlFPjgYC"])
+    ref: str = Field(max_length=40, examples=["zyTCAlFPjgYC"])
 
 
-@router.post("", status_code=201, responses=errors(403, 404, 409, 502, 504, sends={201: "Location ETag"}))
-async def add_external_book(wanted: ExternalBook, user: Contributor, response: Response) -> BookPublic:
-    """Add a book as Google Books or Open Library has it now. An ISBN that is here already is refused with 409."""
-    if not REFS[wanted.source].fullmatch(wanted.ref):
-        raise invalid_body("ref", f"is not one of {wanted.source.label}")
-    found = await fetch(wanted.source, wanted.ref)
-    if found is None:
-        raise HTTPException(404, f"{wanted.source.label} has no such book.")
-    book = await database.write(add_book, found.book(), user.id)
+CREATED = errors(403, 404, 409, 502, 504, sends={201: "Location ETag"})
+
+
+@router.post("", status_code=201, summary="Add a book of another catalogue", responses=CREATED)
+async def add_external_book(payload: ExternalBook, user: Contributor, response: Response) -> BookPublic:
+    """Add a book as Google Books or Open Library has it now. 409 if its ISBN is in the catalogue already."""
+    if not REFS[payload.source].fullmatch(payload.ref):
+        raise invalid_body("ref", f"is not one of {payload.source.label}")
+    candidate = await fetch_candidate(payload.source, payload.ref)
+    if candidate is None:
+        raise HTTPException(404, f"{payload.source.label} has no such book.")
+    book = await database.write(add_book, candidate.book(), user.id)
     response.headers.update({"Location": f"/books/{book.id}", "ETag": etag_of(book.version)})
     return book
 
 
-HARVEST_POLL_INTERVAL = 300  # between two looks whether it is time
-DAY, RETRY = timedelta(days=1), timedelta(hours=1)
-HARVEST_PAGE, HARVEST_PAGES = 40, 5  # books to a page, and pages: the newest come first
-DUE = "harvest_due"
+# --- look-up by ISBN for imports ----------------------------------------------------------------------------------
+
+LOOKUP_PAUSE = 1.0  # seconds between two requests of a job: Open Library asks for it
+STOP_CHECK_INTERVAL = 0.5
+LEASE_RENEWAL_INTERVAL = 4.0  # well under a job's LEASE
+
+
+class Enricher:
+    """Completes the rows of an import from Open Library. `renew_lease` raises if the job is no longer this one's."""
+
+    def __init__(self, renew_lease: Callable[[], None]) -> None:
+        self.renew_lease, self.policy, self.pause = renew_lease, JOB_POLICY, 0.0
+
+    def look_up_isbns(self, rows: Sequence[ImportRow]) -> bool:
+        """Complete or refuse the rows that need a look-up. False if the server stops first."""
+        waiting = [row for row in rows if row.wanted]
+        if not waiting:
+            return True
+        try:
+            books = asyncio.run(self._look_up(list(dict.fromkeys(f"ISBN:{row.wanted}" for row in waiting))))
+            if books is None:
+                return False
+            problem, self.policy = None, JOB_POLICY
+        except HTTPException as error:
+            books, problem = {}, str(error.detail).rstrip(".")
+            self.policy = SINGLE_TRY  # for each batch, until the source answers again
+        for row in waiting:
+            complete(row, books.get(f"ISBN:{row.wanted}"), problem)
+        return True
+
+    async def _look_up(self, keys: Sequence[str]) -> dict[str, Candidate] | None:
+        await asyncio.sleep(self.pause)
+        self.pause = LOOKUP_PAUSE
+        task = asyncio.create_task(fetch_editions(keys, self.policy))
+        clock = asyncio.get_running_loop().time
+        renewed_at = clock()
+        while not (await asyncio.wait({task}, timeout=STOP_CHECK_INTERVAL))[0]:
+            if database.server_is_stopping():
+                return None  # and asyncio.run cancels the task
+            if clock() - renewed_at >= LEASE_RENEWAL_INTERVAL:
+                renewed_at = clock()
+                await asyncio.to_thread(self.renew_lease)
+        return task.result()
+
+
+def complete(row: ImportRow, found: Candidate | None, problem: str | None) -> None:
+    """Make the row's book of its own values and, for the fields that it lacks, of those found."""
+    isbn = row.values["isbn"]
+    if found is None and not {"title", "author"} <= row.values.keys():
+        if problem is None:
+            row.refuse("isbn", isbn, f"is not known to {Source.openlibrary.label}")
+        else:
+            row.refuse(None, isbn, f"could not be looked up: {problem}")
+        return
+    if found is not None:
+        values = {name: getattr(found, name) for name in LOOKED_UP | {"published_date", "language"}}
+        if row.values.keys() & {"published_date", "publication_year"}:  # two halves of one thing
+            values["published_date"] = values["publication_year"] = None
+        row.filled = {name for name, value in values.items() if value is not None} - row.values.keys()
+        row.values |= {name: values[name] for name in row.filled}
+    elif problem is not None:
+        row.problems.append(
+            RowIssue("isbn", isbn, f"could not be looked up, the book was imported without it: {problem}")
+        )
+    row.book, row.wanted = FileBook.model_validate(row.values, context=schemas.CSV_CONTEXT), None
+
+
+# --- the daily import ---------------------------------------------------------------------------------------------
+
+HARVEST_POLL_INTERVAL = 300
+HARVEST_PAGE, HARVEST_PAGES = 40, 5  # books a page, and pages: the newest come first
 
 
 async def harvest() -> None:
-    """Do it if it is time, and no other worker does."""
+    """Add new books of Google Books, once a day, in one of all processes."""
     query = settings.harvest_query
-    if query is None or not await database.read(_is_due) or not await _claim():
+    # Due again in an hour, until it has succeeded: another process takes over if this one dies.
+    if query is None or not await database.write(claim_job, "harvest", timedelta(hours=1)):
         return
+    data: dict[str, Any] = {"query": query}
     try:
-        counts = await _bring_in(query)
+        data |= await add_newest_books(query)
+        log.info("harvested %s", data)
     except HTTPException as error:
-        await _fail(query, str(error.detail))
+        data["error"] = str(error.detail)
     except Exception:
-        # The last line of defence: what nobody waits for must not take the service down with it.
+        # Whatever it is, admins must find it in the event log.
         log.exception("the harvest failed")
-        await _fail(query, "Something went wrong here; it is in the server's log.")
-    else:
-        log.info("harvested %r: %s", query, counts)
-        await database.write(_finish_harvest, {"query": query, **counts})
+        data["error"] = "Something went wrong here; it is in the server's log."
+    if "error" in data:
+        log.error("the harvest failed, and is tried again in an hour: %s", data["error"])
+    await database.write(record_harvest, data)
 
 
-async def _fail(query: str, why: str) -> None:
-    log.error("the harvest failed, and is tried again in an hour: %s", why)
-    await database.write(_record_harvest, "harvest.failed", {"query": query, "error": why})
+def record_harvest(session: Session, data: dict[str, Any]) -> None:
+    if "error" not in data:
+        schedule_job(session, "harvest", timedelta(days=1))
+    events.record(session, "harvest.failed" if "error" in data else "harvest.completed", data, private=True)
 
 
-def _is_due(connection: Connection) -> bool:
-    due = connection.execute(sa.select(col(Setting.value)).where(col(Setting.key) == DUE)).scalar()
-    return due is None or due <= _stamp()
-
-
-def _stamp(later: timedelta = timedelta(0)) -> str:
-    """A time whose order is that of its letters."""
-    return (models.utcnow() + later).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-async def _claim() -> bool:
-    try:
-        return await database.write(_claim_harvest)
-    except IntegrityError:  # another worker was the first ever, at the same moment
-        return False
-
-
-def _claim_harvest(session: Session) -> bool:
-    """Whether it is ours. Until it is done it counts as failed: a worker that dies is followed by another."""
-    turn = session.get(Setting, DUE, with_for_update=True)
-    if turn is None:
-        session.add(Setting(key=DUE, value=_stamp(RETRY)))
-    elif turn.value <= _stamp():
-        turn.value = _stamp(RETRY)
-    else:
-        return False
-    return True
-
-
-async def _bring_in(query: str) -> dict[str, int]:
-    admin = await database.read(_oldest_admin)
+async def add_newest_books(query: str) -> dict[str, int]:
+    admins = sa.select(col(User.id)).where(col(User.role) == Role.admin, col(User.is_active)).order_by(col(User.id))
+    admin = await database.read(sa.Connection.scalar, admins)  # the oldest
     if admin is None:
         raise HTTPException(409, "There is no active admin to add the books.")
-    counts = {"found": 0, "added": 0, "skipped": 0}
-    for page in range(HARVEST_PAGES):
-        wanted = SourceQuery(query, start=page * HARVEST_PAGE, limit=HARVEST_PAGE, newest=True)
-        found = await search(Source.google, wanted, patience=JOB_POLICY, cached=False)
-        for candidate in found.items:
-            counts["found"] += 1
-            # Without an ISBN nothing tells whether it is here already: it would come in every day.
-            added = candidate.isbn is not None and await _add(candidate.book(), admin)
-            counts["added" if added else "skipped"] += 1
-        if (page + 1) * HARVEST_PAGE >= found.total or not found.items:
+    found = added = 0
+    for start in range(0, HARVEST_PAGE * HARVEST_PAGES, HARVEST_PAGE):
+        page = await search(Source.google, query, start, HARVEST_PAGE, JOB_POLICY, orderBy="newest")
+        found += len(page.items)
+        for candidate in page.items:
+            if candidate.isbn is None:  # it would come in again every day
+                continue
+            try:
+                await database.write(add_book, candidate.book(), admin)
+                added += 1
+            except IntegrityError as error:
+                if database.violation(error) != ("unique", "isbn"):
+                    raise
+        if start + HARVEST_PAGE >= page.total or not page.items:
             break
-    return counts
-
-
-async def _add(book: schemas.BookCreate, admin: int) -> bool:
-    try:
-        await database.write(add_book, book, admin)
-    except IntegrityError as error:
-        if database.violation(error) == ("unique", "isbn"):  # it is here
-            return False
-        raise
-    return True
-
-
-def _oldest_admin(connection: Connection) -> int | None:
-    admins = sa.select(col(User.id)).where(col(User.role) == Role.admin, col(User.is_active))
-    return connection.execute(admins.order_by(col(User.id)).limit(1)).scalar()
-
-
-def _finish_harvest(session: Session, told: dict[str, object]) -> None:
-    session.get_one(Setting, DUE).value = _stamp(DAY)
-    _record_harvest(session, "harvest.completed", told)
-
-
-def _record_harvest(session: Session, what: str, told: dict[str, object]) -> None:
-    events.record(session, what, told, private=True)
+    return {"found": found, "added": added, "skipped": found - added}

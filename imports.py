@@ -425,7 +425,7 @@ def _run(job: ImportJob) -> None:
                 memory.see(row)
         enricher = Enricher(lambda: database.write_sync(renew_lease, job)) if job.enrich else None
         while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
-            if enricher and not enricher.fill_in([row for row, _ in batch]):
+            if enricher and not enricher.look_up_isbns([row for row, _ in batch]):
                 database.write_sync(_release, job)
                 return
             database.write_sync(_store_batch, job, memory, [row for row, _ in batch], batch[-1][1])

@@ -227,8 +227,8 @@ class OneTimeCode(SQLModel, table=True):
 
 class Setting(SQLModel, table=True):
     """What a database knows of itself: `book_count`, `event_floor` (ids up to it are not in the log, or no longer),
-    `harvest_due` (when the daily job is), `last_…` (when recurring work was done), `probed` (by /health), and in
-    development mode `secret_key`, `open_hash` (of the password `admin`) and `last_start` (which was told of)."""
+    `…_due` (when a recurring job is), `probed` (by /health), and in development mode `secret_key`, `open_hash` (of the
+    password `admin`) and `last_start` (which was told of)."""
 
     __tablename__ = "setting"
 
@@ -534,11 +534,14 @@ class Loan(SQLModel, table=True):
         self.renewals += 1
 
 
-def claim_job(session: Session, work: str, span: timedelta) -> bool:
-    """Whether this is to be done now, and by whoever asks: of all processes one is told so, once in each span."""
-    last = session.get(Setting, f"last_{work}")
-    now = utcnow()
-    if last is not None and datetime.fromisoformat(last.value) > now - span:
+def claim_job(session: Session, name: str, interval: timedelta) -> bool:
+    """Whether a recurring job is due. If so, it is due again after `interval`, for all processes."""
+    due = session.get(Setting, f"{name}_due")
+    if due is not None and datetime.fromisoformat(due.value) > utcnow():
         return False
-    session.merge(Setting(key=f"last_{work}", value=now.isoformat()))
+    schedule_job(session, name, interval)
     return True
+
+
+def schedule_job(session: Session, name: str, delay: timedelta) -> None:
+    session.merge(Setting(key=f"{name}_due", value=(utcnow() + delay).isoformat()))

@@ -349,7 +349,7 @@ class Catalogues:
         self.volumes: list[Any] = json.loads((files / "google_volumes.json").read_text())
         self.works: list[Any] = json.loads((files / "open_library_works.json").read_text())
         self.editions: list[Any] = json.loads((files / "open_library_editions.json").read_text())
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.agents: set[str] = set()
         self.faults: list[Fault] = []  # of the next answers, in turn
         self.always: Fault | None = None
@@ -357,7 +357,7 @@ class Catalogues:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                outer.asked.append(self.path)
+                outer.requests.append(self.path)
                 outer.agents.add(self.headers["User-Agent"])
                 fault = outer.faults.pop(0) if outer.faults else outer.always
                 with suppress(ConnectionError):  # who asked has gone away

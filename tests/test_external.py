@@ -1,11 +1,12 @@
-"""Books of other catalogues: found there, added here, filled in, harvested; and what happens when they are at fault."""
+"""Google Books and Open Library: search, adding, look-up for imports, the daily import, and their failures."""
 
+import asyncio
 import csv
 import io
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler
@@ -14,13 +15,14 @@ from typing import Any
 import anyio
 import httpx2 as httpx
 import pytest
+from cachetools import TTLCache
 from fastapi.testclient import TestClient
 
 import database
 import external
 import imports
-from external import Candidate, Source, date_and_year, make_candidate, paragraphs
-from models import UploadStatus
+from external import Candidate, Source, date_and_year, make_candidate, parse_edition, parse_google_volume, parse_work
+from models import Setting, UploadStatus
 from settings import settings
 from tests.fixtures import DUNE, Catalogues, Clock, Fault, Person, Server, send, sign_up, wait_for
 
@@ -35,9 +37,9 @@ def look(person: Person, **params: Any) -> dict[str, Any]:
     return dict(answer.json())
 
 
-# --- finding ------------------------------------------------------------------------------------------------------
+# --- search -----------------------------------------------------------------------------------------------------------
 
-NOTHING_SAID = dict.fromkeys(
+EMPTY = dict.fromkeys(
     ("isbn", "genre", "description", "publisher", "language", "pages", "price", "cover_url", "published_date")
 )
 GOOGLE = [
@@ -57,7 +59,7 @@ GOOGLE = [
         "publication_year": 2008,
     },
     {
-        **NOTHING_SAID,
+        **EMPTY,
         "source": "google",
         "ref": "aBcDEfghIJkl",
         "title": "Emma, a forgotten pamphlet",
@@ -66,7 +68,7 @@ GOOGLE = [
         "publication_year": 1816,
     },
     {
-        **NOTHING_SAID,
+        **EMPTY,
         "source": "google",
         "ref": "m-_0AAAAcAAJ",
         "title": "Emma and the numbers that are wrong",
@@ -77,7 +79,7 @@ GOOGLE = [
 ]
 OPEN = [
     {
-        **NOTHING_SAID,
+        **EMPTY,
         **OPEN_EMMA,
         "title": "Emma (Penguin)",
         "author": "Jane Austen",
@@ -90,7 +92,7 @@ OPEN = [
         "publication_year": 2008,
     },
     {
-        **NOTHING_SAID,
+        **EMPTY,
         "source": "openlibrary",
         "ref": "OL27448W",
         "title": "Emma's letters",
@@ -102,53 +104,51 @@ OPEN = [
 ]
 
 
-def test_what_google_books_finds_is_shown_as_a_book_of_ours(reader: Person, others: Catalogues) -> None:
+def test_search_google_books(reader: Person, others: Catalogues) -> None:
     found = look(reader, q="emma", max_results=40)
     assert found == {"items": GOOGLE, "total": 4}, "one of them has no title"
-    assert others.asked == ["/volumes?q=emma&startIndex=0&maxResults=40&printType=books"]
+    assert others.requests == ["/volumes?q=emma&startIndex=0&maxResults=40&printType=books"]
     assert look(reader, q="emma", start_index=2, max_results=1)["items"] == GOOGLE[2:]
     assert look(reader, q="nothing like it") == {"items": [], "total": 0}
 
 
-def test_what_open_library_finds_is_shown_as_a_book_of_ours(reader: Person, others: Catalogues) -> None:
+def test_search_open_library(reader: Person, others: Catalogues) -> None:
     assert look(reader, q="emma", source="openlibrary") == {"items": OPEN, "total": 3}
     page = look(reader, q="emma", source="openlibrary", start_index=1, max_results=1)
     assert page == {"items": OPEN[1:], "total": 3}
 
 
-def test_an_isbn_in_any_dress_finds_one_book(reader: Person, others: Catalogues) -> None:
+def test_search_by_isbn_in_any_notation(reader: Person, others: Catalogues) -> None:
     assert look(reader, isbn="0-14-143958-0")["items"] == GOOGLE[:1]
-    assert "isbn%3A9780141439587" in others.asked[0]
+    assert "isbn%3A9780141439587" in others.requests[0]
     found = look(reader, isbn=EMMA, source="openlibrary")
     assert (found["total"], found["items"][0]["ref"], found["items"][0]["pages"]) == (1, "OL7353617M", 474)
     assert found["items"][0]["cover_url"] == "https://covers.openlibrary.org/b/id/1-L.jpg"
     assert look(reader, isbn=UNKNOWN, source="openlibrary") == {"items": [], "total": 0}
 
 
-NO_QUESTIONS: dict[str, dict[str, Any]] = {
-    "nothing": {},
-    "both": {"q": "emma", "isbn": EMMA},
-    "a blank": {"q": " "},
-    "no ISBN": {"isbn": "9780141439580"},
-    "another source": {"q": "emma", "source": "amazon"},
-    "a page of none": {"q": "emma", "max_results": 0},
-    "a page of too many": {"q": "emma", "max_results": 41},
-    "a place before the first": {"q": "emma", "start_index": -1},
-    "a NUL": {"q": "a\0b"},
-    "an unknown parameter": {"q": "emma", "key": "mine"},
+INVALID_QUERIES: dict[str, dict[str, Any]] = {
+    "neither q nor isbn": {},
+    "q and isbn": {"q": "emma", "isbn": EMMA},
+    "blank q": {"q": " "},
+    "invalid ISBN": {"isbn": "9780141439580"},
+    "unknown source": {"q": "emma", "source": "amazon"},
+    "max_results 0": {"q": "emma", "max_results": 0},
+    "max_results 41": {"q": "emma", "max_results": 41},
+    "negative start_index": {"q": "emma", "start_index": -1},
+    "NUL": {"q": "a\0b"},
+    "unknown parameter": {"q": "emma", "key": "mine"},
 }
 
 
-@pytest.mark.parametrize("params", NO_QUESTIONS.values(), ids=NO_QUESTIONS)
-def test_what_can_not_be_asked(reader: Person, others: Catalogues, params: dict[str, Any]) -> None:
+@pytest.mark.parametrize("params", INVALID_QUERIES.values(), ids=INVALID_QUERIES)
+def test_invalid_query_is_422(reader: Person, others: Catalogues, params: dict[str, Any]) -> None:
     assert reader.get("/books/external", params=params).status_code == 422
-    assert others.asked == []
+    assert others.requests == []
 
 
-def test_only_so_many_wait_for_other_catalogues(
-    reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(external, "MAX_CONCURRENT", 1)
+def test_concurrent_requests_are_limited(reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(external, "slots", asyncio.Semaphore(1))
     let_go = threading.Event()
 
     def late(handler: BaseHTTPRequestHandler) -> None:
@@ -158,7 +158,7 @@ def test_only_so_many_wait_for_other_catalogues(
     others.faults = [late]
     with ThreadPoolExecutor() as threads:
         first = threads.submit(look, reader, q="slow")
-        wait_for(lambda: others.asked or None)
+        wait_for(lambda: others.requests or None)
         second = reader.get("/books/external", params={"q": "emma"})
         let_go.set()
         assert (second.status_code, second.headers["Retry-After"]) == (503, "5")
@@ -166,9 +166,9 @@ def test_only_so_many_wait_for_other_catalogues(
     assert look(reader, q="emma")["total"] == 4
 
 
-def test_a_pause_that_no_calendar_has_is_none() -> None:
+def test_retry_after_with_an_impossible_date_is_0() -> None:
     answer = httpx.Response(503, headers={"Retry-After": "Mon, 01 Jan 2024 00:00:00 +99999999999999"})
-    assert external._retry_after(answer) == 0
+    assert external.retry_after(answer) == 0
 
 
 DATES: dict[str, tuple[str | None, str | None, int | None]] = {
@@ -180,57 +180,101 @@ DATES: dict[str, tuple[str | None, str | None, int | None]] = {
     "about": ("c1998", None, 1998),
     "a guess": ("1998?", None, 1998),
     "two years": ("1998-1999", None, None),
-    "a day that there is not": ("2008-02-31", None, 2008),
-    "which comes first": ("03/04/2008", None, 2008),
+    "impossible day": ("2008-02-31", None, 2008),
+    "ambiguous order": ("03/04/2008", None, 2008),
     "a century": ("19--", None, None),
     "none": (None, None, None),
 }
 
 
 @pytest.mark.parametrize(("text", "day", "year"), DATES.values(), ids=DATES)
-def test_dates_as_they_write_them(text: str | None, day: str | None, year: int | None) -> None:
-    told = date_and_year(text)
-    assert (told["published_date"] and str(told["published_date"]), told["publication_year"]) == (day, year)
+def test_date_and_year(text: str | None, day: str | None, year: int | None) -> None:
+    found = date_and_year(text)
+    assert (found["published_date"] and str(found["published_date"]), found["publication_year"]) == (day, year)
 
 
-def test_a_description_with_an_entity_without_end_is_a_text() -> None:
+def test_description_with_a_huge_character_reference() -> None:
     entity = f"&#{'9' * 5000};"
-    assert paragraphs(f"<p>One</p><p>{entity}</p>") == f"One\n{entity}"
+    info = {"title": "T", "description": f"<p>One</p><p>{entity}</p>"}
+    book = parse_google_volume({"id": "x", "volumeInfo": info})
+    assert book is not None
+    assert book.description == f"One\n{entity}"
 
 
-def test_what_is_too_long_or_impossible_is_left_out_and_the_rest_kept() -> None:
-    said = {"author": "A" * 2000, "language": "x" * 99, "pages": 10**9, "publication_year": 9999, "genre": "a\0"}
-    book = make_candidate(Source.google, "x", title="T", **said)
+def test_invalid_fields_are_left_out() -> None:
+    fields = {"author": "A" * 2000, "language": "x" * 99, "pages": 10**9, "publication_year": 9999, "genre": "a\0"}
+    book = make_candidate(Source.google, "x", title="T", **fields)
     assert book == Candidate(source=Source.google, ref="x", title="T", author="Unknown")
     assert book.book().title == "T"
     assert make_candidate(Source.google, "../x", title="T") is None
+
+
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    3.5,
+    1e400,
+    10**30,
+    "",
+    "474",
+    "a\0b",
+    "x" * 30_000,
+    [],
+    ["a", 1],
+    {},
+    {"a": 1},
+]
+
+
+def replace_each(value: Any, odd: Any) -> Iterator[Any]:
+    """Copies of the JSON `value`, each with another of its parts replaced by `odd`."""
+    yield odd
+    if isinstance(value, dict):
+        yield from ({**value, key: part} for key, old in value.items() for part in replace_each(old, odd))
+    if isinstance(value, list):
+        yield from (
+            [*value[:i], part, *value[i + 1 :]] for i, old in enumerate(value) for part in replace_each(old, odd)
+        )
+
+
+@pytest.mark.parametrize("odd", ODD_VALUES, ids=lambda odd: repr(odd)[:20])
+def test_values_of_any_type_are_parsed_or_left_out(others: Catalogues, odd: Any) -> None:
+    parsers: list[tuple[Callable[[Any], Candidate | None], list[Any]]] = [
+        (parse_google_volume, others.volumes),
+        (parse_edition, others.editions),
+        (parse_work, others.works),
+    ]
+    for parse, items in parsers:
+        for item in items:
+            for changed in replace_each(item, odd):
+                candidate = parse(changed) if isinstance(changed, dict) else None
+                assert candidate is None or candidate.book().title
 
 
 # --- adding -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("wanted", "title", "pages"), [(GOOGLE_EMMA, "Emma", 474), (OPEN_EMMA, "Emma", 474)], ids=["google", "openlibrary"]
+    ("payload", "title", "pages"), [(GOOGLE_EMMA, "Emma", 474), (OPEN_EMMA, "Emma", 474)], ids=["google", "openlibrary"]
 )
-def test_a_book_from_there_is_a_book_here(
-    client: TestClient, reader: Person, others: Catalogues, *, wanted: dict[str, str], title: str, pages: int
+def test_add_a_book(
+    client: TestClient, reader: Person, others: Catalogues, *, payload: dict[str, str], title: str, pages: int
 ) -> None:
     start = client.get("/events").json()["next"]
-    answer = reader.post("/books/external", json=wanted)
+    answer = reader.post("/books/external", json=payload)
     assert (answer.status_code, answer.headers["ETag"]) == (201, '"1"'), answer.text
     book = client.get(answer.headers["Location"]).json()
     assert book == answer.json()
     assert (book["title"], book["isbn"], book["pages"], book["published_date"]) == (title, EMMA, pages, "2008-08-11")
     assert client.get("/books", params={"search": "emma austen"}).json()["items"] == [book]
-    told = client.get("/events", params={"after": start}).json()["items"]
-    assert [(event["type"], event["data"]["id"]) for event in told] == [("book.created", book["id"])]
-    again = reader.post("/books/external", json=wanted)
+    logged = client.get("/events", params={"after": start}).json()["items"]
+    assert [(event["type"], event["data"]["id"]) for event in logged] == [("book.created", book["id"])]
+    again = reader.post("/books/external", json=payload)
     assert (again.status_code, again.json()["errors"][0]["loc"]) == (409, ["body", "isbn"])
 
 
-def test_a_work_without_an_edition_and_a_volume_without_an_author_can_be_added(
-    reader: Person, others: Catalogues
-) -> None:
+def test_add_a_work_without_edition_and_a_volume_without_author(reader: Person, others: Catalogues) -> None:
     work = reader.post("/books/external", json={"source": "openlibrary", "ref": "OL27448W"}).json()
     assert (work["title"], work["author"], work["publication_year"]) == ("Emma's letters", "Unknown", 1937)
     volume = reader.post("/books/external", json={"source": "google", "ref": "aBcDEfghIJkl"}).json()
@@ -238,56 +282,56 @@ def test_a_work_without_an_edition_and_a_volume_without_an_author_can_be_added(
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "payload",
     [
         {"source": "google", "ref": "AAAAAAAAAAAA"},
         {"source": "google", "ref": "noTitle_AAJ"},
         {"source": "openlibrary", "ref": "OL9M"},
         {"source": "openlibrary", "ref": "OL9W"},
     ],
-    ids=lambda wanted: wanted["ref"],
+    ids=lambda payload: payload["ref"],
 )
-def test_what_is_not_there_is_404(reader: Person, others: Catalogues, wanted: dict[str, str]) -> None:
-    assert reader.post("/books/external", json=wanted).status_code == 404
-    assert len(others.asked) == 1
+def test_unknown_ref_is_404(reader: Person, others: Catalogues, payload: dict[str, str]) -> None:
+    assert reader.post("/books/external", json=payload).status_code == 404
+    assert len(others.requests) == 1
 
 
-NO_REFS = {
-    "a path up": ("google", "../../admin"),
-    "a path down": ("google", "a/b"),
-    "an encoded path": ("google", "..%2f..%2fadmin"),
+INVALID_REFS = {
+    "parent path": ("google", "../../admin"),
+    "subpath": ("google", "a/b"),
+    "encoded path": ("google", "..%2f..%2fadmin"),
     "dots": ("google", ".."),
     "a query": ("google", "a?key=1"),
     "a fragment": ("google", "a#b"),
     "another host": ("google", "@evil.example"),
-    "an address": ("openlibrary", "http://127.0.0.1/"),
-    "a line break": ("openlibrary", "OL1M\n"),
+    "URL": ("openlibrary", "http://127.0.0.1/"),
+    "line break": ("openlibrary", "OL1M\n"),
     "a second key": ("openlibrary", "OL1M,OLID:OL2M"),
-    "an author": ("openlibrary", "OL1A"),
+    "author key": ("openlibrary", "OL1A"),
     "no number": ("openlibrary", "OLM"),
     "digits of another script": ("openlibrary", "OL\N{ARABIC-INDIC DIGIT ONE}M"),
-    "nothing": ("google", ""),
-    "a long one": ("google", "x" * 41),
+    "empty": ("google", ""),
+    "too long": ("google", "x" * 41),
 }
 
 
-@pytest.mark.parametrize(("source", "ref"), NO_REFS.values(), ids=NO_REFS)
-def test_what_is_no_ref(reader: Person, others: Catalogues, source: str, ref: str) -> None:
+@pytest.mark.parametrize(("source", "ref"), INVALID_REFS.values(), ids=INVALID_REFS)
+def test_invalid_ref_is_422(reader: Person, others: Catalogues, source: str, ref: str) -> None:
     answer = reader.post("/books/external", json={"source": source, "ref": ref})
     assert (answer.status_code, answer.json()["errors"][0]["loc"]) == (422, ["body", "ref"])
-    assert others.asked == []
+    assert others.requests == []
 
 
-def test_where_only_staff_add_books_nothing_is_fetched_for_readers(
+def test_readers_who_may_not_add_books_cause_no_request(
     reader: Person, librarian: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "readers_can_add", False)
     assert reader.post("/books/external", json=GOOGLE_EMMA).status_code == 403
-    assert others.asked == []
+    assert others.requests == []
     assert librarian.post("/books/external", json=GOOGLE_EMMA).status_code == 201
 
 
-# --- at fault -----------------------------------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------------------------------
 
 
 def hang(handler: BaseHTTPRequestHandler) -> None:
@@ -315,36 +359,36 @@ def flood(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b" " * 1_000_000)
 
 
-def saying(answer: Any, status: int = 200, **headers: str) -> Fault:
+def answering(answer: Any, status: int = 200, **headers: str) -> Fault:
     return lambda handler: send(handler, answer, status, **headers)
 
 
 TRIES = external.CLIENT_POLICY.tries
 FAULTS: dict[str, tuple[Fault, int, int]] = {
-    "silent": (hang, 504, 2),
-    "a byte now and then": (drip, 504, 1),
-    "500": (saying({}, 500), 502, TRIES),
-    "503": (saying(b"<html>Sorry</html>", 503), 502, TRIES),
-    "429": (saying({}, 429), 502, TRIES),
-    "429 for an hour": (saying({}, 429, Retry_After="3600"), 502, 1),
-    "503 until tomorrow": (saying({}, 503, Retry_After="Fri, 01 Jan 2100 00:00:00 GMT"), 502, 1),
-    "a key that is no good": (saying({"error": {"code": 403}}, 403), 502, 1),
-    "half an answer": (half, 502, TRIES),
-    "no JSON": (saying(b"<html>It works!</html>"), 502, TRIES),
-    "JSON of another shape": (saying([1, 2]), 502, TRIES),
-    "JSON without end": (saying(b"[" * 100_000), 502, TRIES),
-    "nothing": (saying(b""), 502, TRIES),
-    "fifty megabytes": (flood, 502, 1),
-    "a bomb": (saying(b"\x1f\x8b", Content_Encoding="gzip"), 502, 1),
-    "a way elsewhere": (saying({}, 302, Location="http://localhost:1/volumes"), 502, 1),
-    "a way to a file": (saying({}, 302, Location="file:///etc/passwd"), 502, 1),
-    "a way in circles": (saying({}, 301, Location="/volumes?q=again"), 502, 4),
+    "no answer": (hang, 504, 2),
+    "slow body": (drip, 504, 1),
+    "500": (answering({}, 500), 502, TRIES),
+    "503": (answering(b"<html>Sorry</html>", 503), 502, TRIES),
+    "429": (answering({}, 429), 502, TRIES),
+    "429 for an hour": (answering({}, 429, Retry_After="3600"), 502, 1),
+    "503 until tomorrow": (answering({}, 503, Retry_After="Fri, 01 Jan 2100 00:00:00 GMT"), 502, 1),
+    "403 invalid key": (answering({"error": {"code": 403}}, 403), 502, 1),
+    "truncated body": (half, 502, TRIES),
+    "HTML": (answering(b"<html>It works!</html>"), 502, TRIES),
+    "JSON of another shape": (answering([1, 2]), 502, TRIES),
+    "deeply nested JSON": (answering(b"[" * 100_000), 502, TRIES),
+    "empty body": (answering(b""), 502, TRIES),
+    "50 MB": (flood, 502, 1),
+    "compressed body": (answering(b"\x1f\x8b", Content_Encoding="gzip"), 502, 1),
+    "redirect to another origin": (answering({}, 302, Location="http://localhost:1/volumes"), 502, 1),
+    "redirect to a file": (answering({}, 302, Location="file:///etc/passwd"), 502, 1),
+    "redirect loop": (answering({}, 301, Location="/volumes?q=again"), 502, 4),
 }
 
 
 @pytest.mark.parametrize(("fault", "status", "tries"), FAULTS.values(), ids=FAULTS)
-@pytest.mark.parametrize("adding", [False, True], ids=["finding", "adding"])
-def test_a_source_at_fault_is_told_in_time(
+@pytest.mark.parametrize("adding", [False, True], ids=["search", "add"])
+def test_faulty_source_is_502_or_504_in_time(
     reader: Person,
     others: Catalogues,
     *,
@@ -365,33 +409,33 @@ def test_a_source_at_fault_is_told_in_time(
         answer = reader.get("/books/external", params={"q": "emma"})
     assert answer.status_code == status
     assert answer.json()["detail"].startswith("Google Books ")
-    assert len(others.asked) == tries
+    assert len(others.requests) == tries
     assert time.monotonic() - started < 3
     assert reader.get("/books").json()["total"] == 0
     others.always = None
     assert look(reader, q="emma")["total"] == 4, "a failure is not kept"
 
 
-def test_a_source_that_nobody_runs_is_502(reader: Person) -> None:
+def test_unreachable_source_is_502(reader: Person) -> None:
     for source in Source:
         answer = reader.get("/books/external", params={"q": "emma", "source": source})
         assert (answer.status_code, answer.headers["Content-Type"]) == (502, "application/problem+json")
 
 
-def test_it_is_tried_again_when_it_says_so(reader: Person, others: Catalogues) -> None:
-    others.faults = [saying({}, 500), saying({}, 429, Retry_After="1")]
+def test_retry_after_is_respected(reader: Person, others: Catalogues) -> None:
+    others.faults = [answering({}, 500), answering({}, 429, Retry_After="1")]
     started = time.monotonic()
     assert look(reader, q="emma")["total"] == 4
     assert 1 <= time.monotonic() - started < 3
-    assert len(others.asked) == 3
+    assert len(others.requests) == 3
 
 
-def test_a_redirect_to_the_same_place_is_followed(reader: Person, others: Catalogues) -> None:
-    others.faults = [saying({}, 302, Location=f"{others.url}/volumes?q=dune&startIndex=0&maxResults=10")]
+def test_redirect_to_the_same_origin_is_followed(reader: Person, others: Catalogues) -> None:
+    others.faults = [answering({}, 302, Location=f"{others.url}/volumes?q=dune&startIndex=0&maxResults=10")]
     assert [book["title"] for book in look(reader, q="emma")["items"]] == ["Dune"]
 
 
-def test_one_broken_book_does_not_hide_the_others(reader: Person, others: Catalogues) -> None:
+def test_broken_items_are_left_out(reader: Person, others: Catalogues) -> None:
     others.volumes[1:1] = [
         {"id": "x"},
         {"id": 7, "volumeInfo": {}},
@@ -402,13 +446,13 @@ def test_one_broken_book_does_not_hide_the_others(reader: Person, others: Catalo
 
 
 @pytest.mark.slow
-def test_a_slow_source_keeps_nobody_else_waiting(serve: Callable[..., Server], others: Catalogues) -> None:
+def test_slow_source_does_not_block_other_requests(serve: Callable[..., Server], others: Catalogues) -> None:
     server = serve(GOOGLE_BOOKS_URL=others.url)
     rita = sign_up(server.client, "Rita")
     others.always = hang
     with ThreadPoolExecutor(10) as threads:
         asking = [threads.submit(look, rita, q=f"slow {number}") for number in range(8)]
-        wait_for(lambda: len(others.asked) == 8 or None)
+        wait_for(lambda: len(others.requests) == 8 or None)
         waits = []
         while not any(each.done() for each in asking):
             started = time.monotonic()
@@ -420,59 +464,60 @@ def test_a_slow_source_keeps_nobody_else_waiting(serve: Callable[..., Server], o
         assert [each.result()["total"] for each in asking] == [0] * 8
 
 
-# --- manners ------------------------------------------------------------------------------------------------------
+# --- cache and headers ------------------------------------------------------------------------------------------------
 
 
-def test_answers_are_kept_for_an_hour(reader: Person, others: Catalogues, clock: Clock) -> None:
+def test_answers_are_cached_for_an_hour(reader: Person, others: Catalogues, clock: Clock) -> None:
     assert look(reader, q="emma") == look(reader, q="emma")
-    assert len(others.asked) == 1
+    assert len(others.requests) == 1
     look(reader, q="emma", start_index=1)
     look(reader, q="emma", source="openlibrary")
-    assert len(others.asked) == 3
+    assert len(others.requests) == 3
     clock.advance(minutes=59)
     reader = Person(reader.client, "Rita")
     look(reader, q="emma")
-    assert len(others.asked) == 3
+    assert len(others.requests) == 3
     others.volumes.clear()
     clock.advance(minutes=2)
     assert look(reader, q="emma")["total"] == 0
-    assert len(others.asked) == 4
+    assert len(others.requests) == 4
 
 
-def test_only_so_much_is_kept(reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_bounded(reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch) -> None:
     look(reader, q="emma")
-    monkeypatch.setattr(external, "MAX_CACHE", external.cache.size + 10)
+    size = external.cache.currsize + 10
+    bounded: TTLCache[str, bytes, Any] = TTLCache(size, external.cache.ttl, external.cache.timer, len)
+    monkeypatch.setattr(external, "cache", bounded)
+    look(reader, q="emma")
     look(reader, q="dune")
-    assert len(external.cache.answers) == 1
+    assert len(bounded) == 1
+    assert bounded.currsize < size
     look(reader, q="emma")
-    assert len(others.asked) == 3
-    monkeypatch.setattr(external, "MAX_CACHE", 0)
-    look(reader, q="pamphlet")
-    assert (external.cache.size, len(external.cache.answers)) == (0, 0)
+    assert len(others.requests) == 4
 
 
-def test_what_is_added_is_fetched_anew(reader: Person, others: Catalogues) -> None:
+def test_adding_a_book_bypasses_the_cache(reader: Person, others: Catalogues) -> None:
     look(reader, isbn=EMMA, source="openlibrary")
     others.editions[0]["number_of_pages"] = 500
     assert reader.post("/books/external", json=OPEN_EMMA).json()["pages"] == 500
 
 
-def test_it_says_who_asks_and_keeps_its_key(
+def test_user_agent_is_sent_and_api_key_is_not_logged(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(settings, "public_url", "https://books.example.com")
     monkeypatch.setattr(settings, "google_books_key", "s3cret-key")
     caplog.set_level(logging.INFO, "books")
-    others.faults = [saying({}, 500)]
+    others.faults = [answering({}, 500)]
     look(reader, q="emma")
     look(reader, q="emma", source="openlibrary")
     assert others.agents == {"BooksAPI/0.1.0 (+https://books.example.com)"}
-    assert ["key=s3cret-key" in path for path in others.asked] == [True, True, False]
+    assert ["key=s3cret-key" in path for path in others.requests] == [True, True, False]
     assert "500" in caplog.text
     assert "s3cret" not in caplog.text
 
 
-# --- filling in uploads -------------------------------------------------------------------------------------------
+# --- look-up for imports ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -490,7 +535,7 @@ def reasons(upload: dict[str, Any]) -> list[tuple[int, str | None, str]]:
     return [(error["row"], error["field"], error["message"]) for error in upload["errors"]]
 
 
-def test_a_column_of_isbns_becomes_books(client: TestClient, reader: Person, others: Catalogues) -> None:
+def test_import_of_isbns(client: TestClient, reader: Person, others: Catalogues) -> None:
     content = f"isbn\n0-14-143958-0\n441172717\n{UNKNOWN}\n9780340960196\n123\n{EMMA}\n"
     upload = reader.upload(content, enrich="true")
     assert upload["enrich"] is True
@@ -507,7 +552,7 @@ def test_a_column_of_isbns_becomes_books(client: TestClient, reader: Person, oth
         ("Emma", "Jane Austen", EMMA, 474, 2008),
         ("Dune", "Unknown", "9780441172719", None, 1965),
     ]
-    assert others.asked == [
+    assert others.requests == [
         "/api/books?bibkeys=ISBN%3A9780141439587%2CISBN%3A9780441172719%2CISBN%3A9780306406157%2CISBN%3A9780340960196"
         "&format=json&jscmd=data"
     ]
@@ -515,13 +560,13 @@ def test_a_column_of_isbns_becomes_books(client: TestClient, reader: Person, oth
     assert [row[0] for row in csv.reader(io.StringIO(refused))] == ["isbn", UNKNOWN, "9780340960196", "123"]
 
 
-def test_without_being_asked_nothing_is_looked_up(reader: Person, others: Catalogues) -> None:
+def test_import_without_enrich_looks_nothing_up(reader: Person, others: Catalogues) -> None:
     assert reader.upload(f"isbn\n{EMMA}\n")["status"] == "failed"
     assert counts(reader.upload(f"title,author,isbn\nEmma,Jane,{EMMA}\n"))[1] == 1
-    assert others.asked == []
+    assert others.requests == []
 
 
-def test_what_the_file_says_wins(client: TestClient, reader: Person, others: Catalogues) -> None:
+def test_values_of_the_file_win(client: TestClient, reader: Person, others: Catalogues) -> None:
     content = (
         f"title,author,isbn,pages,year\nEMMA,,{EMMA},12,1999\nNo ISBN,Nobody,,,\nOther,Author,{UNKNOWN},,\n,X,,,\n"
     )
@@ -534,12 +579,12 @@ def test_what_the_file_says_wins(client: TestClient, reader: Person, others: Cat
     assert (other["title"], other["publisher"]) == ("Other", None)
 
 
-def test_a_bad_value_is_told_before_anything_is_asked(reader: Person, others: Catalogues) -> None:
+def test_invalid_rows_are_not_looked_up(reader: Person, others: Catalogues) -> None:
     upload = reader.upload(f"isbn,pages\n{EMMA},-1\n", enrich="true")
-    assert (counts(upload)[4], upload["errors"][0]["field"], others.asked) == (1, "pages", [])
+    assert (counts(upload)[4], upload["errors"][0]["field"], others.requests) == (1, "pages", [])
 
 
-def test_what_is_looked_up_fills_gaps_of_what_is_here(client: TestClient, reader: Person, others: Catalogues) -> None:
+def test_update_fills_only_missing_fields_of_a_book(client: TestClient, reader: Person, others: Catalogues) -> None:
     reader.add_book(title="My Emma", author="J. A.", isbn=EMMA, pages=1)
     assert counts(reader.upload(f"isbn\n{EMMA}\n", enrich="true"))[3] == 1
     assert client.get("/books/1").json()["version"] == 1
@@ -550,29 +595,29 @@ def test_what_is_looked_up_fills_gaps_of_what_is_here(client: TestClient, reader
     assert counts(reader.upload(f"isbn\n{EMMA}\n", enrich="true", on_duplicate="update"))[2:4] == (0, 1)
 
 
-def test_a_dry_run_asks_and_writes_nothing(client: TestClient, reader: Person, others: Catalogues) -> None:
+def test_dry_run_looks_up_and_writes_nothing(client: TestClient, reader: Person, others: Catalogues) -> None:
     assert counts(reader.upload(f"isbn\n{EMMA}\n", enrich="true", dry_run="true"))[1] == 1
     assert client.get("/books").json()["total"] == 0
 
 
-def test_a_shelf_keeps_its_place_and_is_filled_in(reader: Person, others: Catalogues) -> None:
+def test_shelf_import_with_look_up(reader: Person, others: Catalogues) -> None:
     header = "Title,Author,ISBN13,My Rating,Exclusive Shelf,Date Read\n"
     rows = f"Emma,,{EMMA},4,read,2020/01/02\nDune,Frank Herbert,9780441172719,9,read,\n"
     upload = reader.upload(header + rows, enrich="true", shelve="true")
     assert counts(upload) == (2, 1, 0, 0, 1, 0)
     assert reasons(upload) == [(3, "rating", "must be a number from 0, for none, to 5")]
-    assert others.asked[0].count("ISBN") == 1, "a row that is refused anyway is not asked for"
+    assert others.requests[0].count("ISBN") == 1, "a row that is refused anyway is not asked for"
     (entry,) = reader.get("/my-library").json()["items"]
     assert (entry["rating"], entry["finished_at"]) == (4, "2020-01-02T00:00:00Z")
     assert (entry["book"]["author"], entry["book"]["pages"]) == ("Jane Austen", 474)
 
 
 @pytest.mark.usefixtures("no_pause")
-def test_fifty_are_asked_for_at_a_time(reader: Person, others: Catalogues) -> None:
+def test_look_up_of_fifty_isbns_a_request(reader: Person, others: Catalogues) -> None:
     content = "isbn\n" + "".join(f"{isbn13(number)}\n" for number in range(120))
     upload = reader.upload(content, enrich="true")
     assert counts(upload) == (120, 0, 0, 0, 120, 0)
-    assert [path.count("ISBN") for path in others.asked] == [50, 50, 20]
+    assert [path.count("ISBN") for path in others.requests] == [50, 50, 20]
 
 
 def isbn13(number: int) -> str:
@@ -580,42 +625,42 @@ def isbn13(number: int) -> str:
     return body + str(-sum(int(digit) * (1, 3)[place % 2] for place, digit in enumerate(body)) % 10)
 
 
-def test_a_pause_lies_between_two_questions(
+def test_pause_between_two_requests_of_a_job(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imports, "ENRICH_BATCH", 1)
     monkeypatch.setattr(external, "LOOKUP_PAUSE", 0.4)
     started = time.monotonic()
     reader.upload(f"isbn\n{EMMA}\n9780441172719\n{UNKNOWN}\n", enrich="true")
-    assert len(others.asked) == 3
+    assert len(others.requests) == 3
     assert 0.8 <= time.monotonic() - started < 5
 
 
 @pytest.mark.usefixtures("no_pause")
-def test_a_source_that_stays_down_refuses_only_what_needs_it(
+def test_outage_refuses_only_rows_that_need_a_look_up(
     client: TestClient, reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imports, "ENRICH_BATCH", 2)
-    others.faults = [saying({}, 503)] * (external.JOB_POLICY.tries + 1)
+    others.faults = [answering({}, 503)] * (external.JOB_POLICY.tries + 1)
     rows = f"{EMMA},,\n9780441172719,Dune,Frank Herbert\n{UNKNOWN},,\n,No ISBN,Nobody\n0-14-143958-0,,\n"
     upload = reader.upload(f"isbn,title,author\n{rows}", enrich="true")
     assert counts(upload) == (5, 3, 0, 0, 2, 1)
     why = "Open Library answers with 503"
     assert reasons(upload) == [
         (2, None, f"could not be looked up: {why}"),
-        (3, "isbn", f"could not be looked up, the book is in as it is: {why}"),
+        (3, "isbn", f"could not be looked up, the book was imported without it: {why}"),
         (4, None, f"could not be looked up: {why}"),
     ]
-    assert len(others.asked) == external.JOB_POLICY.tries + 2, "five tries, one for the next batch, one that is good"
+    assert len(others.requests) == external.JOB_POLICY.tries + 2, "five tries, one for the next batch, one that is good"
     assert [book["title"] for book in client.get("/books").json()["items"]] == ["Dune", "No ISBN", "Emma"]
 
 
-def test_a_source_that_comes_back_costs_nothing(reader: Person, others: Catalogues) -> None:
-    others.faults = [saying({}, 500), half, saying({}, 429, Retry_After="0"), saying(b"[")]
+def test_short_outage_refuses_nothing(reader: Person, others: Catalogues) -> None:
+    others.faults = [answering({}, 500), half, answering({}, 429, Retry_After="0"), answering(b"[")]
     assert counts(reader.upload(f"isbn\n{EMMA}\n", enrich="true")) == (1, 1, 0, 0, 0, 0)
 
 
-def test_a_job_that_waits_is_alive_and_holds_nobody_up(
+def test_waiting_job_keeps_its_lease_and_blocks_no_writer(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imports, "LEASE", timedelta(seconds=1))
@@ -641,10 +686,10 @@ def test_a_job_that_waits_is_alive_and_holds_nobody_up(
             time.sleep(0.02)
         assert max(waits) < 0.9, "no transaction is open while it waits"
         assert counts(upload.result()) == (1, 1, 0, 0, 0, 0)
-    assert len(others.asked) == 1
+    assert len(others.requests) == 1
 
 
-def test_a_job_that_waits_can_be_cancelled(
+def test_waiting_job_can_be_cancelled(
     client: TestClient, reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(external, "STOP_CHECK_INTERVAL", 0.05)
@@ -652,23 +697,21 @@ def test_a_job_that_waits_can_be_cancelled(
     others.always = hang
     with ThreadPoolExecutor() as threads:
         upload = threads.submit(reader.upload, f"isbn\n{EMMA}\n", enrich="true")
-        wait_for(lambda: others.asked or None)
+        wait_for(lambda: others.requests or None)
         assert reader.delete("/books/upload/1").json()["status"] == "cancelled"
         assert (upload.result()["status"], upload.result()["rows"]) == ("cancelled", 0)
     assert client.get("/books").json()["total"] == 0
 
 
 @pytest.mark.slow
-def test_a_server_that_stops_while_a_job_waits_goes_on_where_it_was(
-    serve: Callable[..., Server], others: Catalogues
-) -> None:
+def test_waiting_job_continues_after_a_restart(serve: Callable[..., Server], others: Catalogues) -> None:
     server = serve(OPEN_LIBRARY_URL=others.url)
     rita = sign_up(server.client, "Rita")
     others.always = lambda handler: time.sleep(20)
     rita.post(
         "/books/upload", files={"file": ("a.csv", f"isbn\n{EMMA}\n{UNKNOWN}\n".encode())}, data={"enrich": "true"}
     )
-    wait_for(lambda: others.asked or None)
+    wait_for(lambda: others.requests or None)
     assert server.stop() < 5
     others.always = None
     server.start()
@@ -681,7 +724,7 @@ def test_a_server_that_stops_while_a_job_waits_goes_on_where_it_was(
     assert counts(wait_for(done, seconds=20)) == (2, 1, 0, 0, 1, 0)
 
 
-# --- the harvest --------------------------------------------------------------------------------------------------
+# --- the daily import -------------------------------------------------------------------------------------------------
 
 
 def run_harvest(client: TestClient) -> None:
@@ -689,7 +732,7 @@ def run_harvest(client: TestClient) -> None:
     client.portal.call(external.harvest)
 
 
-def told(person: Person) -> list[tuple[str, dict[str, Any]]]:
+def harvest_events(person: Person) -> list[tuple[str, dict[str, Any]]]:
     items = person.get("/events", params={"types": "harvest.*"}).json()["items"]
     return [(event["type"], event["data"]) for event in items]
 
@@ -700,29 +743,29 @@ def query(monkeypatch: pytest.MonkeyPatch) -> str:
     return "emma"
 
 
-def test_once_a_day_what_is_new_comes_in(
+def test_daily_import(
     client: TestClient, admin: Person, reader: Person, others: Catalogues, *, clock: Clock, query: str
 ) -> None:
     reader.add_book(**DUNE)
     run_harvest(client)
     counted = {"query": query, "found": 3, "added": 1, "skipped": 2}
-    assert told(admin) == [("harvest.completed", counted)], "one is here, one has no ISBN"
-    assert told(reader) == []
-    assert told(Person(client, "admin", "admin", admin.tokens)) == [("harvest.completed", counted)]
+    assert harvest_events(admin) == [("harvest.completed", counted)], "one is here, one has no ISBN"
+    assert harvest_events(reader) == []
+    assert harvest_events(Person(client, "admin", "admin", admin.tokens)) == [("harvest.completed", counted)]
     book = client.get("/books", params={"search": EMMA}).json()["items"][0]
     assert book["added_by"] == admin.get("/users/me").json()["id"]
-    assert others.asked == ["/volumes?q=emma&startIndex=0&maxResults=40&printType=books&orderBy=newest"]
+    assert others.requests == ["/volumes?q=emma&startIndex=0&maxResults=40&printType=books&orderBy=newest"]
     clock.advance(hours=23, minutes=59)
     run_harvest(client)
-    assert len(others.asked) == 1
+    assert len(others.requests) == 1
     clock.advance(minutes=1)
     run_harvest(client)
-    assert len(others.asked) == 2
+    assert len(others.requests) == 2
     admin = Person(client, "admin", "admin")
-    assert told(admin)[1:] == [("harvest.completed", {**counted, "added": 0, "skipped": 3})]
+    assert harvest_events(admin)[1:] == [("harvest.completed", {**counted, "added": 0, "skipped": 3})]
 
 
-def test_the_stream_tells_admins_only(
+def test_only_admins_see_harvest_events_in_the_stream(
     client: TestClient, admin: Person, librarian: Person, others: Catalogues, query: str
 ) -> None:
     start = client.get("/events").json()["next"]
@@ -732,24 +775,22 @@ def test_the_stream_tells_admins_only(
         assert ("event: harvest.completed" in frames) == sees
 
 
-def test_it_is_the_oldest_active_admin_who_adds(
-    client: TestClient, admin: Person, others: Catalogues, query: str
-) -> None:
+def test_oldest_active_admin_adds_the_books(client: TestClient, admin: Person, others: Catalogues, query: str) -> None:
     new = {"username": "second", "email": "s@example.com", "password": "correct horse battery", "role": "admin"}
     second = admin.post("/users", json=new).json()["id"]
     heir = Person(client, "second")
     heir.patch("/users/1", json={"is_active": False})
     run_harvest(client)
     assert client.get("/books").json()["items"][0]["added_by"] == second
-    assert told(heir)[0][0] == "harvest.completed"
+    assert harvest_events(heir)[0][0] == "harvest.completed"
 
 
-def test_after_an_outage_it_is_tried_again_in_an_hour(
+def test_failed_harvest_is_retried_after_an_hour(
     client: TestClient, admin: Person, others: Catalogues, *, clock: Clock, query: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    others.always = saying({}, 503)
+    others.always = answering({}, 503)
     run_harvest(client)
-    assert told(admin) == [("harvest.failed", {"query": query, "error": "Google Books answers with 503."})]
+    assert harvest_events(admin) == [("harvest.failed", {"query": query, "error": "Google Books answers with 503."})]
     assert "tried again in an hour" in caplog.text
     others.always = None
     clock.advance(minutes=59)
@@ -760,7 +801,39 @@ def test_after_an_outage_it_is_tried_again_in_an_hour(
     assert client.get("/books").json()["total"] == 2
 
 
-def test_of_many_at_once_one_does_it(client: TestClient, admin: Person, others: Catalogues, query: str) -> None:
+def test_harvest_is_retried_after_an_hour_if_the_process_dies(
+    client: TestClient, admin: Person, others: Catalogues, *, clock: Clock, query: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def die(_query: str) -> dict[str, int]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(external, "add_newest_books", die)
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(external.harvest())
+    clock.advance(minutes=59)
+    run_harvest(client)
+    assert others.requests == []
+    clock.advance(minutes=1)
+    run_harvest(client)
+    assert len(others.requests) == 1
+
+
+def test_harvest_due_of_an_older_version_is_respected(
+    client: TestClient, admin: Person, others: Catalogues, *, clock: Clock, query: str
+) -> None:
+    due = (clock.read() + timedelta(hours=5)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    database.write_sync(lambda session: session.add(Setting(key="harvest_due", value=due)))
+    clock.advance(hours=4, minutes=59)
+    run_harvest(client)
+    assert others.requests == []
+    clock.advance(minutes=1)
+    run_harvest(client)
+    run_harvest(client)
+    assert len(others.requests) == 1
+
+
+def test_concurrent_harvests_run_once(client: TestClient, admin: Person, others: Catalogues, query: str) -> None:
     async def all_at_once() -> None:
         async with anyio.create_task_group() as workers:
             for _ in range(10):
@@ -768,25 +841,25 @@ def test_of_many_at_once_one_does_it(client: TestClient, admin: Person, others: 
 
     assert client.portal is not None
     client.portal.call(all_at_once)
-    assert len(others.asked) == 1
-    assert len(told(admin)) == 1
+    assert len(others.requests) == 1
+    assert len(harvest_events(admin)) == 1
 
 
 @pytest.mark.slow
-def test_of_two_workers_one_does_it(serve: Callable[..., Server], others: Catalogues) -> None:
+def test_two_workers_harvest_once(serve: Callable[..., Server], others: Catalogues) -> None:
     server = serve("--workers", "2", HARVEST_QUERY="emma", GOOGLE_BOOKS_URL=others.url)
     admin = Person(server.client, "admin", "admin")
-    wait_for(lambda: told(admin) or None)
+    wait_for(lambda: harvest_events(admin) or None)
     time.sleep(0.5)
-    assert [what for what, _ in told(admin)] == ["harvest.completed"]
-    assert len(others.asked) == 1
+    assert [what for what, _ in harvest_events(admin)] == ["harvest.completed"]
+    assert len(others.requests) == 1
 
 
-def test_several_pages_are_brought_in_up_to_a_bound(
+def test_number_of_harvested_pages_is_bounded(
     client: TestClient, admin: Person, others: Catalogues, query: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(external, "HARVEST_PAGE", 1)
     monkeypatch.setattr(external, "HARVEST_PAGES", 3)
     run_harvest(client)
-    assert len(others.asked) == 3
-    assert told(admin)[0][1].items() >= {"found": 3, "added": 2}.items()
+    assert len(others.requests) == 3
+    assert harvest_events(admin)[0][1].items() >= {"found": 3, "added": 2}.items()

@@ -1,5 +1,5 @@
-"""A new e-mail address waits for its confirmation. Links that undo a change, and what was noted of the password of
-development mode, are gone."""
+"""A new e-mail address waits for its confirmation. Links that undo a change are gone, and settings
+that are not used any more."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -15,4 +15,4 @@ def upgrade() -> None:
         "DELETE FROM one_time_code WHERE purpose = 'verify_email' AND email IS NOT NULL"
         ' AND email <> (SELECT email FROM "user" WHERE "user".id = user_id)'
     )
-    op.execute("DELETE FROM setting WHERE key IN ('open_hash', 'last_start')")
+    op.execute("DELETE FROM setting WHERE key IN ('open_hash', 'last_start', 'last_pruning', 'last_sweep')")
