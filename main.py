@@ -11,7 +11,8 @@
     csv_files.py   CSV: encoding, dialect, records, cells, known formats
     api.py         what routes share: problem documents, Router, FastRoute, RequestMiddleware
     events.py      the change log, /events and /stream
-    auth.py        /login and /auth: sessions, registration, confirming addresses, passwords
+    auth.py        /login, /auth/refresh, /auth/sessions
+    accounts.py    registration, confirming addresses, passwords
     search.py      full-text search: FTS5 and tsvector
     books.py       the catalogue
     library.py     /my-library, statistics, reviews
@@ -79,54 +80,48 @@ if sys.platform != "win32":
 log = logging.getLogger("books")
 router = Router(tags=["Service"])
 
-# --- the log ------------------------------------------------------------------------------------------------------
+# --- logging and limits of the process ----------------------------------------------------------------------------
+
+MAX_OPEN_FILES = 65_536  # each connection is one; the usual soft limit is 1,024
 
 
 def configure_logging() -> None:
-    # What our lines do not tell need not be found out for each of them (as Python's logging HOWTO has it).
+    # Not in our format, so not to be looked up for each line (Python's logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     if not log.handlers:
         handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-        if settings.log_file is not None:  # by several workers, which take writer_queue to begin a new file
-            from concurrent_log_handler import (  # noqa: PLC0415  # 5 MB of memory, which few need
-                ConcurrentRotatingFileHandler,
-            )
+        if settings.log_file is not None:  # shared by all workers
+            import concurrent_log_handler as shared  # noqa: PLC0415  # 5 MB of memory, which few need
 
-            handlers.append(ConcurrentRotatingFileHandler(settings.log_file, maxBytes=10 << 20, backupCount=5))
+            handlers.append(shared.ConcurrentRotatingFileHandler(settings.log_file, maxBytes=10 << 20, backupCount=5))
         for handler in handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
             log.addHandler(handler)
     log.setLevel(settings.log_level)
-    # Our own line per request says more. Without handlers uvicorn doesn't even format its own.
+    # Our access log has more. Without handlers, uvicorn does not even format its own.
     uvicorn_access = logging.getLogger("uvicorn.access")
     uvicorn_access.handlers.clear()
     uvicorn_access.propagate = False
 
 
-# --- room for many ------------------------------------------------------------------------------------------------
-
-
-def allow_many_connections() -> None:
-    """Each is an open file, streams and clients that are slow to say what they want among them. The usual limit for a
-    start, 1,024, is a fraction of what one process can hold."""
+def raise_file_limit() -> None:
     if sys.platform != "win32":
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = CONNECTIONS if hard == resource.RLIM_INFINITY else min(CONNECTIONS, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        limit = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
+        if soft != resource.RLIM_INFINITY and soft < limit:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-# --- work that recurs ---------------------------------------------------------------------------------------------
+# --- recurring jobs -----------------------------------------------------------------------------------------------
 
-CONNECTIONS = 65_536
-RESUME_SECONDS = 5  # between two looks for uploads that nobody is at
+RESUME_INTERVAL = 5  # seconds between looks for uploads without a worker
 
 
 @contextlib.asynccontextmanager
 async def recurring_jobs() -> AsyncIterator[None]:
     async with anyio.create_task_group() as jobs:
         jobs.start_soon(run_every, 1, database.checkpoint_wal)
-        jobs.start_soon(run_every, RESUME_SECONDS, resume_uploads)
+        jobs.start_soon(run_every, RESUME_INTERVAL, resume_uploads)
         jobs.start_soon(run_every, 60, prune_events)
         jobs.start_soon(run_every, 600, sweep_logins)
         if settings.harvest_query is not None:
@@ -137,28 +132,27 @@ async def recurring_jobs() -> AsyncIterator[None]:
             jobs.cancel_scope.cancel()
 
 
-async def run_every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+async def run_every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
-            await work()
-        except OperationalError as error:  # a full disk, a locked file: it may be better in a while
-            log.error("%s: %s", work.__name__, error)
-        except Exception:
-            # Whatever it is, it must not take the service with it.
-            log.exception("%s failed", work.__name__)
+            await job()
+        except OperationalError as error:  # a full disk, a locked file: maybe temporary
+            log.error("%s: %s", job.__name__, error)
+        except Exception:  # must not stop the service
+            log.exception("%s failed", job.__name__)
         await anyio.sleep(seconds)
 
 
 async def resume_uploads() -> None:
-    """Take up the uploads of processes that died, this one's earlier life included."""
+    """Go on with the uploads of processes that were stopped or killed."""
     for upload_id in await database.read_in_thread(imports.abandoned_uploads):
         await database.run_job(imports.run_upload, upload_id)
 
 
 async def prune_events() -> None:
     if await database.write(claim_job, "pruning", timedelta(seconds=50)):
-        while await database.write(events.prune):  # noqa: ASYNC110  # there is nothing to wait for
-            await anyio.sleep(0.05)  # others write, too
+        while await database.write(events.prune):  # noqa: ASYNC110  # no event to wait for
+            await anyio.sleep(0.05)  # for other writers
 
 
 async def sweep_logins() -> None:
@@ -166,10 +160,10 @@ async def sweep_logins() -> None:
         await database.write(auth.delete_expired)
 
 
-# --- is it well? --------------------------------------------------------------------------------------------------
+# --- health -------------------------------------------------------------------------------------------------------
 
-PROBE_TIMEOUT = 15  # longer than a writer waits for others
-PROBE_SECONDS = 5  # how long the answer is taken to be true: asking must not be a way to keep the disk busy
+PROBE_TIMEOUT = 15  # seconds; longer than a writer waits for others
+PROBE_INTERVAL = 5  # seconds; requests must not keep the disk busy
 
 
 class _Probe:
@@ -183,36 +177,36 @@ class Health(BaseModel):
     database: str
 
 
-@router.get("/health")
+@router.get("/health", summary="Ask whether the service is well")
 async def health() -> Health:
     """Whether the service can read and write its database: 200, or 503 with what is wrong."""
     try:
         await database.read(pagination.last_event_id)
     except DBAPIError as error:
-        raise _unwell("read", error.orig) from None
-    if time.monotonic() - _Probe.at > PROBE_SECONDS:
-        # One for all that ask; and whoever holds the lock, the answer must come.
+        raise unhealthy("read", error.orig) from None
+    if time.monotonic() - _Probe.at > PROBE_INTERVAL:
+        # One for all requests; whoever holds the lock, the answer must come.
         if _Probe.running is None or _Probe.running.done():
-            _Probe.running = asyncio.create_task(database.write(_probe))
+            _Probe.running = asyncio.create_task(database.write(write_probe))
         probe = _Probe.running
         done, _ = await asyncio.wait([probe], timeout=PROBE_TIMEOUT)
         if not done:
-            raise _unwell("written", TimeoutError(f"for {PROBE_TIMEOUT} s somebody else has been writing"))
+            raise unhealthy("written", TimeoutError(f"another writer holds the lock for {PROBE_TIMEOUT} s"))
         try:
             probe.result()
         except DBAPIError as error:
-            raise _unwell("written", error.orig) from None
+            raise unhealthy("written", error.orig) from None
         _Probe.at = time.monotonic()
     return Health(status="ok", version=VERSION, database=database.backend().kind)
 
 
-def _probe(session: Session) -> None:
+def write_probe(session: Session) -> None:
     session.merge(Setting(key="probed", value=models.utcnow().isoformat()))
 
 
-def _unwell(what: str, error: BaseException | None) -> HTTPException:
-    log.error("the database can't be %s: %s", what, error)
-    return HTTPException(503, f"The database can't be {what}.", {"Retry-After": "5"})
+def unhealthy(verb: str, error: BaseException | None) -> HTTPException:
+    log.error("the database can't be %s: %s", verb, error)
+    return HTTPException(503, f"The database can't be {verb}.", {"Retry-After": "5"})
 
 
 # --- backup -------------------------------------------------------------------------------------------------------
@@ -223,14 +217,14 @@ BACKUP = errors(403, 409, 507) | {
 }
 
 
-@router.get("/admin/backup", response_class=StreamingResponse, responses=BACKUP)
+@router.get("/admin/backup", response_class=StreamingResponse, summary="Download a backup", responses=BACKUP)
 async def back_up(admin: Admin) -> StreamingResponse:
-    """A copy of the SQLite file as of one moment, while writes go on. On PostgreSQL 409: use `pg_dump`."""
-    where = database.backend()
-    if not isinstance(where, Sqlite):
+    """A consistent copy of the SQLite file, while writes go on. On PostgreSQL 409: use `pg_dump`."""
+    backend = database.backend()
+    if not isinstance(backend, Sqlite):
         raise HTTPException(409, "This service keeps its data in PostgreSQL: back it up with pg_dump.")
     try:
-        copy = await anyio.to_thread.run_sync(_copy, str(where.engine.url.database))
+        copy = await anyio.to_thread.run_sync(open_copy, str(backend.engine.url.database))
     except OSError as error:
         raise disk_full(error) from None
     name = f"books-{models.utcnow():%Y%m%d-%H%M%S}.db"
@@ -238,37 +232,36 @@ async def back_up(admin: Admin) -> StreamingResponse:
         "Content-Disposition": f'attachment; filename="{name}"',
         "Content-Length": str(os.fstat(copy.fileno()).st_size),
     }
-    return StreamingResponse(_pieces(copy), media_type="application/vnd.sqlite3", headers=headers)
+    return StreamingResponse(read_copy(copy), media_type="application/vnd.sqlite3", headers=headers)
 
 
-def _copy(file: str) -> BinaryIO:
-    """Beside the file, where there is room for it; without a name, so that nothing is left if we are killed."""
+def open_copy(file: str) -> BinaryIO:
+    """A copy beside the file, and unlinked, so that nothing is left if the process is killed."""
     handle, path = tempfile.mkstemp(prefix="books-backup-", dir=Path(file).parent)
     os.close(handle)
     try:
         database.copy_sqlite(file, Path(path))
-        return open(path, "rb")  # closed when it is sent
+        return open(path, "rb")  # closed in `read_copy`
     finally:
         os.unlink(path)
 
 
-def _pieces(copy: BinaryIO) -> Iterator[bytes]:
+def read_copy(copy: BinaryIO) -> Iterator[bytes]:
     with copy:
         yield from iter(lambda: copy.read(1 << 20), b"")
 
 
-# --- life ---------------------------------------------------------------------------------------------------------
+# --- lifespan -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     configure_logging()
-    allow_many_connections()
-    # Each call of SQLite gives Python's lock away, and a busy thread (an import) keeps it for this long: with the 5 ms
-    # that Python has by itself, a read of a book beside an import took 90 ms.
+    raise_file_limit()
+    # sqlite3 releases the GIL on every call; a busy thread then keeps it for one switch interval. With Python's 5 ms, a
+    # read of a book beside an import took 90 ms.
     sys.setswitchinterval(0.0005)
-    # What was made so far stays: the collector need not look at it again and again, for 50 ms each time.
-    gc.freeze()
+    gc.freeze()  # a full collection took 50 ms
     database.open_database(settings.database_url)
     serving = False
     try:
@@ -278,10 +271,10 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
             serving = True
             yield
     except Exception:
-        # A server ends by itself where the start fails, but not later: without its lifespan it would go on and answer
-        # everything with 500. It is better stopped, for whoever runs it to start it anew.
+        # uvicorn ends by itself if the start fails, but not later: without its lifespan it would answer everything with
+        # 500. Stop it, so that its supervisor starts it again.
         if serving and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            log.exception("the service can't go on")
+            log.exception("stopping the service")
             signal.raise_signal(signal.SIGTERM)
         raise
     finally:
@@ -327,8 +320,8 @@ if settings.cors_origins:
         allow_headers=["Authorization", "If-Match", "If-None-Match", "Last-Event-ID"],
         expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Event-Cursor", "X-Request-ID"],
     )
-app.add_middleware(RequestMiddleware)  # outermost: what goes wrong further in is answered with its headers, too
-ROUTERS = (  # what is asked most comes first, even before /docs: routes are tried in turn
+app.add_middleware(RequestMiddleware)  # outermost, so that its headers are on errors of the others, too
+ROUTERS = (  # the most frequent first, even before /docs: Starlette tries routes in turn
     books.hot,
     library.hot,
     books.router,
@@ -355,12 +348,12 @@ def openapi() -> dict[str, Any]:
     return plain_openapi()
 
 
-app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's manual has it
+app.openapi = openapi  # type: ignore[method-assign]  # FastAPI docs, "Extending OpenAPI"
 
 
 @app.get("/", include_in_schema=False)
 async def front_page(if_none_match: Annotated[str | None, Header()] = None) -> Response:
-    """The page for people. A browser keeps it, and asks each time whether it is still the same."""
+    """The front page, which browsers revalidate each time."""
     headers = {"ETag": FRONT_ETAG, "Cache-Control": "no-cache"}
     if if_none_match is not None and books.etag_matches(if_none_match, FRONT_ETAG):
         return Response(status_code=304, headers=headers)

@@ -639,7 +639,7 @@ def test_an_upload_survives_its_process(serve: Callable[..., Server], how: signa
 IMPATIENT = """
 from datetime import timedelta
 import imports, main
-imports.LEASE, imports.BATCH, main.RESUME_SECONDS = timedelta(seconds=0.6), 100, 0.2
+imports.LEASE, imports.BATCH, main.RESUME_INTERVAL = timedelta(seconds=0.6), 100, 0.2
 app = main.app
 """
 ROWS = "title,author,isbn,pages\n" + "".join(

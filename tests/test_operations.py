@@ -106,7 +106,7 @@ def test_postgresql_has_its_own_way_to_back_up(admin: Person) -> None:
 @pytest.mark.slow
 def test_health_fails_where_the_database_can_not_be_written(serve: Callable[..., Server]) -> None:
     server = serve()
-    time.sleep(main.PROBE_SECONDS)
+    time.sleep(main.PROBE_INTERVAL)
     with closing(sqlite3.connect(server.file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")  # somebody who does not let go of the file
         answer = server.client.get("/health")
@@ -171,7 +171,7 @@ UNAVAILABLE: dict[str, tuple[str, Exception, str, int]] = {
         "/books/genres",
         500,
     ),
-    "no room for a backup": ("main._copy", FULL, "/admin/backup", 507),
+    "no room for a backup": ("main.open_copy", FULL, "/admin/backup", 507),
 }
 
 
