@@ -158,7 +158,7 @@ def test_405_lists_every_method_of_the_path(client: TestClient) -> None:
 
 
 def test_an_unexpected_error_is_500_without_internals(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("events.last_event_id", lambda _connection: 1 / 0)
+    monkeypatch.setattr("pagination.last_event_id", lambda _connection: 1 / 0)
     client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]  # of Starlette's client
     answer = client.get("/health")
     assert answer.status_code == 500
@@ -207,7 +207,7 @@ def security_headers(answer: httpx.Response) -> dict[str, str | None]:
 @pytest.mark.parametrize("path", ["/", "/books", "/books/1", "/nothing", "/users/me", "/health", "/docs", "/bug"])
 def test_every_answer_has_security_headers(client: TestClient, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "/bug":
-        monkeypatch.setattr("events.last_event_id", lambda _connection: 1 / 0)
+        monkeypatch.setattr("pagination.last_event_id", lambda _connection: 1 / 0)
         path = "/health"
     client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]  # of Starlette's client
     plain = {
@@ -275,7 +275,7 @@ def test_cors_allows_the_configured_origins(serve: Callable[..., Server]) -> Non
     other = server.client.options("/books/1", headers={**preflight, "Origin": "https://evil.example"})
     assert "Access-Control-Allow-Origin" not in other.headers
     assert (other.status_code, other.headers["Content-Type"]) == (400, "application/problem+json")
-    assert other.json()["detail"].startswith("Another site may not")
+    assert other.json()["detail"].startswith("Not allowed for this origin")
 
 
 def test_errors_of_starlette_are_problem_documents(server: Server) -> None:
@@ -291,7 +291,7 @@ def test_errors_of_starlette_are_problem_documents(server: Server) -> None:
     # the request of a browser for a web socket
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     socket = server.client.get("/stream", headers={**upgrade, "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="})
-    assert (socket.status_code, socket.json()["detail"][:26]) == (404, "There is no web socket her")
+    assert (socket.status_code, socket.json()["detail"][:26]) == (404, "There is no WebSocket here")
     assert [answer.json()["detail"] for answer in answers.values()] == [
         "The file has no such range.",
         "The header Range can't be read.",
@@ -317,7 +317,7 @@ def test_errors_explain_patterns_in_words(client: TestClient, reader: Person) ->
         "otp": "must be the six digits of the code",
         "cover_url": "must be an address that begins with http:// or https://",
         "types": "must be types of events with commas between them, like book.*,review.created",
-        "cursor": "is not one that this service gave",
+        "cursor": "is not a cursor of this service",
     }
     schema = json.dumps(client.get("/openapi.json").json())
     patterns = {json.loads(text) for text in re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', schema)}
