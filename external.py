@@ -661,15 +661,16 @@ class Enricher:
 
     def fill_in(self, rows: Sequence[ImportRow]) -> bool:
         """Decide the rows that wait for what is looked up. False where the server stops first."""
-        waiting = [row for row in rows if row.wanted]
+        waiting = [row for row in rows if row.lookup_isbn]
         if not waiting:
             return True
+        isbns = dict.fromkeys(row.lookup_isbn for row in waiting if row.lookup_isbn)
         try:
-            found, down = asyncio.run(self._look_up(list(dict.fromkeys(row.wanted for row in waiting if row.wanted))))
+            found, down = asyncio.run(self._look_up(list(isbns)))
         except Stopping:
             return False
         for row in waiting:
-            complete(row, found.get(row.wanted or ""), down)
+            complete(row, found.get(row.lookup_isbn or ""), down)
         return True
 
     async def _look_up(self, isbns: Sequence[str]) -> tuple[dict[str, Candidate], str | None]:
@@ -716,13 +717,13 @@ def complete(row: ImportRow, found: Candidate | None, down: str | None) -> None:
         fills = {name: getattr(found, name) for name in LOOKED_UP | {"published_date", "language"}}
         if row.values.keys() & {"published_date", "publication_year"}:  # two halves of one thing
             fills["published_date"] = fills["publication_year"] = None
-        row.filled = {name for name, value in fills.items() if value is not None} - row.values.keys()
-        row.values |= {name: fills[name] for name in row.filled}
+        row.looked_up = {name for name, value in fills.items() if value is not None} - row.values.keys()
+        row.values |= {name: fills[name] for name in row.looked_up}
     elif down is not None:
-        row.problems.append(
+        row.issues.append(
             RowIssue("isbn", row.values["isbn"], f"could not be looked up, the book is in as it is: {down}")
         )
-    row.book, row.wanted = FileBook.model_validate(row.values, context=CSV_CONTEXT), None
+    row.book, row.lookup_isbn = FileBook.model_validate(row.values, context=CSV_CONTEXT), None
 
 
 MAX_CONCURRENT = 20  # requests of this process that wait for another catalogue

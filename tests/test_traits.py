@@ -57,12 +57,12 @@ TRAITS: dict[str, Told] = {
     ),
     "latin1": Told(FRENCH_AND_GERMAN, encoding="windows-1252"),  # of which it is a part
     "mixed_encodings": Told(
-        [*FRENCH_AND_GERMAN, ("Nana", "Zola")], refused=[(4, "title", "bytes that the encoding of the file has not")]
+        [*FRENCH_AND_GERMAN, ("Nana", "Zola")], refused=[(4, "title", "bytes that the encoding of the file does not have")]
     ),
     "utf16_cut_off": Told(
-        ab("AB"), refused=[(3, "author", "bytes that the encoding of the file has not")], encoding="utf-16"
+        ab("AB"), refused=[(3, "author", "bytes that the encoding of the file does not have")], encoding="utf-16"
     ),
-    "surrogates": Told(ab("CD"), refused=[(2, "title", "bytes that the encoding of the file has not")]),
+    "surrogates": Told(ab("CD"), refused=[(2, "title", "bytes that the encoding of the file does not have")]),
     "right_to_left": Told([("\u200f\u05d7\u05e1\u05d3\u200e", "\u202eevil\u202c"), ("A", "B")]),
     "entities": Told([("Cats & Dogs", "Gabriel García Márquez"), ("AT&T", "R&D; and others")]),
     "excel_text": Told(DUNE_AND_EMMA, first={"isbn": "9780441172719"}),
