@@ -5,9 +5,7 @@ import codecs
 import csv
 import html
 import io
-import math
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -15,11 +13,11 @@ from enum import StrEnum
 from itertools import islice, takewhile
 from typing import Any, NamedTuple, TextIO
 
-from pydantic import ValidationError, create_model
+from pydantic import ValidationError
 from stdnum import isbn as isbn_numbers
 
 from models import ShelfStatus
-from schemas import CSV_CONTEXT, BookBase, EntryUpdate, Timestamp, describe_error, is_isbn13
+from schemas import CSV_CONTEXT, BookBase, BookCreate, EntryUpdate, Timestamp, describe_error, is_isbn13
 
 MAX_RECORD = 2_000_000  # characters of a record; a longer one is mostly due to a quote that never closes
 MAX_REREAD = 200_000_000  # characters of lines that are parsed again, with 20 more for each line: some two seconds
@@ -112,7 +110,7 @@ class LineReader:
         self.escaped = re.compile(rf"\\([\\{dialect.quote}])") if dialect.backslashes else None
         self.record: list[str] = []  # the lines of the current record
         self.size = 0  # characters of them
-        self.again: deque[str] = deque()  # lines to parse again
+        self.again: list[str] = []  # lines to parse again, the next one last
         self.reread = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -120,7 +118,7 @@ class LineReader:
 
     def __next__(self) -> str:
         if self.again:
-            line = self.again.popleft()
+            line = self.again.pop()
         else:
             line = rest = self.text.readline(MAX_RECORD)
             while len(rest) == MAX_RECORD and rest[-1] not in "\r\n":  # the rest of such a line is dropped
@@ -143,7 +141,7 @@ class LineReader:
         self.reread += self.size - len(first) + 20 * len(others)
         if self.reread > MAX_REREAD:
             raise UnreadableFile("Too many rows have a quote that does not close where it should.")
-        self.again.extendleft(reversed(others))
+        self.again.extend(reversed(others))
         return first
 
 
@@ -188,10 +186,9 @@ def to_csv(rows: Iterable[Sequence[object]]) -> str:
     """Rows as RFC 4180 has them. Formulas in texts are escaped; numbers are as they are."""
     buffer = io.StringIO(newline="")
     # Looking at the first character saves most calls.
-    csv.writer(buffer).writerows(
-        [escape_formula(cell) if type(cell) is str and cell[:1] in FORMULA_STARTS else cell for cell in row]
-        for row in rows
-    )
+    write_row = csv.writer(buffer).writerow
+    for row in rows:
+        write_row([escape_formula(cell) if type(cell) is str and cell[:1] in FORMULA_STARTS else cell for cell in row])
     return buffer.getvalue()
 
 
@@ -213,11 +210,8 @@ class InvalidCell(Exception):
 
 
 def repair_isbn(text: str) -> str | None:
-    """The ISBN as 13 digits: also one that lost its leading zeros to a spreadsheet, if its check digit then fits."""
-    if is_isbn13(text):
-        return text
-    if re.fullmatch(r"[\d.]+e\+?\d+", text, re.IGNORECASE):  # 9.78043902348e+12 has lost its last digits
-        return None
+    """The ISBN as 13 digits: also one that lost its leading zeros to a spreadsheet, if its check digit then fits.
+    One like 9.78043902348e+12 has lost its last digits."""
     compact = re.sub(r"[\s-]|\.0$", "", text)
     if re.fullmatch(r"\d{6,8}[\dXx]", compact):
         compact = compact.zfill(10)
@@ -262,9 +256,7 @@ def read_date(name: str, text: str, day_first: Callable[[], bool | None]) -> tup
             first, second, year = map(int, found.groups())
             is_day = day_first() if max(first, second) <= 12 and first != second else first > 12
             if is_day is None:
-                raise InvalidCell(
-                    name, text, "may be day first or month first, and no other date of the file shows which"
-                )
+                raise InvalidCell(name, text, "may be day first or month first; no other date of the file shows which")
             return date(year, *((second, first) if is_day else (first, second))), None
         if found := re.fullmatch(r"(-?\d{1,4})(?:\.0+)?|(\d{4})-\d\d", text):
             return None, int(found[1] or found[2])
@@ -298,8 +290,7 @@ def to_html(text: str) -> str:
 
 BOOK_COLUMNS = [*BookBase.model_fields]  # of our own export of the catalogue
 # What Goodreads' columns have no place for; a file that has all of these is our own export of a shelf.
-OUR_COLUMNS = ["Genre", "Description", "Language", "Price", "Cover URL", "Published Date"]
-OUR_COLUMNS += ["Added At", "Started At", "Finished At"]
+OUR_COLUMNS = "Genre,Description,Language,Price,Cover URL,Published Date,Added At,Started At,Finished At".split(",")
 REASON = "reason"  # the column that is added to refused rows
 MAX_COLUMNS = 500  # exports of Goodreads, StoryGraph and ours have thirty; each name is stored with the upload
 # Names of columns without case, spaces, `_` and `-`. Where a file has several of them, the first one counts.
@@ -345,9 +336,8 @@ class Format(StrEnum):
     goodreads = "goodreads"
     storygraph = "storygraph"
 
-    @property
-    def has_shelf(self) -> bool:
-        return self in (Format.goodreads, Format.storygraph)
+
+SHELF_FORMATS = {Format.goodreads, Format.storygraph}
 
 
 class ColumnMapping(NamedTuple):
@@ -367,7 +357,7 @@ def read_header(cells: Sequence[str], *, enrich: bool = False) -> ColumnMapping:
     """Which column is which. With `enrich`, an ISBN will do."""
     if len(cells) > MAX_COLUMNS:
         raise UnreadableFile(
-            f"The first row has {len(cells):,} columns; at most {MAX_COLUMNS} are read. {describe_header(cells)}"
+            f"The first row has {len(cells):,} columns, more than {MAX_COLUMNS}. {describe_header(cells)}"
         )
     has_reason, keys = cells[-1:] == [REASON], column_keys(cells)
     if list(cells[:-1] if has_reason else cells) == BOOK_COLUMNS:
@@ -377,7 +367,7 @@ def read_header(cells: Sequence[str], *, enrich: bool = False) -> ColumnMapping:
     else:
         kind = Format.storygraph if {"readstatus", "starrating"} <= set(keys) else Format.books
     fields: dict[str, list[int]] = {}
-    for name, names in (ALIASES | SHELF_ALIASES if kind.has_shelf else ALIASES).items():
+    for name, names in (ALIASES | SHELF_ALIASES if kind in SHELF_FORMATS else ALIASES).items():
         if found := [i for alias in names for i, key in enumerate(keys) if key == alias]:
             fields[name] = found
     missing = [name for name in ("title", "author") if name not in fields]
@@ -395,9 +385,6 @@ def describe_header(cells: Sequence[str]) -> str:
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
-# The fields and rules of a new book, without SQLModel's own constructor, which takes longer than all of them.
-FILE_BOOK: dict[str, Any] = {name: (info.annotation, info) for name, info in BookBase.model_fields.items()}
-FileBook: Any = create_model("FileBook", **FILE_BOOK)
 # What is looked up by ISBN where a row does not have it.
 LOOKED_UP = {"title", "author", "genre", "publisher", "pages", "cover_url", "publication_year"}
 
@@ -418,9 +405,8 @@ class RowIssue(NamedTuple):
 class ImportRow:
     number: int  # as a spreadsheet counts: the header is row 1
     cells: Sequence[str]
-    book: Any = None  # a FileBook, which has the fields of a BookBase; None if the row is refused
+    book: Any = None  # a BookCreate; None if the row is refused, or has to be looked up
     values: dict[str, Any] = field(default_factory=dict)  # the fields of the book, not validated
-    provided: set[str] = field(default_factory=set)  # those of them that the row itself has
     lookup_isbn: str | None = None  # to look up before the row can become a book
     looked_up: set[str] = field(default_factory=set)  # the fields that were found by it
     entry: ShelfData | None = None
@@ -429,7 +415,9 @@ class ImportRow:
     outcome: str = "skipped"  # or inserted, updated, failed
 
     def refuse(self, field_name: str | None, value: str, message: str) -> "ImportRow":
-        self.book, self.lookup_isbn, self.issues = None, None, [RowIssue(field_name, value, message)]
+        if self.outcome != "failed":  # an earlier warning does not matter any more
+            self.book, self.lookup_isbn, self.issues, self.outcome = None, None, [], "failed"
+        self.issues.append(RowIssue(field_name, value, message))
         return self
 
 
@@ -456,12 +444,15 @@ class RowParser:
             if "isbn" in texts and not is_isbn13(texts["isbn"]):
                 self._read_isbn(row, cells)
             self._read_book(row, texts)
-            if self.columns.format.has_shelf:
+            if self.columns.format in SHELF_FORMATS:
                 self._read_entry(row, texts)
         except InvalidCell as error:
             row.refuse(*error.args)
         except ValidationError as error:
-            row.book, row.lookup_isbn, row.issues = None, None, _issues(error, texts)
+            for e in error.errors(include_url=False):
+                name = str(e["loc"][0])
+                value = texts.get(name, str(e["input"]))
+                row.refuse(name, value, _describe_cell_error(e, value))
         return row
 
     def _clean(self, cells: Sequence[str]) -> list[str]:
@@ -491,29 +482,18 @@ class RowParser:
         for name in ("publication_year", "pages"):
             if name in values:
                 if re.fullmatch(r"\d{1,3}([.,]\d{3})+", values[name]):
-                    raise InvalidCell(
-                        name, values[name], "has a sign that may be a decimal one or one between thousands"
-                    )
+                    raise InvalidCell(name, values[name], "has a decimal sign or one between thousands")
                 values[name] = re.sub(r"[.,]0+$", "", values[name])  # a number that a spreadsheet took for a float
         if "price" in values:
             values["price"] = read_price(values["price"])
-        day = None
         if published := values.pop("published_date", None):
             day, year = read_date("published_date", published, self.day_first)
-            if day:
-                values["published_date"] = day
-            else:
-                values.setdefault("publication_year", year)
-        row.provided = set(values)
-        if day:
-            values.setdefault("publication_year", day.year)
-        needs_lookup = self.enrich and "isbn" in values and not values.keys() >= LOOKED_UP
+            values |= {"published_date": day} if day else {"publication_year": year, **values}
+        found = {*values, "publication_year"} if "published_date" in values else {*values}
+        needs_lookup = self.enrich and "isbn" in values and not found >= LOOKED_UP
         placeholder = "?" if needs_lookup else ""  # what is missing may be found, but what is wrong is refused now
-        book = FileBook.model_validate({"title": placeholder, "author": placeholder, **values}, context=CSV_CONTEXT)
-        if needs_lookup:
-            row.lookup_isbn = values["isbn"]
-        else:
-            row.book = book
+        book = BookCreate.model_validate({"title": placeholder, "author": placeholder, **values}, context=CSV_CONTEXT)
+        row.book, row.lookup_isbn = (None, values["isbn"]) if needs_lookup else (book, None)
 
     def _read_entry(self, row: ImportRow, texts: dict[str, str]) -> None:
         shelf = texts.get("status", "")
@@ -525,9 +505,7 @@ class RowParser:
             tags.insert(0, shelf)
         rating, review = _read_rating(row, texts.get("rating")), from_html(texts.get("review", "")) or None
         if status not in (ShelfStatus.completed, ShelfStatus.abandoned):
-            message = (
-                f"needs a book that was read; this one is on {shelf.lower() or 'no shelf'}, and was imported without"
-            )
+            message = f"was left out: it needs a book that was read; this one is on {shelf.lower() or 'no shelf'}"
             opinion = {"rating": rating, "review": review}
             row.issues += [RowIssue(name, str(value), message) for name, value in opinion.items() if value is not None]
             rating = review = None
@@ -560,26 +538,16 @@ def _plain(value: str) -> str:
 def _read_rating(row: ImportRow, text: str | None) -> int | None:
     if not text:
         return None
-    try:
-        stars = float(text.replace(",", "."))
-    except ValueError:
-        stars = math.nan
+    stars = float(text.replace(",", ".")) if re.fullmatch(r"\d+([.,]\d*)?", text) else -1
     if not 0 <= stars <= 5:
         raise InvalidCell("rating", text, "must be a number from 0, for none, to 5")
-    rounded = max(1, math.floor(stars + 0.5)) if stars else None
+    rounded = max(1, int(stars + 0.5)) if stars else None
     if rounded not in (stars, None):
         row.issues.append(RowIssue("rating", text, f"is not a whole star: rounded to {rounded}"))
     return rounded
 
 
-def _issues(error: ValidationError, texts: dict[str, str]) -> list[RowIssue]:
-    issues = []
-    for e in error.errors(include_url=False):
-        name = str(e["loc"][0])
-        value = texts.get(name, str(e["input"]))
-        if any("\udc80" <= c <= "\udcff" for c in value):
-            message = "has bytes that the encoding of the file does not have"
-        else:
-            message = "is missing" if e["type"] == "string_too_short" else describe_error(e)
-        issues.append(RowIssue(name, value, message))
-    return issues
+def _describe_cell_error(error: Any, value: str) -> str:
+    if any("\udc80" <= c <= "\udcff" for c in value):
+        return "has bytes that the encoding of the file does not have"
+    return "is missing" if error["type"] == "string_too_short" else describe_error(error)

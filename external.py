@@ -31,7 +31,7 @@ import models
 import schemas
 from api import Router, errors
 from books import add_book, etag_of
-from csv_files import LOOKED_UP, FileBook, ImportRow, InvalidCell, RowIssue, from_html, read_date, repair_isbn
+from csv_files import LOOKED_UP, ImportRow, InvalidCell, RowIssue, from_html, read_date, repair_isbn
 from models import Role, Setting, User
 from pagination import invalid_query
 from schemas import (
@@ -723,7 +723,7 @@ def complete(row: ImportRow, found: Candidate | None, down: str | None) -> None:
         row.issues.append(
             RowIssue("isbn", row.values["isbn"], f"could not be looked up, the book is in as it is: {down}")
         )
-    row.book, row.lookup_isbn = FileBook.model_validate(row.values, context=CSV_CONTEXT), None
+    row.book, row.lookup_isbn = BookCreate.model_validate(row.values, context=CSV_CONTEXT), None
 
 
 MAX_CONCURRENT = 20  # requests of this process that wait for another catalogue

@@ -22,42 +22,15 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session, SQLModel, col
 
+import csv_files
 import database
 import events
 import external
 import library
 import models
 from books import revise_book
-from csv_files import (
-    UNDECODABLE,
-    BrokenRecord,
-    Dialect,
-    ImportRow,
-    RowIssue,
-    RowParser,
-    ShelfData,
-    UnreadableFile,
-    day_comes_first,
-    describe_header,
-    detect_dialect,
-    detect_encoding,
-    printable,
-    read_header,
-    records,
-    strip_invalid,
-)
-from models import (
-    Book,
-    DomainError,
-    OnDuplicate,
-    Principal,
-    ShelfEntry,
-    Upload,
-    UploadChunk,
-    UploadError,
-    UploadStatus,
-    User,
-)
+from csv_files import BrokenRecord, ImportRow, RowIssue, RowParser, ShelfData, UnreadableFile, printable, strip_invalid
+from models import Book, DomainError, Principal, ShelfEntry, Upload, UploadError, UploadStatus, User
 from schemas import BookBase, BookUpdate, UploadPublic
 from search import index_books
 from settings import settings
@@ -109,7 +82,7 @@ class BatchImporter:
 
     def __init__(self, session: Session, upload: Upload, owner: Principal, tracker: DuplicateTracker) -> None:
         self.session, self.upload, self.owner, self.tracker = session, upload, owner, tracker
-        self.updating = upload.on_duplicate == OnDuplicate.update
+        self.updating = upload.on_duplicate == models.OnDuplicate.update
         self.ids: dict[Key, int] = {}
         self.ambiguous: set[Key] = set()  # titles and authors that several books without an ISBN have
 
@@ -120,7 +93,7 @@ class BatchImporter:
         self._find_books(good)
         new: dict[Key, ImportRow] = {}
         for row in good:
-            if row.key not in self.ids and row.key not in new and not self._added_by_dry_run(row.key):
+            if row.key not in self.ids and row.key not in new and hash(row.key) not in self.tracker.dry_run:
                 if settings.readers_can_add or self.owner.is_staff:
                     new[row.key] = row
                 else:
@@ -131,16 +104,10 @@ class BatchImporter:
             self._shelve(good)
         if self.updating:  # what the shelf has refused changes no book either
             self._update_books([row for row in good if row.book is not None and new.get(row.key) is not row])
-        for row in rows:
-            if row.book is None:
-                row.outcome = "failed"
         if self.upload.dry_run:
             self.tracker.dry_run.update(map(hash, new))
             if self.upload.shelve:
                 self.tracker.dry_run.update(hash(("shelf", row.key)) for row in good)
-
-    def _added_by_dry_run(self, key: object) -> bool:
-        return self.upload.dry_run and hash(key) in self.tracker.dry_run
 
     # --- the catalogue ---
 
@@ -194,8 +161,8 @@ class BatchImporter:
     def _update_book(self, row: ImportRow, book: Book) -> bool:
         """Change what differs in the file, if the owner of the upload may."""
         # The fields of the key are those of the book already.
-        names = row.provided - ({"isbn"} if isinstance(row.key, str) else {"title", "author"})
-        names |= {name for name in row.looked_up if getattr(book, name) is None}  # which only fill gaps
+        names = row.values.keys() - ({"isbn"} if isinstance(row.key, str) else {"title", "author"})
+        names -= {name for name in row.looked_up if getattr(book, name) is not None}  # which only fill gaps
         data = {name: getattr(row.book, name) for name in names}
         if all(getattr(book, name) == value for name, value in data.items()):
             return False
@@ -220,7 +187,7 @@ class BatchImporter:
         )
         entries, count = {entry.book_id: entry for entry in self.session.scalars(owned)}, 0
         for row in rows:
-            if row.entry is None or row.key not in self.ids or self._added_by_dry_run(("shelf", row.key)):
+            if row.entry is None or row.key not in self.ids or hash(("shelf", row.key)) in self.tracker.dry_run:
                 continue
             book = books[self.ids[row.key]]
             if book.id not in entries:
@@ -303,9 +270,7 @@ class ChunkReader(io.RawIOBase):
 
 
 def _find_chunk(connection: Connection, upload_id: int, number: int) -> bytes | None:
-    chunk = sa.select(col(UploadChunk.data)).where(
-        col(UploadChunk.upload_id) == upload_id, col(UploadChunk.number) == number
-    )
+    chunk = sa.select(CHUNKS.c.data).where(CHUNKS.c.upload_id == upload_id, CHUNKS.c.number == number)
     return connection.execute(chunk).scalar()
 
 
@@ -314,8 +279,8 @@ class CsvUpload:
 
     def __init__(self, job: ImportJob) -> None:
         self.job = job
-        self.encoding = detect_encoding(io.BufferedReader(ChunkReader(job), CHUNK))
-        self.dialect = detect_dialect(self._open(ChunkReader(job)))
+        self.encoding = csv_files.detect_encoding(io.BufferedReader(ChunkReader(job), CHUNK))
+        self.dialect = csv_files.detect_dialect(self._open(ChunkReader(job)))
         _, header, _ = next(self._records(), (0, None, 0))
         if header is None:
             raise UnreadableFile("The file is empty: it has no header.")
@@ -323,19 +288,19 @@ class CsvUpload:
             raise UnreadableFile(f"The first row can't be read: {header.reason}.")
         if any("\x00" in cell for cell in header):
             raise UnreadableFile("This is not a text file.")
-        self.columns = read_header(header, enrich=job.enrich)
+        self.columns = csv_files.read_header(header, enrich=job.enrich)
         if self.columns.ours:  # and not a dialect that some text in it looks like
-            self.dialect = Dialect()
+            self.dialect = csv_files.Dialect()
 
     def _open(self, file: ChunkReader) -> TextIO:
         buffered = io.BufferedReader(file, CHUNK)
-        return io.TextIOWrapper(buffered, encoding=self.encoding, errors=UNDECODABLE, newline="")
+        return io.TextIOWrapper(buffered, encoding=self.encoding, errors=csv_files.UNDECODABLE, newline="")
 
     def _records(self) -> Iterator[tuple[int, list[str] | BrokenRecord, int]]:
         """With their numbers, as a spreadsheet counts, and how many bytes were read. Blank lines and Excel's `sep=;`
         are left out."""
         file = ChunkReader(self.job)
-        for number, record in enumerate(records(self._open(file), self.dialect), start=1):
+        for number, record in enumerate(csv_files.records(self._open(file), self.dialect), start=1):
             if record and not (number == 1 and len(record) <= 2 and record[0] == "sep="):
                 yield number, record, file.position
 
@@ -354,7 +319,7 @@ class CsvUpload:
         names = ("published_date", "added_at", "started_at", "finished_at")
         columns, width = [i for name in names for i in self.columns.fields.get(name, ())], len(self.columns.header)
         rows = (row for _, row, _ in self._records() if not isinstance(row, BrokenRecord) and len(row) == width)
-        orders = {day_comes_first(row[i].strip()) for row in rows for i in columns} - {None}
+        orders = {csv_files.day_comes_first(row[i].strip()) for row in rows for i in columns} - {None}
         return orders.pop() if len(orders) == 1 else None
 
 
@@ -452,8 +417,10 @@ def lock_upload(session: Session, job: ImportJob) -> Upload:
 
 def _describe(session: Session, job: ImportJob, file: CsvUpload) -> None:
     upload, columns = lock_upload(session, job), file.columns
-    if upload.shelve and not columns.format.has_shelf:
-        raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {describe_header(columns.header)}")
+    if upload.shelve and columns.format not in csv_files.SHELF_FORMATS:
+        raise UnreadableFile(
+            f"This is not an export of Goodreads or StoryGraph. {csv_files.describe_header(columns.header)}"
+        )
     upload.format, upload.encoding, upload.delimiter = columns.format, file.encoding, file.dialect.delimiter
     upload.header = [strip_invalid(cell[:MAX_CELL]) for cell in columns.header]
     upload.ignored_columns = columns.ignored
@@ -521,7 +488,7 @@ def _finish_job(session: Session, job: ImportJob, error: str | None) -> None:
 
 def finish(session: Session, upload: Upload, status: UploadStatus) -> None:
     upload.status, upload.finished_at, upload.lease_until, upload.worker = status, models.utcnow(), None, None
-    session.execute(sa.delete(UploadChunk).where(col(UploadChunk.upload_id) == upload.id))
+    session.execute(sa.delete(CHUNKS).where(CHUNKS.c.upload_id == upload.id))
     _record_progress(session, upload)
 
 
