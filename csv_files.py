@@ -30,8 +30,7 @@ CONTROLS = re.compile(
 UTF8_SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 csv.field_size_limit(MAX_RECORD)  # 128 KB by default
 
-# Undecodable bytes become half a surrogate pair, which no text has and no database takes: the row that has them is
-# refused, and not the file.
+# Undecodable bytes become half a surrogate pair, which no text has: their row is refused, and not the file.
 UNDECODABLE = "undecodable"
 codecs.register_error(UNDECODABLE, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]  # decoding errors have it
 
@@ -64,7 +63,7 @@ def detect_encoding(file: io.BufferedReader) -> str:
             return encoding
     if 0 in head[:2]:  # UTF-16 without its mark, with an ASCII character first
         return "utf-16-le" if head[0] else "utf-16-be"
-    sample = b""  # lines that are not ASCII
+    sample = bytearray()  # lines that are not ASCII
     while len(sample) < SAMPLE and (line := file.readline(SAMPLE)):
         if not line.isascii():
             sample += line
@@ -78,8 +77,7 @@ def detect_encoding(file: io.BufferedReader) -> str:
 
 
 def detect_dialect(text: TextIO) -> Dialect:
-    """The delimiter and quote by which the first row has the most known columns, then the most of the rows after it
-    are as wide, then the first row has the most columns."""
+    """By the most known columns in the first row, then the most rows of its width, then the most columns."""
     head, delimiters = text.read(SAMPLE), DELIMITERS
     if excel := re.match(r"sep=([^\x00\r\n])\r?\n", head):
         delimiters, head = excel[1], head[excel.end() :]
@@ -109,9 +107,8 @@ class LineReader:
         self.text = text
         self.escaped = re.compile(rf"\\([\\{dialect.quote}])") if dialect.backslashes else None
         self.record: list[str] = []  # the lines of the current record
-        self.size = 0  # characters of them
         self.again: list[str] = []  # lines to parse again, the next one last
-        self.reread = 0
+        self.size, self.reread = 0, 0  # characters of the record, and of all lines that were parsed again
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -168,10 +165,9 @@ def records(text: TextIO, dialect: Dialect) -> Iterator[list[str] | BrokenRecord
 
 # --- writing ------------------------------------------------------------------------------------------------------
 
-# What a spreadsheet would run (OWASP, "CSV Injection"). An apostrophe before it makes it text; reading takes one away,
-# only from what looks like this.
+# What a spreadsheet would run (OWASP, "CSV Injection"). An apostrophe before it makes it text; reading removes one.
 FORMULA, ESCAPED_FORMULA = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"''*[=+\-@\t\r]")
-FORMULA_STARTS = frozenset("'=+-@\t\r")
+FORMULA_STARTS = frozenset("'=+-@\t\r")  # a look at the first character saves most calls
 
 
 def escape_formula(text: str) -> str:
@@ -185,7 +181,6 @@ def unescape_formula(text: str) -> str:
 def to_csv(rows: Iterable[Sequence[object]]) -> str:
     """Rows as RFC 4180 has them. Formulas in texts are escaped; numbers are as they are."""
     buffer = io.StringIO(newline="")
-    # Looking at the first character saves most calls.
     write_row = csv.writer(buffer).writerow
     for row in rows:
         write_row([escape_formula(cell) if type(cell) is str and cell[:1] in FORMULA_STARTS else cell for cell in row])
@@ -210,8 +205,7 @@ class InvalidCell(Exception):
 
 
 def repair_isbn(text: str) -> str | None:
-    """The ISBN as 13 digits: also one that lost its leading zeros to a spreadsheet, if its check digit then fits.
-    One like 9.78043902348e+12 has lost its last digits."""
+    """The ISBN as 13 digits: also one that lost its leading zeros to a spreadsheet, if its check digit then fits."""
     compact = re.sub(r"[\s-]|\.0$", "", text)
     if re.fullmatch(r"\d{6,8}[\dXx]", compact):
         compact = compact.zfill(10)
@@ -239,10 +233,9 @@ MONTHS["sept"] = 9
 
 def day_comes_first(text: str) -> bool | None:
     """True for dates like 13/04/2008, False for those like 04/13/2008, None for any other text."""
-    if found := SLASHED.fullmatch(text):
-        first, second = int(found[1]) > 12, int(found[2]) > 12
-        return first if first != second else None
-    return None
+    found = SLASHED.fullmatch(text)
+    first, second = (int(found[1]) > 12, int(found[2]) > 12) if found else (False, False)
+    return first if first != second else None
 
 
 def read_date(name: str, text: str, day_first: Callable[[], bool | None]) -> tuple[date | None, int | None]:
@@ -277,7 +270,7 @@ def unescape_html(text: str) -> str:
 
 
 def from_html(text: str) -> str:
-    """A review as text: Goodreads and StoryGraph keep them as HTML."""
+    """A review as text: Goodreads and StoryGraph have HTML."""
     broken = re.sub(r"<br\s*/?>", "\n", text, flags=re.IGNORECASE)
     return unescape_html(re.sub(r"</?[a-zA-Z][^<>]*>", "", broken)).strip()
 
@@ -289,7 +282,7 @@ def to_html(text: str) -> str:
 # --- columns ------------------------------------------------------------------------------------------------------
 
 BOOK_COLUMNS = [*BookBase.model_fields]  # of our own export of the catalogue
-# What Goodreads' columns have no place for; a file that has all of these is our own export of a shelf.
+# What Goodreads' export does not have; a file with all of these is our own export of a shelf.
 OUR_COLUMNS = "Genre,Description,Language,Price,Cover URL,Published Date,Added At,Started At,Finished At".split(",")
 REASON = "reason"  # the column that is added to refused rows
 MAX_COLUMNS = 500  # exports of Goodreads, StoryGraph and ours have thirty; each name is stored with the upload
@@ -506,17 +499,16 @@ class RowParser:
         rating, review = _read_rating(row, texts.get("rating")), from_html(texts.get("review", "")) or None
         if status not in (ShelfStatus.completed, ShelfStatus.abandoned):
             message = f"was left out: it needs a book that was read; this one is on {shelf.lower() or 'no shelf'}"
-            opinion = {"rating": rating, "review": review}
-            row.issues += [RowIssue(name, str(value), message) for name, value in opinion.items() if value is not None]
+            opinion = (("rating", rating), ("review", review))
+            row.issues += [RowIssue(name, str(value), message) for name, value in opinion if value is not None]
             rating = review = None
         started, finished = texts.get("started_at"), texts.get("finished_at")
         if periods := re.findall(r"([\d/.-]{8,10})-([\d/.-]{8,10})", texts.get("dates_read", "").replace(" ", "")):
             started, finished = periods[-1][0], finished or periods[-1][1]
         moments = {"started_at": started, "finished_at": finished, "added_at": texts.get("added_at")}
-        row.entry = ShelfData.model_validate(
-            {"status": status, "rating": rating, "review": review, "tags": list(dict.fromkeys(tags))}
-            | {name: self._read_moment(name, text) for name, text in moments.items() if text}
-        )
+        values: dict[str, Any] = {name: self._read_moment(name, text) for name, text in moments.items() if text}
+        values |= {"status": status, "rating": rating, "review": review, "tags": list(dict.fromkeys(tags))}
+        row.entry = ShelfData.model_validate(values)
 
     def _read_moment(self, name: str, text: str) -> str | date:
         if re.match(r"\d{4}-\d\d-\d\d[T ]", text):

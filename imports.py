@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import islice
@@ -182,10 +183,9 @@ class BatchImporter:
 
     def _shelve(self, rows: Sequence[ImportRow]) -> None:
         books = self._books(rows)
-        owned = sa.select(ShelfEntry).where(
-            col(ShelfEntry.user_id) == self.owner.id, col(ShelfEntry.book_id).in_([*books])
-        )
-        entries, count = {entry.book_id: entry for entry in self.session.scalars(owned)}, 0
+        entries_of_owner = sa.select(ShelfEntry).where(col(ShelfEntry.user_id) == self.owner.id)
+        found = self.session.scalars(entries_of_owner.where(col(ShelfEntry.book_id).in_([*books])))
+        entries, count = {entry.book_id: entry for entry in found}, 0
         for row in rows:
             if row.entry is None or row.key not in self.ids or hash(("shelf", row.key)) in self.tracker.dry_run:
                 continue
@@ -356,7 +356,7 @@ def _run_job(job: ImportJob) -> None:
         while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
             is_ready = enricher is None or enricher.fill_in([row for row, _ in batch])
             if is_ready:
-                database.write_sync(_store_batch, job, tracker, [row for row, _ in batch], batch[-1][1])
+                database.write_sync(_store_batch, job, tracker, batch)
             if not is_ready or database.server_is_stopping():
                 database.write_sync(_release, job)
                 return
@@ -418,31 +418,28 @@ def lock_upload(session: Session, job: ImportJob) -> Upload:
 def _describe(session: Session, job: ImportJob, file: CsvUpload) -> None:
     upload, columns = lock_upload(session, job), file.columns
     if upload.shelve and columns.format not in csv_files.SHELF_FORMATS:
-        raise UnreadableFile(
-            f"This is not an export of Goodreads or StoryGraph. {csv_files.describe_header(columns.header)}"
-        )
+        header = csv_files.describe_header(columns.header)
+        raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {header}")
     upload.format, upload.encoding, upload.delimiter = columns.format, file.encoding, file.dialect.delimiter
     upload.header = [strip_invalid(cell[:MAX_CELL]) for cell in columns.header]
     upload.ignored_columns = columns.ignored
 
 
 def _store_batch(
-    session: Session, job: ImportJob, tracker: DuplicateTracker, rows: Sequence[ImportRow], position: int
+    session: Session, job: ImportJob, tracker: DuplicateTracker, batch: list[tuple[ImportRow, int]]
 ) -> None:
-    upload = lock_upload(session, job)
+    upload, rows = lock_upload(session, job), [row for row, _ in batch]
     owner = session.get_one(User, upload.user_id)
-    batch = BatchImporter(session, upload, Principal(owner.id, owner.username, owner.role, 0), tracker)
-    if upload.dry_run:
-        with session.begin_nested() as savepoint:
-            batch.import_rows(rows)
+    importer = BatchImporter(session, upload, Principal(owner.id, owner.username, owner.role, 0), tracker)
+    with session.begin_nested() if upload.dry_run else nullcontext() as savepoint:
+        importer.import_rows(rows)
+        if savepoint:
             savepoint.rollback()
-    else:
-        batch.import_rows(rows)
     upload.rows += len(rows)
     for name, count in Counter(row.outcome for row in rows).items():
         setattr(upload, name, getattr(upload, name) + count)
     upload.warnings += sum(row.book is not None and bool(row.issues) for row in rows)
-    upload.progress = min(position / upload.size, 1)
+    upload.progress = min(batch[-1][1] / upload.size, 1)
     _store_issues(session, upload.id, rows)
     if time.monotonic() - job.progress_at >= PROGRESS_INTERVAL:
         job.progress_at = time.monotonic()
