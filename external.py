@@ -27,7 +27,7 @@ import models
 import schemas
 from api import Router, errors
 from books import add_book, etag_of
-from csv_files import LOOKED_UP, FileBook, ImportRow, InvalidCell, RowIssue, from_html, read_date, repair_isbn
+from csv_files import LOOKED_UP, ImportRow, InvalidCell, RowIssue, from_html, read_date, repair_isbn
 from models import Role, User, claim_job, schedule_job
 from pagination import invalid_query
 from schemas import BlankIsNull, BookCreate, BookPublic, BookUpdate, Isbn, RequestModel, Title, invalid_body
@@ -442,11 +442,11 @@ class Enricher:
 
     def look_up_isbns(self, rows: Sequence[ImportRow]) -> bool:
         """Complete or refuse the rows that need a look-up. False if the server stops first."""
-        waiting = [row for row in rows if row.wanted]
+        waiting = [row for row in rows if row.lookup_isbn]
         if not waiting:
             return True
         try:
-            books = asyncio.run(self._look_up(list(dict.fromkeys(f"ISBN:{row.wanted}" for row in waiting))))
+            books = asyncio.run(self._look_up(list(dict.fromkeys(f"ISBN:{row.lookup_isbn}" for row in waiting))))
             if books is None:
                 return False
             problem, self.policy = None, JOB_POLICY
@@ -454,7 +454,7 @@ class Enricher:
             books, problem = {}, str(error.detail).rstrip(".")
             self.policy = SINGLE_TRY  # for each batch, until the source answers again
         for row in waiting:
-            complete(row, books.get(f"ISBN:{row.wanted}"), problem)
+            complete(row, books.get(f"ISBN:{row.lookup_isbn}"), problem)
         return True
 
     async def _look_up(self, keys: Sequence[str]) -> dict[str, Candidate] | None:
@@ -485,13 +485,13 @@ def complete(row: ImportRow, found: Candidate | None, problem: str | None) -> No
         values = {name: getattr(found, name) for name in LOOKED_UP | {"published_date", "language"}}
         if row.values.keys() & {"published_date", "publication_year"}:  # two halves of one thing
             values["published_date"] = values["publication_year"] = None
-        row.filled = {name for name, value in values.items() if value is not None} - row.values.keys()
-        row.values |= {name: values[name] for name in row.filled}
+        row.looked_up = {name for name, value in values.items() if value is not None} - row.values.keys()
+        row.values |= {name: values[name] for name in row.looked_up}
     elif problem is not None:
-        row.problems.append(
+        row.issues.append(
             RowIssue("isbn", isbn, f"could not be looked up, the book was imported without it: {problem}")
         )
-    row.book, row.wanted = FileBook.model_validate(row.values, context=schemas.CSV_CONTEXT), None
+    row.book, row.lookup_isbn = BookCreate.model_validate(row.values, context=schemas.CSV_CONTEXT), None
 
 
 # --- the daily import ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Imports: the rows of a stored file into the catalogue and onto a shelf, by a job that survives its process.
 
-The request stores the file. The job reads it in batches and commits each together with how far it got: killed in
-between, it goes on from there. Each row goes in, or is refused with a reason.
+The request stores the file. The job imports it in batches and commits each together with its progress: killed in
+between, it is resumed from there. Each row is imported, or refused with a reason.
 """
 
 import functools
@@ -10,89 +10,69 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from itertools import chain, islice, repeat
+from itertools import islice
 from typing import Any, TextIO
 
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as NoConnection
-from sqlmodel import Session, SQLModel, col
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlmodel import Session, col
 
+import csv_files
 import database
 import events
 import external
 import library
 import models
 from books import revise_book
-from csv_files import (
-    MEANINGLESS,
-    BrokenRecord,
-    ColumnMapping,
-    Dialect,
-    ImportRow,
-    RowIssue,
-    RowParser,
-    ShelfData,
-    UnreadableFile,
-    describe_header,
-    detect_dialect,
-    detect_encoding,
-    known_columns,
-    printable,
-    read_header,
-    records,
-    strip_invalid,
-    which_comes_first,
-)
+from csv_files import BrokenRecord, ImportRow, RowIssue, RowParser, ShelfData, UnreadableFile, printable, strip_invalid
 from database import CompiledQuery
-from external import Enricher
-from models import (
-    Book,
-    DomainError,
-    OnDuplicate,
-    Principal,
-    ShelfEntry,
-    Upload,
-    UploadChunk,
-    UploadError,
-    UploadStatus,
-    User,
-)
-from schemas import BookBase, BookUpdate, EntryUpdate, UploadPublic
+from models import Book, DomainError, Principal, ShelfEntry, Upload, UploadChunk, UploadError, UploadStatus, User
+from schemas import BookBase, BookUpdate, UploadPublic
 from search import index_books
 from settings import settings
 
-INSERT_BOOKS = CompiledQuery(sa.insert(Book))
+log = logging.getLogger("books.imports")
 
-# What makes two books one: the ISBN, or without it title and author. In a file that we wrote ourselves the latter are
-# exact, and come with a number: two books that differ in nothing are two.
+CHUNK = 256 * 1024  # bytes of a stored chunk
+BATCH = 1000  # rows to a transaction: other writers wait some 40 ms
+ENRICH_BATCH = external.MAX_ISBNS  # the same with look-ups: each request is committed with its answer
+MAX_ERRORS = 10_000  # errors that are stored of one upload, and as many warnings; the counts stay exact
+MAX_CELL = 100_000  # characters stored of a refused row's cell: a field takes 20,000, which are more as HTML
+LEASE = timedelta(seconds=15)  # a job that has not renewed it for so long has died
+PROGRESS_INTERVAL = 0.34  # seconds between two events of one upload: with the last, at most four in a second
+
+INSERT_BOOKS = CompiledQuery(sa.insert(Book))
+INTERRUPTIONS = (OperationalError, PoolTimeout)
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
 Key = str | tuple[str, ...]
 
 
 @dataclass
 class DuplicateTracker:
-    """What a job remembers from batch to batch."""
+    """Which rows are the same book; lives as long as the job."""
 
     ours: bool  # whether the file is an export of this service
-    times: Counter[int] = field(default_factory=Counter)  # how often a title and author has come, by hash
-    imagined: set[int] = field(default_factory=set)  # hashes of what a dry run would have put in
+    counts: Counter[int] = field(default_factory=Counter)  # of title and author, by hash
+    dry_run: set[int] = field(default_factory=set)  # hashes of what a dry run would have added
 
-    def see(self, row: ImportRow) -> None:
-        if row.book is not None:
-            self.key_of(row.book)
-
-    def key_of(self, book: BookBase) -> Key:
+    def key(self, book: BookBase) -> Key:
+        """The ISBN, or without one title and author. In our own exports these are exact, and numbered: there, two
+        equal books are two."""
         if book.isbn:
             return book.isbn
         if not self.ours:
             return _title_and_author(book.title, book.author)
         exact = hash((book.title, book.author))
-        self.times[exact] += 1
-        return (book.title, book.author, str(self.times[exact]))
+        self.counts[exact] += 1
+        return (book.title, book.author, str(self.counts[exact]))
 
 
 def _title_and_author(title: str, author: str) -> tuple[str, str]:
@@ -100,336 +80,285 @@ def _title_and_author(title: str, author: str) -> tuple[str, str]:
 
 
 class BatchImporter:
-    """Some rows of an upload, on their way in. What happens to each stands in `outcomes`."""
+    """Imports some rows of an upload. What happened to each is its `outcome`."""
 
-    def __init__(self, session: Session, upload: Upload, owner: Principal, memory: DuplicateTracker) -> None:
-        self.session, self.upload, self.owner, self.memory = session, upload, owner, memory
-        self.updating = upload.on_duplicate == OnDuplicate.update
+    def __init__(self, session: Session, upload: Upload, owner: Principal, tracker: DuplicateTracker) -> None:
+        self.session, self.upload, self.owner, self.tracker = session, upload, owner, tracker
+        self.updating = upload.on_duplicate == models.OnDuplicate.update
         self.ids: dict[Key, int] = {}
-        self.twins: set[Key] = set()  # titles and authors that several books have, none of them an ISBN
-        self.outcomes: Counter[str] = Counter()
+        self.ambiguous: set[Key] = set()  # titles and authors that several books without an ISBN have
 
-    def place(self, rows: Sequence[ImportRow]) -> None:
-        good = [(row, self.memory.key_of(row.book)) for row in rows if row.book is not None]
-        self._find([(key, row.book) for row, key in good if row.book is not None])
+    def import_rows(self, rows: Sequence[ImportRow]) -> None:
+        good = [row for row in rows if row.book is not None]
+        for row in good:
+            row.key = self.tracker.key(row.book)
+        self._find_books(good)
         new: dict[Key, ImportRow] = {}
-        for row, key in good:
-            if key not in self.ids and key not in new and not self._is_imagined(key):
+        for row in good:
+            if row.key not in self.ids and row.key not in new and hash(row.key) not in self.tracker.dry_run:
                 if settings.readers_can_add or self.owner.is_staff:
-                    new[key] = row
+                    new[row.key] = row
                 else:
                     row.refuse(None, "", "is not in the catalogue, and here only librarians and admins add books")
-        self._insert(new)
-        good = [(row, key) for row, key in good if row.book is not None]
-        inserted = {id(row) for row in new.values()}
-        shelved, moved = self._shelve(good) if self.upload.shelve else (set(), set())
-        # What the shelf has refused changes no book either.
-        changing = [(row, key) for row, key in good if row.book is not None and id(row) not in inserted]
-        updated = self._update_books(changing) | moved
-        inserted |= shelved
-        for row in rows:
-            kinds = ("failed", row.book is None), ("inserted", id(row) in inserted), ("updated", id(row) in updated)
-            self.outcomes[next((name for name, it_is in kinds if it_is), "skipped")] += 1
+        self._insert_books(new)
+        good = [row for row in good if row.book is not None]
+        if self.upload.shelve:
+            self._shelve(good)
+        if self.updating:  # what the shelf has refused changes no book either
+            self._update_books([row for row in good if row.book is not None and new.get(row.key) is not row])
         if self.upload.dry_run:
-            self.memory.imagined.update(hash(key) for key in new)
+            self.tracker.dry_run.update(map(hash, new))
             if self.upload.shelve:
-                self.memory.imagined.update(hash(("shelf", key)) for _, key in good)
-
-    def _is_imagined(self, key: object) -> bool:
-        return self.upload.dry_run and hash(key) in self.memory.imagined
+                self.tracker.dry_run.update(hash(("shelf", row.key)) for row in good)
 
     # --- the catalogue ---
 
-    def _find(self, wanted: Sequence[tuple[Key, BookBase]]) -> None:
+    def _find_books(self, rows: Sequence[ImportRow]) -> None:
         """The ids of those that are in the catalogue."""
-        isbns = {key for key, _ in wanted if isinstance(key, str)}
-        if isbns:
-            known = sa.select(col(Book.isbn), col(Book.id)).where(col(Book.isbn).in_(isbns))
-            self.ids.update((isbn, book_id) for isbn, book_id in self.session.execute(known) if isbn)
-        # The key in the database ignores accents too, which make a difference here: it only finds the candidates.
-        titles = {models.sort_key(book.title) for key, book in wanted if not isinstance(key, str)}
-        if titles:
-            columns = (col(Book.id), col(Book.title), col(Book.author), col(Book.isbn))
-            candidates = sa.select(*columns).where(col(Book.title_key).in_(titles)).order_by(col(Book.id))
-            self.ids.update(self._keys_of(self.session.execute(candidates)))
+        if isbns := {row.key for row in rows if isinstance(row.key, str)}:
+            found = sa.select(col(Book.isbn), col(Book.id)).where(col(Book.isbn).in_(isbns))
+            self.ids.update((isbn, book_id) for isbn, book_id in self.session.execute(found) if isbn)
+        titles = {models.sort_key(row.book.title) for row in rows if not isinstance(row.key, str)}
+        if not titles:
+            return
+        # `title_key` ignores accents, which make a difference here: it only finds the candidates. Of several, the
+        # oldest without an ISBN counts: that is the one which an earlier import of the same row has made.
+        columns = (col(Book.id), col(Book.title), col(Book.author), col(Book.isbn))
+        order = (col(Book.isbn).is_not(None), col(Book.id))
+        counts: Counter[Key] = Counter()
+        candidates = sa.select(*columns).where(col(Book.title_key).in_(titles)).order_by(*order)
+        for book_id, title, author, isbn in self.session.execute(candidates):
+            if not self.tracker.ours:
+                self.ids.setdefault(_title_and_author(title, author), book_id)
+            elif isbn is None:
+                counts[title, author] += 1
+                self.ids[title, author, str(counts[title, author])] = book_id
+        self.ambiguous = {key for key, count in counts.items() if count > 1}
 
-    def _keys_of(self, candidates: Iterable[Any]) -> dict[Key, int]:
-        found: dict[Key, int] = {}
-        if self.memory.ours:
-            times: Counter[tuple[str, str]] = Counter()
-            for book_id, title, author, isbn in candidates:
-                if isbn is None:
-                    times[title, author] += 1
-                    found[title, author, str(times[title, author])] = book_id
-            self.twins |= {key for key in found if times[key[0], key[1]] > 1}
-            return found
-        # Of several, the oldest without an ISBN: that is the one which an earlier import of the same row has made.
-        for book_id, title, author, _isbn in sorted(candidates, key=lambda row: row.isbn is not None):
-            found.setdefault(_title_and_author(title, author), book_id)
-        return found
-
-    def _insert(self, new: dict[Key, ImportRow]) -> None:
+    def _insert_books(self, new: dict[Key, ImportRow]) -> None:
         """Insert and index many books at once. The transaction has the write lock: their ids have no gaps."""
         if not new:
             return
-        books = [Book.described(row.book) for row in new.values() if row.book is not None]
-        INSERT_BOOKS.execute_many(self.session, [book | Book.initial(self.owner.id) for book in books])
+        initial = Book.initial(self.owner.id)
+        INSERT_BOOKS.execute_many(self.session, [Book.described(row.book) | initial for row in new.values()])
         last = int(self.session.execute(sa.select(sa.func.max(col(Book.id)))).scalar_one())
         first = last - len(new) + 1
         index_books(self.session, first, last)
-        self.ids.update(zip(new, range(first, last + 1), strict=True))
-        told = {"upload_id": self.upload.id, "count": len(new), "first_id": first, "last_id": last}
-        events.record(self.session, "books.imported", told)
+        for book_id, (key, row) in enumerate(new.items(), start=first):
+            self.ids[key], row.outcome = book_id, "inserted"
+        data = {"upload_id": self.upload.id, "count": len(new), "first_id": first, "last_id": last}
+        events.record(self.session, "books.imported", data)
 
-    def _update_books(self, rows: Sequence[tuple[ImportRow, Key]]) -> set[int]:
-        """Change what the file says otherwise, where the owner may. Those rows."""
-        if not self.updating:
-            return set()
-        books = self._books({self.ids[key] for _, key in rows if key in self.ids})
-        return {id(row) for row, key in rows if key in self.ids and self._update(row, key, books[self.ids[key]])}
+    def _books(self, rows: Sequence[ImportRow]) -> dict[int, Book]:
+        ids = {self.ids[row.key] for row in rows if row.key in self.ids}
+        return {book.id: book for book in self.session.scalars(sa.select(Book).where(col(Book.id).in_(ids)))}
 
-    def _books(self, ids: set[int]) -> dict[int, Book]:
-        found = sa.select(Book).where(col(Book.id).in_(ids)).with_for_update()
-        return {book.id: book for book in self.session.scalars(found)}
+    def _update_books(self, rows: Sequence[ImportRow]) -> None:
+        books = self._books(rows)
+        for row in rows:
+            changed = row.key in self.ids and self._update_book(row, books[self.ids[row.key]])
+            if changed and row.outcome == "skipped":
+                row.outcome = "updated"
 
-    def _update(self, row: ImportRow, key: Key, book: Book) -> bool:
-        # Where the title is the key, it says nothing new.
-        names = row.told - ({"isbn"} if isinstance(key, str) else {"title", "author"})
-        said = {name: getattr(row.book, name) for name in names}
-        # What was looked up only fills gaps, here too.
-        said |= {name: getattr(row.book, name) for name in row.filled if getattr(book, name) is None}
-        if all(getattr(book, name) == value for name, value in said.items()):
+    def _update_book(self, row: ImportRow, book: Book) -> bool:
+        """Change what differs in the file, if the owner of the upload may."""
+        # The fields of the key are those of the book already.
+        names = row.values.keys() - ({"isbn"} if isinstance(row.key, str) else {"title", "author"})
+        names -= {name for name in row.looked_up if getattr(book, name) is not None}  # which only fill gaps
+        data = {name: getattr(row.book, name) for name in names}
+        if all(getattr(book, name) == value for name, value in data.items()):
             return False
-        if key in self.twins:
-            why = "there are several books of this title and author: which of them is meant, the file does not tell"
-            row.problems.append(RowIssue(None, "", why))
+        if row.key[:2] in self.ambiguous:
+            message = "several books have this title and author, and the file does not show which of them is meant"
+            row.issues.append(RowIssue(None, "", message))
             return False
         if not (self.owner.is_staff or book.added_by == self.owner.id):
             if not self.upload.shelve:
-                why = "this book was added by somebody else: only they, librarians and admins change it"
-                row.problems.append(RowIssue(None, "", why))
+                message = "this book was added by somebody else; only they, librarians and admins change it"
+                row.issues.append(RowIssue(None, "", message))
             return False
-        revise_book(self.session, book, BookUpdate.model_validate(said))
+        revise_book(self.session, book, BookUpdate.model_validate(data))
         return True
 
     # --- the shelf ---
 
-    def _shelve(self, rows: Sequence[tuple[ImportRow, Key]]) -> tuple[set[int], set[int]]:
-        """Put the books on the owner's shelf; the rows that did, and those that changed what was there."""
-        ids = {self.ids[key] for _, key in rows if key in self.ids}
-        mine = sa.select(ShelfEntry).where(col(ShelfEntry.user_id) == self.owner.id, col(ShelfEntry.book_id).in_(ids))
-        entries = {entry.book_id: entry for entry in self.session.scalars(mine.with_for_update())}
-        books = self._books(ids)
-        shelved, moved = set(), set()
-        for row, key in rows:
-            if row.entry is None or key not in self.ids or self._is_imagined(("shelf", key)):
+    def _shelve(self, rows: Sequence[ImportRow]) -> None:
+        books = self._books(rows)
+        entries_of_owner = sa.select(ShelfEntry).where(col(ShelfEntry.user_id) == self.owner.id)
+        found = self.session.scalars(entries_of_owner.where(col(ShelfEntry.book_id).in_([*books])))
+        entries, count = {entry.book_id: entry for entry in found}, 0
+        for row in rows:
+            if row.entry is None or row.key not in self.ids or hash(("shelf", row.key)) in self.tracker.dry_run:
                 continue
-            book = books[self.ids[key]]
+            book = books[self.ids[row.key]]
             if book.id not in entries:
                 entries[book.id] = self._add_entry(row.entry, book)
-                shelved.add(id(row))
-            elif self.updating and self._update_entry(row, entries[book.id], book):
-                moved.add(id(row))
-        if shelved or moved:
-            told = {"upload_id": self.upload.id, "count": len(shelved) + len(moved)}
-            events.record(self.session, "shelf.imported", told, owner=self.owner.id)
-        return shelved, moved
+                row.outcome = "inserted"
+            elif self.updating and self._update_entry(row, row.entry, entries[book.id], book):
+                row.outcome = "updated"
+            else:
+                continue
+            count += 1
+        if count:
+            data = {"upload_id": self.upload.id, "count": count}
+            events.record(self.session, "shelf.imported", data, owner=self.owner.id)
 
-    def _add_entry(self, told: ShelfData, book: Book) -> ShelfEntry:
-        entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, **told._asdict() | {"added_at": models.utcnow()})
-        entry.added_at = told.added_at or entry.added_at
+    def _add_entry(self, data: ShelfData, book: Book) -> ShelfEntry:
+        values = dict(data) | {"added_at": data.added_at or models.utcnow()}
+        entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, **values)
         self.session.add(entry)
         library.count_rating(book, None, entry.rating)
         if entry.is_review:
             library.record_review(self.session, "review.created", book, entry, self.owner.username)
         return entry
 
-    def _update_entry(self, row: ImportRow, entry: ShelfEntry, book: Book) -> bool:
-        assert row.entry is not None
-        told = {name: value for name, value in row.entry._asdict().items() if value not in (None, [])}
-        told = {name: value for name, value in told.items() if getattr(entry, name) != value}
-        if not told:
+    def _update_entry(self, row: ImportRow, new: ShelfData, entry: ShelfEntry, book: Book) -> bool:
+        data = {name: value for name, value in new if value not in (None, []) and getattr(entry, name) != value}
+        if not data:
             return False
-        before = {name: getattr(entry, name) for name in (*ShelfData._fields, "updated_at")}
-        if added_at := told.pop("added_at", None):
-            entry.added_at = added_at
-        had_rating, was_review, said = entry.rating, entry.is_review, (entry.rating, entry.review)
+        before = {name: getattr(entry, name) for name in (*ShelfData.model_fields, "updated_at")}
+        event_type = "review.updated" if entry.is_review else "review.created"
         try:
-            # With `finished_at`, so that none is made up.
-            entry.revise(
-                EntryUpdate.model_validate({"finished_at": entry.finished_at, **told}).model_dump(exclude_unset=True)
-            )
+            entry.revise({"finished_at": entry.finished_at, **data})  # without finished_at, it might become now
         except DomainError as error:
             for name, value in before.items():  # what an earlier row has changed stays
                 setattr(entry, name, value)
             row.refuse(error.field, "", error.message)
             return False
-        library.count_rating(book, had_rating, entry.rating)
-        if said != (entry.rating, entry.review):
-            what = "review.updated" if was_review else "review.created"
-            library.record_review(self.session, what, book, entry, self.owner.username)
+        library.count_rating(book, before["rating"], entry.rating)
+        if (before["rating"], before["review"]) != (entry.rating, entry.review):
+            library.record_review(self.session, event_type, book, entry, self.owner.username)
         return True
-
-
-log = logging.getLogger("books.imports")
-
-CHUNK = 256 * 1024  # bytes of a stored piece
-BATCH = 1000  # rows to a transaction: some 40 ms in which other writers wait
-MAX_ERRORS = 10_000  # reasons that are kept of one upload, and as many warnings; the counts stay exact
-# Characters of a refused row's cell that are kept. A field takes 20,000, which are more as HTML.
-MAX_CELL = 100_000
-LEASE = timedelta(seconds=15)  # a job that has not shown for so long that it is alive has died
-PROGRESS_INTERVAL = 0.34  # between two events of one upload's progress: with the last, at most four in a second
-
-ENRICH_BATCH = external.MAX_ISBNS  # rows to a transaction, so that each question is committed with its answer
-
-CHUNKS = SQLModel.metadata.tables["upload_chunk"]
-
-
-@dataclass
-class ImportJob:
-    upload_id: int
-    worker: str  # what stands in the upload for as long as it is this job's
-    done: int  # rows
-    enrich: bool = False
-    told_at: float = 0
-    kept_at: datetime | None = None
-
-    def keep(self) -> None:
-        """Now and then while it reads, tell the other workers that it is alive."""
-        if self.kept_at is None or models.utcnow() - self.kept_at > LEASE / 5:
-            database.write_sync(renew_lease, self)
-            self.kept_at = models.utcnow()
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class ImportJob:
+    upload_id: int
+    worker: str  # as long as the upload names it, the upload is this job's
+    done: int  # rows
+    enrich: bool
+    progress_at: float = 0
+    renewed_at: datetime | None = None
+
+    def renew_lease(self) -> None:
+        """Now and then, while the job reads or waits for others."""
+        if self.renewed_at is None or models.utcnow() - self.renewed_at > LEASE / 5:
+            database.write_sync(lock_upload, self)
+            self.renewed_at = models.utcnow()
+
+
 class ChunkReader(io.RawIOBase):
-    """The stored pieces, read one after the other."""
+    """The stored chunks as one file."""
 
     def __init__(self, job: ImportJob) -> None:
-        self.job, self.number, self.piece, self.position = job, 0, b"", 0
+        self.job, self.number, self.chunk, self.position = job, 0, b"", 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target: Any) -> int:
-        if not self.piece:
-            self.job.keep()  # a long file takes longer than its lease
-            self.piece = database.read_sync(_find_chunk, self.job.upload_id, self.number) or b""
+        if not self.chunk:
+            self.job.renew_lease()  # a long file takes longer than its lease
+            self.chunk = database.read_sync(_find_chunk, self.job.upload_id, self.number) or b""
             self.number += 1
-        size = min(len(target), len(self.piece))
-        target[:size], self.piece = self.piece[:size], self.piece[size:]
+        size = min(len(target), len(self.chunk))
+        target[:size], self.chunk = self.chunk[:size], self.chunk[size:]
         self.position += size
         return size
 
 
 def _find_chunk(connection: Connection, upload_id: int, number: int) -> bytes | None:
-    chunk = sa.select(col(UploadChunk.data)).where(
-        col(UploadChunk.upload_id) == upload_id, col(UploadChunk.number) == number
-    )
+    chunk = sa.select(col(UploadChunk.data)).where(col(UploadChunk.upload_id) == upload_id, col(UploadChunk.number) == number)
     return connection.execute(chunk).scalar()
 
 
 class CsvUpload:
-    """A stored file as rows, after a look at what kind of file it is."""
+    """A stored file as rows, after its encoding, dialect and columns were detected."""
 
     def __init__(self, job: ImportJob) -> None:
-        self.job, self.enrich = job, job.enrich
-        self.encoding = detect_encoding(io.BufferedReader(ChunkReader(job), CHUNK))
-        self.dialect = detect_dialect(self._text()[1], known_columns)
-        self.columns = self._read_header()
+        self.job = job
+        self.encoding = csv_files.detect_encoding(io.BufferedReader(ChunkReader(job), CHUNK))
+        self.dialect = csv_files.detect_dialect(self._open(ChunkReader(job)))
+        _, header, _ = next(self._records(), (0, None, 0))
+        if header is None:
+            raise UnreadableFile("The file is empty: it has no header.")
+        if isinstance(header, BrokenRecord):
+            raise UnreadableFile(f"The first row can't be read: {header.reason}.")
+        if any("\x00" in cell for cell in header):
+            raise UnreadableFile("This is not a text file.")
+        self.columns = csv_files.read_header(header, enrich=job.enrich)
+        if self.columns.ours:  # and not a dialect that some text in it looks like
+            self.dialect = csv_files.Dialect()
 
-    def _text(self) -> tuple[ChunkReader, TextIO]:
-        file = ChunkReader(self.job)
+    def _open(self, file: ChunkReader) -> TextIO:
         buffered = io.BufferedReader(file, CHUNK)
-        return file, io.TextIOWrapper(buffered, encoding=self.encoding, errors=MEANINGLESS, newline="")
+        return io.TextIOWrapper(buffered, encoding=self.encoding, errors=csv_files.UNDECODABLE, newline="")
 
-    def _read_header(self) -> ColumnMapping:
-        for _, record in self._records(self._text()[1]):
-            if isinstance(record, BrokenRecord):
-                raise UnreadableFile(f"The first row can't be read: {record.why}.")
-            if any("\x00" in cell for cell in record):
-                raise UnreadableFile("This is not a text file.")
-            columns = read_header(record, enrich=self.enrich)
-            if columns.ours:  # and not a dialect that some text in it looks like
-                self.dialect = Dialect()
-            return columns
-        raise UnreadableFile("The file is empty: it has no header.")
-
-    def _records(self, text: TextIO) -> Iterator[tuple[int, list[str] | BrokenRecord]]:
-        """Numbered as a spreadsheet does. Blank lines are none, and no more is Excel's `sep=;`."""
-        for number, record in enumerate(records(text, self.dialect), start=1):
+    def _records(self) -> Iterator[tuple[int, list[str] | BrokenRecord, int]]:
+        """With their numbers, as a spreadsheet counts, and how many bytes were read. Blank lines and Excel's `sep=;`
+        are left out."""
+        file = ChunkReader(self.job)
+        for number, record in enumerate(csv_files.records(self._open(file), self.dialect), start=1):
             if record and not (number == 1 and len(record) <= 2 and record[0] == "sep="):
-                yield number, record
+                yield number, record, file.position
 
     def rows(self, skip: int) -> Iterator[tuple[ImportRow, int]]:
-        """The rows after the first `skip`, each with how many bytes have been read."""
-        file, text = self._text()
-        reader = RowParser(self.columns, lambda: self.day_first, enrich=self.enrich)
-        for number, record in islice(self._records(text), 1 + skip, None):
+        """The rows after the first `skip`, each with how many bytes were read."""
+        parser = RowParser(self.columns, lambda: self.day_first, enrich=self.job.enrich)
+        for number, record, position in islice(self._records(), 1 + skip, None):
             if isinstance(record, BrokenRecord):
-                yield ImportRow(number, [record.line]).refuse(None, record.line, record.why), file.position
+                yield ImportRow(number, [record.line]).refuse(None, record.line, record.reason), position
             else:
-                yield reader.row(number, record), file.position
+                yield parser.parse(number, record), position
 
     @functools.cached_property
     def day_first(self) -> bool | None:
-        """Whether 03/04/2008 is in April, if any date of the file tells. Read only where a row asks."""
-        cells = [
-            i
-            for name in ("published_date", "added_at", "started_at", "finished_at")
-            for i in self.columns.fields.get(name, ())
-        ]
-        day = month = False
-        for _, record in self._records(self._text()[1]):
-            if not isinstance(record, BrokenRecord) and len(record) == len(self.columns.header):
-                told = which_comes_first([record[i] for i in cells])
-                day, month = day or told[0], month or told[1]
-                if day and month:
-                    return None
-        return day if day or month else None
+        """Whether 03/04/2008 is in April, if other dates of the file show it. Read only where a row needs it."""
+        names = ("published_date", "added_at", "started_at", "finished_at")
+        columns, width = [i for name in names for i in self.columns.fields.get(name, ())], len(self.columns.header)
+        rows = (row for _, row, _ in self._records() if not isinstance(row, BrokenRecord) and len(row) == width)
+        orders = {csv_files.day_comes_first(row[i].strip()) for row in rows for i in columns} - {None}
+        return orders.pop() if len(orders) == 1 else None
 
 
 # --- the job ------------------------------------------------------------------------------------------------------
 
 
-INTERRUPTIONS = (OperationalError, NoConnection)
-
-
 class JobCancelled(Exception):
-    """The upload was cancelled, is gone with its owner, or another job has taken over."""
+    """The upload was cancelled, was deleted with its owner, or another job has taken over."""
 
 
 def run_upload(upload_id: int) -> None:
-    """Bring a stored file in. Of several workers that try, one does it; what was done before is not done again."""
+    """Import a stored file. Of several workers that try, one does; what was done before is not done again."""
     job = database.write_sync(_claim, upload_id)
     if job is None:
         return
     try:
-        _run(job)
-    except JobCancelled as why:
-        log.info("upload %s stopped: %s", upload_id, why)
-    except INTERRUPTIONS as error:  # a full disk, a lost connection: when its lease runs out, it is taken up again
+        _run_job(job)
+    except JobCancelled as reason:
+        log.info("upload %s stopped: %s", upload_id, reason)
+    except INTERRUPTIONS as error:  # a full disk, a lost connection: it is resumed when its lease has run out
         log.error("upload %s interrupted: %s", upload_id, error)
 
 
-def _run(job: ImportJob) -> None:
+def _run_job(job: ImportJob) -> None:
     try:
-        table = CsvUpload(job)
-        database.write_sync(_describe, job, table)
-        memory, rows = DuplicateTracker(table.columns.ours), table.rows(job.done)
-        if memory.ours:
-            for row, _ in islice(table.rows(0), job.done):  # what this job did before it was stopped
-                memory.see(row)
-        enricher = Enricher(lambda: database.write_sync(renew_lease, job)) if job.enrich else None
+        file = CsvUpload(job)
+        database.write_sync(_describe, job, file)
+        tracker, rows = DuplicateTracker(file.columns.ours), file.rows(job.done)
+        if tracker.ours:
+            for row, _ in islice(file.rows(0), job.done):  # what this job did before it was interrupted
+                if row.book is not None:
+                    tracker.key(row.book)
+        enricher = external.Enricher(job.renew_lease) if job.enrich else None
         while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
-            if enricher and not enricher.look_up_isbns([row for row, _ in batch]):
-                database.write_sync(_release, job)
-                return
-            database.write_sync(_store_batch, job, memory, [row for row, _ in batch], batch[-1][1])
-            if database.server_is_stopping():
+            is_ready = enricher is None or enricher.look_up_isbns([row for row, _ in batch])
+            if is_ready:
+                database.write_sync(_store_batch, job, tracker, batch)
+            if not is_ready or database.server_is_stopping():
                 database.write_sync(_release, job)
                 return
         database.write_sync(_finish_job, job, None)
@@ -438,13 +367,13 @@ def _run(job: ImportJob) -> None:
     except (JobCancelled, *INTERRUPTIONS):
         raise
     except Exception:
-        # The last line of defence of a job that nobody waits for: it must end in a state that its owner can see.
+        # Whatever happens, the job has to end in a state that its owner can see.
         log.exception("upload %s failed", job.upload_id)
         database.write_sync(_finish_job, job, "Something went wrong here; it is in the server's log.")
 
 
 def _claim(session: Session, upload_id: int) -> ImportJob | None:
-    """Take the upload if it is free; None if somebody is at it."""
+    """Take the upload; None where another job has it."""
     now, worker = models.utcnow(), secrets.token_hex(8)
     claimed = session.execute(
         sa.update(Upload)
@@ -459,12 +388,11 @@ def _claim(session: Session, upload_id: int) -> ImportJob | None:
     ).first()
     if claimed is None:
         return None
-    if claimed.dry_run and claimed.rows:  # what it has imagined is lost: begin again
-        nothing = dict.fromkeys(("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"), 0)
-        session.execute(sa.update(Upload).where(col(Upload.id) == upload_id).values(nothing))
+    if claimed.dry_run and claimed.rows:  # its DuplicateTracker is lost: begin again
+        zeros = dict.fromkeys(("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"), 0)
+        session.execute(sa.update(Upload).where(col(Upload.id) == upload_id).values(zeros))
         session.execute(sa.delete(UploadError).where(col(UploadError.upload_id) == upload_id))
-        return ImportJob(upload_id, worker, 0, claimed.enrich)
-    return ImportJob(upload_id, worker, int(claimed.rows), claimed.enrich)
+    return ImportJob(upload_id, worker, 0 if claimed.dry_run else claimed.rows, claimed.enrich)
 
 
 def claimable() -> ColumnElement[bool]:
@@ -473,81 +401,75 @@ def claimable() -> ColumnElement[bool]:
 
 
 def abandoned_uploads(connection: Connection) -> Sequence[int]:
-    """Uploads that no process is working on: left by one that was stopped or killed."""
+    """Uploads that no job has: left by a process that was stopped or killed."""
     return connection.execute(sa.select(col(Upload.id)).where(claimable()).order_by(col(Upload.id))).scalars().all()
 
 
 def lock_upload(session: Session, job: ImportJob) -> Upload:
-    """The upload, if it is still this job's; then for another while."""
-    upload = session.get(Upload, job.upload_id, with_for_update=True)
+    """The upload, if it is still this job's, with the lease renewed."""
+    upload = session.get(Upload, job.upload_id)
     if upload is None:
-        raise JobCancelled("it is gone with its owner")
+        raise JobCancelled("it was deleted with its owner")
     if upload.worker != job.worker:
         raise JobCancelled(f"it is {upload.status}, not by this job")
     upload.lease_until = models.utcnow() + LEASE
     return upload
 
 
-def renew_lease(session: Session, job: ImportJob) -> None:
-    """Tell the other workers that it is alive while it waits."""
-    lock_upload(session, job)
-
-
-def _describe(session: Session, job: ImportJob, table: CsvUpload) -> None:
-    upload, columns = lock_upload(session, job), table.columns
-    if upload.shelve and not columns.format.has_shelf:
-        raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {describe_header(columns.header)}")
-    upload.format, upload.encoding, upload.delimiter = columns.format, table.encoding, table.dialect.delimiter
+def _describe(session: Session, job: ImportJob, file: CsvUpload) -> None:
+    upload, columns = lock_upload(session, job), file.columns
+    if upload.shelve and columns.format not in csv_files.SHELF_FORMATS:
+        header = csv_files.describe_header(columns.header)
+        raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {header}")
+    upload.format, upload.encoding, upload.delimiter = columns.format, file.encoding, file.dialect.delimiter
     upload.header = [strip_invalid(cell[:MAX_CELL]) for cell in columns.header]
     upload.ignored_columns = columns.ignored
 
 
 def _store_batch(
-    session: Session, job: ImportJob, memory: DuplicateTracker, rows: Sequence[ImportRow], position: int
+    session: Session, job: ImportJob, tracker: DuplicateTracker, batch: list[tuple[ImportRow, int]]
 ) -> None:
-    upload = lock_upload(session, job)
+    upload, rows = lock_upload(session, job), [row for row, _ in batch]
     owner = session.get_one(User, upload.user_id)
-    batch = BatchImporter(session, upload, Principal(owner.id, owner.username, owner.role, 0), memory)
-    if upload.dry_run:  # all of it, but for keeping it
-        with session.begin_nested() as imagined:
-            batch.place(rows)
-            imagined.rollback()
-    else:
-        batch.place(rows)
+    importer = BatchImporter(session, upload, Principal(owner.id, owner.username, owner.role, 0), tracker)
+    with session.begin_nested() if upload.dry_run else nullcontext() as savepoint:
+        importer.import_rows(rows)
+        if savepoint:
+            savepoint.rollback()
     upload.rows += len(rows)
-    for name, count in batch.outcomes.items():
+    for name, count in Counter(row.outcome for row in rows).items():
         setattr(upload, name, getattr(upload, name) + count)
-    upload.warnings += sum(row.book is not None and bool(row.problems) for row in rows)
-    upload.progress = min(position / upload.size, 1)
+    upload.warnings += sum(row.book is not None and bool(row.issues) for row in rows)
+    upload.progress = min(batch[-1][1] / upload.size, 1)
     _store_issues(session, upload.id, rows)
-    if time.monotonic() - job.told_at >= PROGRESS_INTERVAL:
-        job.told_at = time.monotonic()
+    if time.monotonic() - job.progress_at >= PROGRESS_INTERVAL:
+        job.progress_at = time.monotonic()
         _record_progress(session, upload)
 
 
 def _store_issues(session: Session, upload_id: int, rows: Sequence[ImportRow]) -> None:
-    problems = [
+    errors = [
         UploadError(
             upload_id=upload_id,
             row=row.number,
             severity="error" if row.book is None else "warning",
-            field=problem.field,
-            value=printable(problem.value),
-            message=problem.message,
-            # Once for each row, to be given back.
-            cells=[strip_invalid(cell[:MAX_CELL]) for cell in row.cells] if row.book is None and first else None,
+            field=issue.field,
+            value=printable(issue.value),
+            message=issue.message,
+            # Once for each refused row, which can be downloaded.
+            cells=[strip_invalid(cell[:MAX_CELL]) for cell in row.cells] if row.book is None and index == 0 else None,
         )
         for row in rows
-        for first, problem in zip(chain([True], repeat(False)), row.problems, strict=False)
+        for index, issue in enumerate(row.issues)
     ]
-    if problems:
+    if errors:
         severity = col(UploadError.severity)
-        kept = sa.select(severity, sa.func.count()).where(col(UploadError.upload_id) == upload_id).group_by(severity)
-        counts = Counter(dict(session.execute(kept).all()))
-        for problem in problems:
-            counts[problem.severity] += 1
-            if counts[problem.severity] <= MAX_ERRORS:
-                session.add(problem)
+        stored = sa.select(severity, sa.func.count()).where(col(UploadError.upload_id) == upload_id).group_by(severity)
+        counts = Counter(dict(session.execute(stored).all()))
+        for error in errors:
+            counts[error.severity] += 1
+            if counts[error.severity] <= MAX_ERRORS:
+                session.add(error)
 
 
 def _release(session: Session, job: ImportJob) -> None:
@@ -569,6 +491,6 @@ def finish(session: Session, upload: Upload, status: UploadStatus) -> None:
 
 
 def _record_progress(session: Session, upload: Upload) -> None:
-    shown = UploadPublic.model_validate(upload)
-    told = shown.model_dump(mode="json", exclude={"ignored_columns", "created_at", "started_at", "finished_at"})
-    events.record(session, "upload.progress", told, owner=upload.user_id)
+    public = UploadPublic.model_validate(upload)
+    data = public.model_dump(mode="json", exclude={"ignored_columns", "created_at", "started_at", "finished_at"})
+    events.record(session, "upload.progress", data, owner=upload.user_id)

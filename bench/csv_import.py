@@ -47,7 +47,7 @@ def bare_seconds(file: Path, folder: str) -> float:
             )
             connection.execute(
                 "INSERT INTO book_fts (rowid, title, author, isbn, publisher)"
-                " SELECT id, title, author, isbn, publisher FROM book WROOT id > ?",
+                " SELECT id, title, author, isbn, publisher FROM book WHERE id > ?",
                 (last,),
             )
             connection.execute("COMMIT")

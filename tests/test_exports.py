@@ -1,4 +1,4 @@
-"""What goes out as a file, and comes back in unchanged."""
+"""Exports, and that they are imported unchanged."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ def classics(client: TestClient, librarian: Person) -> TestClient:
     return client
 
 
-def test_the_catalogue_goes_out_and_comes_back_with_nothing_changed(
+def test_importing_an_export_changes_nothing(
     classics: TestClient, librarian: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "EXPORT_BATCH", 7)
@@ -43,7 +43,7 @@ def test_the_catalogue_goes_out_and_comes_back_with_nothing_changed(
     assert classics.get("/books", params={"limit": 100}).json() == before
 
 
-def test_ndjson_is_a_book_to_a_line_as_the_catalogue_shows_it(classics: TestClient) -> None:
+def test_ndjson_has_the_books_of_the_list(classics: TestClient) -> None:
     answer = classics.get("/books/export", params={"format": "ndjson"})
     assert answer.headers["Content-Type"] == "application/x-ndjson"
     books = [json.loads(line) for line in answer.text.splitlines()]
@@ -62,7 +62,7 @@ def test_ndjson_is_a_book_to_a_line_as_the_catalogue_shows_it(classics: TestClie
     ],
     ids=str,
 )
-def test_it_is_filtered_and_sorted_like_the_list(
+def test_export_is_filtered_and_sorted_like_the_list(
     classics: TestClient, monkeypatch: pytest.MonkeyPatch, query: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(uploads, "EXPORT_BATCH", 3)
@@ -77,13 +77,13 @@ def test_it_is_filtered_and_sorted_like_the_list(
     [({"limit": 5}, 422), ({"format": "xlsx"}, 422), ({"sort": "price"}, 422), ({"added_by": "me"}, 401)],
     ids=str,
 )
-def test_what_can_not_be_exported(client: TestClient, query: dict[str, Any], status: int) -> None:
+def test_invalid_queries_are_refused(client: TestClient, query: dict[str, Any], status: int) -> None:
     assert client.get("/books/export", params=query).status_code == status
 
 
-def test_only_what_i_added(reader: Person, other_reader: Person) -> None:
+def test_export_of_own_books(reader: Person, other_reader: Person) -> None:
     reader.add_book(title="Mine")
-    other_reader.add_book(title="Theirs")
+    other_reader.add_book(title="Not mine")
     assert [row["title"] for row in rows_of(reader.get("/books/export", params={"added_by": "me"}).text)] == ["Mine"]
 
 
@@ -91,7 +91,7 @@ FORMULAS = ["=1+1", "+1", "-1", "@x", "'=1", "''=1", "='", "'x", "x'=", "-", '= 
 
 
 @pytest.mark.parametrize("text", FORMULAS)
-def test_a_spreadsheet_runs_nothing_and_nothing_is_lost(reader: Person, text: str) -> None:
+def test_formulas_are_escaped_and_restored(reader: Person, text: str) -> None:
     reader.add_book(title=text, author=text, description=text)
     exported = reader.get("/books/export").text
     cells = rows_of(exported)[0]
@@ -118,7 +118,7 @@ SHELVED: dict[str, Any] = {
 
 
 @pytest.mark.slow
-def test_my_shelf_goes_out_and_comes_back_whole(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_shelf_is_exported_and_imported(serve: Callable[..., Server], tmp_path: Path) -> None:
     here, elsewhere = (serve(file=tmp_path / name) for name in ("here.db", "elsewhere.db"))
     rita, again = sign_up(here.client, "rita"), sign_up(elsewhere.client, "rita")
     for number, change in enumerate(SHELVED.values(), start=1):
@@ -143,7 +143,7 @@ def test_my_shelf_goes_out_and_comes_back_whole(serve: Callable[..., Server], tm
     assert len(oskar.get("/my-library").json()["items"]) == 4
 
 
-def test_my_shelf_is_mine(client: TestClient, reader: Person, other_reader: Person) -> None:
+def test_shelf_export_is_private(client: TestClient, reader: Person, other_reader: Person) -> None:
     book = reader.add_book(**DUNE)
     reader.post(f"/my-library/{book['id']}")
     assert len(rows_of(reader.get("/my-library/export").text)) == 1
@@ -154,7 +154,7 @@ def test_my_shelf_is_mine(client: TestClient, reader: Person, other_reader: Pers
 
 
 @pytest.mark.parametrize("author", ["A , B", "A\N{NO-BREAK SPACE}, B", "A, B", "A,B", "A, ", "'=A , B"], ids=ascii)
-def test_a_shelf_comes_back_to_the_same_book_however_its_author_is_written(reader: Person, author: str) -> None:
+def test_imported_shelf_finds_the_same_book_for_any_author(reader: Person, author: str) -> None:
     reader.post(f"/my-library/{reader.add_book(title='T', author=author)['id']}")
     upload = reader.upload(reader.get("/my-library/export").content, path="/my-library/import")
     assert (upload["skipped"], upload["inserted"], upload["failed"]) == (1, 0, 0)

@@ -543,7 +543,7 @@ def test_import_of_isbns(client: TestClient, reader: Person, others: Catalogues)
     assert reasons(upload) == [
         (4, "isbn", "is not known to Open Library"),
         (5, "isbn", "is not known to Open Library"),
-        (6, "isbn", "is not an ISBN, nor can it be mended, and the row needs one"),
+        (6, "isbn", "is not an ISBN, and can't be repaired; this row needs one"),
     ]
     books = client.get("/books").json()["items"]
     assert [

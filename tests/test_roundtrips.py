@@ -1,4 +1,4 @@
-"""What goes out as a file comes back in the same, whatever it holds. Needs hypothesis (requirements-dev.txt)."""
+"""Exports are imported unchanged, whatever they contain. Needs hypothesis (requirements-dev.txt)."""
 
 import tempfile
 from datetime import UTC, date, datetime
@@ -34,7 +34,7 @@ def two_services(empty: Path) -> tuple[Path, Path]:
     return one, other
 
 
-# Few titles and authors, so that books come twice; and what CSV, spreadsheets and our own guards give a meaning to.
+# Few titles and authors, so that books repeat, and characters special to CSV, spreadsheets and our escaping.
 ODD = st.sampled_from(
     ["Dune", "dune", "=1+1", "'=x", "a, b", 'a "b" c', "\\", '\\"', "a\r\nb", ";", "\t|", "&amp;", "é", "-1"]
 )
@@ -58,7 +58,7 @@ CATALOGUE = st.lists(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(books=CATALOGUE)
-def test_export_import_export_gives_the_same_bytes(empty: Path, books: list[dict[str, Any]]) -> None:
+def test_catalogue_survives_export_and_import(empty: Path, books: list[dict[str, Any]]) -> None:
     one, other = two_services(empty)
     with service(one) as admin:
         for book in books:
@@ -89,7 +89,7 @@ ENTRY = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shelf=st.lists(st.tuples(CATALOGUE.filter(bool).map(lambda books: books[0]), ENTRY), max_size=5))
-def test_a_shelf_goes_out_in_and_out_the_same(empty: Path, shelf: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def test_shelf_survives_export_and_import(empty: Path, shelf: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     one, other = two_services(empty)
     with service(one) as admin:
         for book, entry in shelf:

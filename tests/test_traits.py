@@ -1,4 +1,4 @@
-"""Small files with one trait each, as spreadsheets and other services write them: what becomes of every row."""
+"""Small files with one trait each, as spreadsheets and other services write them."""
 
 from typing import Any, NamedTuple
 
@@ -14,33 +14,33 @@ DUNE_AND_EMMA = [("Dune", "Frank Herbert"), ("Emma", "Jane Austen")]
 FRENCH_AND_GERMAN = [("Pêche à la ligne", "Émile Zola"), ("Die Verwandlung für Anfänger", "Jürgen Groß")]
 
 
-class Told(NamedTuple):
-    """What a file is expected to come to. Each row that is not refused is inserted, but for those skipped."""
+class Expected(NamedTuple):
+    """Rows that are neither refused nor skipped are inserted."""
 
     books: list[tuple[str, str]]  # title and author
-    refused: Problems = []  # noqa: RUF012  # nobody changes it
-    warned: Problems = []  # noqa: RUF012  # nobody changes it
+    refused: Problems = []  # noqa: RUF012  # not changed
+    warned: Problems = []  # noqa: RUF012  # not changed
     skipped: int = 0
     encoding: str = "utf-8"
     delimiter: str = ","
-    first: dict[str, Any] = {}  # noqa: RUF012  # nobody changes it; of the first book
+    first: dict[str, Any] = {}  # noqa: RUF012  # not changed; of the first book
 
 
 def ab(*letters: str) -> list[tuple[str, str]]:
     return [(pair[0], pair[1]) for pair in letters]
 
 
-TRAITS: dict[str, Told] = {
-    "comma": Told(DUNE_AND_EMMA, first={"isbn": "9780441172719", "price": 9.99}),
-    "semicolon": Told(DUNE_AND_EMMA, delimiter=";", first={"price": 9.99}),
-    "tab": Told(DUNE_AND_EMMA, delimiter="\t", first={"price": 9.99}),
-    "pipe": Told(DUNE_AND_EMMA, delimiter="|", first={"price": 9.99}),
-    "excel_sep": Told(DUNE_AND_EMMA[:1], delimiter=";"),
-    "crlf": Told(DUNE_AND_EMMA, first={"price": 9.99}),
-    "cr": Told(DUNE_AND_EMMA, first={"price": 9.99}),
-    "single_quotes": Told([("Dune, Messiah", "Frank Herbert"), ("O'Brien's Book", "Somebody")]),
-    "quoted_line_breaks": Told([("A,\nB", "C"), ("D", "E")], first={"description": "one\r\ntwo"}),
-    "backslash_quotes": Told(
+TRAITS: dict[str, Expected] = {
+    "comma": Expected(DUNE_AND_EMMA, first={"isbn": "9780441172719", "price": 9.99}),
+    "semicolon": Expected(DUNE_AND_EMMA, delimiter=";", first={"price": 9.99}),
+    "tab": Expected(DUNE_AND_EMMA, delimiter="\t", first={"price": 9.99}),
+    "pipe": Expected(DUNE_AND_EMMA, delimiter="|", first={"price": 9.99}),
+    "excel_sep": Expected(DUNE_AND_EMMA[:1], delimiter=";"),
+    "crlf": Expected(DUNE_AND_EMMA, first={"price": 9.99}),
+    "cr": Expected(DUNE_AND_EMMA, first={"price": 9.99}),
+    "single_quotes": Expected([("Dune, Messiah", "Frank Herbert"), ("O'Brien's Book", "Somebody")]),
+    "quoted_line_breaks": Expected([("A,\nB", "C"), ("D", "E")], first={"description": "one\r\ntwo"}),
+    "backslash_quotes": Expected(
         [
             ("Classical Mythology", "Mark P. O. Morford"),
             ('Nights Below Station Street; "The Sequel"', "David Adams Richards"),
@@ -49,76 +49,83 @@ TRAITS: dict[str, Told] = {
         delimiter=";",
         first={"isbn": "9780195153446", "publication_year": 2002},
     ),
-    "utf8_bom": Told(FRENCH_AND_GERMAN, encoding="utf-8-sig"),
-    "utf16_le": Told(FRENCH_AND_GERMAN, encoding="utf-16"),
-    "utf16_be": Told(FRENCH_AND_GERMAN, encoding="utf-16"),
-    "windows1252": Told(
+    "utf8_bom": Expected(FRENCH_AND_GERMAN, encoding="utf-8-sig"),
+    "utf16_le": Expected(FRENCH_AND_GERMAN, encoding="utf-16"),
+    "utf16_be": Expected(FRENCH_AND_GERMAN, encoding="utf-16"),
+    "windows1252": Expected(
         [FRENCH_AND_GERMAN[0], ("“Die” Verwandlung für Anfänger", "Jürgen Groß")], encoding="windows-1252"
     ),
-    "latin1": Told(FRENCH_AND_GERMAN, encoding="windows-1252"),  # of which it is a part
-    "mixed_encodings": Told(
-        [*FRENCH_AND_GERMAN, ("Nana", "Zola")], refused=[(4, "title", "bytes that the encoding of the file has not")]
+    "latin1": Expected(FRENCH_AND_GERMAN, encoding="windows-1252"),  # of which it is a part
+    "mixed_encodings": Expected(
+        [*FRENCH_AND_GERMAN, ("Nana", "Zola")],
+        refused=[(4, "title", "bytes that the encoding of the file does not have")],
     ),
-    "utf16_cut_off": Told(
-        ab("AB"), refused=[(3, "author", "bytes that the encoding of the file has not")], encoding="utf-16"
+    "utf16_cut_off": Expected(
+        ab("AB"), refused=[(3, "author", "bytes that the encoding of the file does not have")], encoding="utf-16"
     ),
-    "surrogates": Told(ab("CD"), refused=[(2, "title", "bytes that the encoding of the file has not")]),
-    "right_to_left": Told([("\u200f\u05d7\u05e1\u05d3\u200e", "\u202eevil\u202c"), ("A", "B")]),
-    "entities": Told([("Cats & Dogs", "Gabriel García Márquez"), ("AT&T", "R&D; and others")]),
-    "excel_text": Told(DUNE_AND_EMMA, first={"isbn": "9780441172719"}),
-    "formulas": Told([("=1+1", "+SUM(A1)"), ("-2", '=HYPERLINK("http://evil")')], first={"publisher": "@cmd"}),
-    "decimal_comma": Told(
+    "surrogates": Expected(ab("CD"), refused=[(2, "title", "bytes that the encoding of the file does not have")]),
+    "right_to_left": Expected([("\u200f\u05d7\u05e1\u05d3\u200e", "\u202eevil\u202c"), ("A", "B")]),
+    "entities": Expected([("Cats & Dogs", "Gabriel García Márquez"), ("AT&T", "R&D; and others")]),
+    "excel_text": Expected(DUNE_AND_EMMA, first={"isbn": "9780441172719"}),
+    "formulas": Expected([("=1+1", "+SUM(A1)"), ("-2", '=HYPERLINK("http://evil")')], first={"publisher": "@cmd"}),
+    "decimal_comma": Expected(
         ab("AB", "CD", "EF"),
         refused=[(5, "price", "a decimal comma or one between thousands")],
         delimiter=";",
         first={"price": 12.5},
     ),
-    "dates": Told(
+    "dates": Expected(
         ab("AB", "CD", "EF", "GH", "IJ", "KL"),
         refused=[(8, "published_date", "not a date")],
         first={"published_date": "2008-08-11", "publication_year": 2008},
     ),
-    "dates_ambiguous": Told(ab("CD"), refused=[(2, "published_date", "may be day first or month first")]),
-    "dates_settled": Told(ab("AB", "CD"), first={"published_date": "2008-04-03"}),
-    "dates_settled_month_first": Told(ab("AB", "CD"), first={"published_date": "2008-03-04"}),
-    "dates_in_both_orders": Told(ab("CD", "EF"), refused=[(2, "published_date", "may be day first or month first")]),
-    "damaged_isbns": Told(ab("AB", "CD", "EF", "GH"), warned=[(2, "isbn", "not an ISBN"), (4, "isbn", "not an ISBN")]),
-    "no_isbn_twice": Told([("The Hobbit", "J.R.R. Tolkien"), ("The Hobbit", "Somebody Else")], skipped=1),
-    "one_cell_too_many": Told(DUNE_AND_EMMA[1:], refused=[(2, None, "has 4 cells where the header has 3")]),
-    "huge_cell": Told(ab("CD"), refused=[(2, "description", "20000")]),
-    "header_twice": Told(ab("AB", "CD"), refused=[(3, None, "is the header again")]),
-    "duplicate_headers": Told(ab("AB", "DB"), first={"isbn": "9780441172719"}),
+    "dates_ambiguous": Expected(ab("CD"), refused=[(2, "published_date", "may be day first or month first")]),
+    "dates_settled": Expected(ab("AB", "CD"), first={"published_date": "2008-04-03"}),
+    "dates_settled_month_first": Expected(ab("AB", "CD"), first={"published_date": "2008-03-04"}),
+    "dates_in_both_orders": Expected(
+        ab("CD", "EF"), refused=[(2, "published_date", "may be day first or month first")]
+    ),
+    "damaged_isbns": Expected(
+        ab("AB", "CD", "EF", "GH"), warned=[(2, "isbn", "not an ISBN"), (4, "isbn", "not an ISBN")]
+    ),
+    "no_isbn_twice": Expected([("The Hobbit", "J.R.R. Tolkien"), ("The Hobbit", "Somebody Else")], skipped=1),
+    "one_cell_too_many": Expected(DUNE_AND_EMMA[1:], refused=[(2, None, "has 4 cells where the header has 3")]),
+    "huge_cell": Expected(ab("CD"), refused=[(2, "description", "20000")]),
+    "header_twice": Expected(ab("AB", "CD"), refused=[(3, None, "is the header again")]),
+    "duplicate_headers": Expected(ab("AB", "DB"), first={"isbn": "9780441172719"}),
 }
 
 
-def test_each_file_is_in_the_table() -> None:
+def test_every_file_is_in_the_table() -> None:
     shelves = {"goodreads", "goodreads_31_columns", "storygraph"}
     assert {file.stem for file in FILES.glob("*.csv")} == {*TRAITS, *shelves}
 
 
-@pytest.mark.parametrize("dry_run", [False, True], ids=["for real", "dry run"])
-@pytest.mark.parametrize(("name", "told"), TRAITS.items(), ids=TRAITS)
-def test_what_becomes_of_each_row(client: TestClient, reader: Person, name: str, told: Told, *, dry_run: bool) -> None:
+@pytest.mark.parametrize("dry_run", [False, True], ids=["import", "dry run"])
+@pytest.mark.parametrize(("name", "expected"), TRAITS.items(), ids=TRAITS)
+def test_each_row_is_imported_or_refused(
+    client: TestClient, reader: Person, name: str, expected: Expected, *, dry_run: bool
+) -> None:
     upload = reader.upload((FILES / f"{name}.csv").read_bytes(), dry_run=dry_run)
     assert (upload["status"], upload["error"]) == ("completed", None)
-    assert (upload["encoding"], upload["delimiter"]) == (told.encoding, told.delimiter)
-    counts = (len(told.books), 0, told.skipped, len(told.refused))
+    assert (upload["encoding"], upload["delimiter"]) == (expected.encoding, expected.delimiter)
+    counts = (len(expected.books), 0, expected.skipped, len(expected.refused))
     assert (upload["inserted"], upload["updated"], upload["skipped"], upload["failed"]) == counts
-    assert (upload["rows"], upload["warnings"]) == (sum(counts), len(told.warned))
-    expected = sorted([(*it, "error") for it in told.refused] + [(*it, "warning") for it in told.warned], key=str)
-    for error, (row, field, part, severity) in zip(upload["errors"], expected, strict=True):
+    assert (upload["rows"], upload["warnings"]) == (sum(counts), len(expected.warned))
+    refused, warned = [(*it, "error") for it in expected.refused], [(*it, "warning") for it in expected.warned]
+    for error, (row, field, part, severity) in zip(upload["errors"], sorted(refused + warned, key=str), strict=True):
         assert (error["row"], error["field"], error["severity"]) == (row, field, severity)
         assert part in error["message"]
     books = client.get("/books").json()["items"]
-    assert [(book["title"], book["author"]) for book in books] == ([] if dry_run else told.books)
-    assert dry_run or books[0].items() >= told.first.items()
+    assert [(book["title"], book["author"]) for book in books] == ([] if dry_run else expected.books)
+    assert dry_run or books[0].items() >= expected.first.items()
 
 
 # --- shelves of other services ------------------------------------------------------------------------------------
 
 
 def shelf_of(person: Person) -> list[dict[str, Any]]:
-    """What the shelf says beside its books' own data, in the order of the file."""
+    """The entries without their books' own data, in the order of the file."""
     entries = person.get("/my-library", params={"sort": "added", "limit": 100}).json()["items"]
     return [
         {
@@ -154,7 +161,7 @@ GOODREADS = [
 
 
 @pytest.mark.parametrize("path", ["/my-library/import", "/books/upload"])
-def test_a_goodreads_export_comes_in_whole(client: TestClient, reader: Person, path: str) -> None:
+def test_goodreads_export_is_imported(client: TestClient, reader: Person, path: str) -> None:
     options: dict[str, Any] = {} if path == "/my-library/import" else {"shelve": True}
     upload = reader.upload((FILES / "goodreads.csv").read_bytes(), path=path, **options)
     assert (upload["format"], upload["rows"], upload["inserted"], upload["failed"]) == ("goodreads", 5, 5, 0)
@@ -172,7 +179,7 @@ def test_a_goodreads_export_comes_in_whole(client: TestClient, reader: Person, p
     )
 
 
-def test_the_same_export_again_changes_nothing_and_keeps_what_was_changed_here(reader: Person) -> None:
+def test_repeated_import_skips_or_updates(reader: Person) -> None:
     content = (FILES / "goodreads.csv").read_bytes()
     reader.upload(content, path="/my-library/import")
     reader.patch("/my-library/1", json={"rating": 1, "review": "On second thought.", "tags": []})
@@ -187,7 +194,7 @@ def test_the_same_export_again_changes_nothing_and_keeps_what_was_changed_here(r
     assert reader.get("/books/2").json()["publisher"] == "Little, Brown and Company"
 
 
-def test_a_row_that_the_shelf_refuses_changes_no_book(client: TestClient, reader: Person) -> None:
+def test_row_refused_by_the_shelf_does_not_update_the_book(client: TestClient, reader: Person) -> None:
     columns = "Book Id,Title,Author,Author l-f,ISBN,ISBN13,My Rating,Publisher,Exclusive Shelf,Bookshelves,My Review\n"
     row = "1,Emma,Jane Austen,,,,{},{},{},,\n"
     reader.upload(columns + row.format(5, "Penguin", "read"), path="/my-library/import")
@@ -198,14 +205,14 @@ def test_a_row_that_the_shelf_refuses_changes_no_book(client: TestClient, reader
     assert (client.get("/books/1").json(), reader.get("/my-library/1").json()) == (book, entry)
 
 
-def test_older_exports_of_goodreads_go_by_name(reader: Person) -> None:
+def test_older_goodreads_export_is_imported(reader: Person) -> None:
     upload = reader.upload((FILES / "goodreads_31_columns.csv").read_bytes(), path="/my-library/import")
     assert (upload["format"], upload["inserted"], upload["errors"]) == ("goodreads", 1, [])
     assert shelf_of(reader)[0].items() >= {"title": "Dune", "rating": 5, "status": "completed"}.items()
     assert {"Recommended For", "BCID", "Private Notes"} <= set(upload["ignored_columns"])
 
 
-def test_a_storygraph_export_comes_in(reader: Person) -> None:
+def test_storygraph_export_is_imported(reader: Person) -> None:
     upload = reader.upload((FILES / "storygraph.csv").read_bytes(), path="/my-library/import")
     assert (upload["format"], upload["inserted"], upload["failed"]) == ("storygraph", 4, 0)
     assert [(e["row"], e["value"], e["message"]) for e in upload["errors"]] == [
@@ -229,7 +236,7 @@ def test_a_storygraph_export_comes_in(reader: Person) -> None:
     ]
 
 
-def test_what_is_no_shelf_is_said_to_be_none(reader: Person) -> None:
+def test_file_without_a_shelf_fails_with_a_reason(reader: Person) -> None:
     upload = reader.upload((FILES / "comma.csv").read_bytes(), path="/my-library/import")
     assert upload["status"] == "failed"
     assert upload["error"] == (
