@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 STATIC = HERE / "static"
 VERSION = "0.1.0"
 # OWASP ASVS 5.0, 6.2.4: at least the 3,000 most common passwords that are long enough.
-COMMON_PASSWORDS = frozenset((HERE / "common_passwords.txt").read_text().splitlines()[1:])
+COMMON_PASSWORDS = frozenset((STATIC / "common_passwords.txt").read_text().splitlines()[1:])
 
 
 def matches(pattern: str, example: str) -> AfterValidator:
