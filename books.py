@@ -17,7 +17,7 @@ import models
 from api import FOLLOWED_PAGE, Router, errors
 from database import CompiledQuery, Insert
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
-from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, named
+from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, encode, json_answer, last_event_id, named
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
 from search import AMONG, FEW, SearchTerms, best_first, count_matches, few_best_first, has_words, index_books
 from security import Contributor, CurrentUser, Viewer, unauthorized
@@ -171,7 +171,7 @@ def find_books(
     else:
         total = int(counting(asked).first(connection, values)[0])
         page = BOOKS.page(connection, asked, values, ORDERS[query.sort or "id"], query, total)
-    return page, events.last_event_id(connection)
+    return page, last_event_id(connection)
 
 
 @functools.lru_cache(1000)

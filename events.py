@@ -34,6 +34,7 @@ import security
 from api import Router, errors
 from database import CompiledQuery, Insert
 from models import Event, Principal, Role, Setting
+from pagination import last_event_id, pruned_up_to_query
 from schemas import BlankIsNull, EventPublic, RequestModel, pattern
 from security import Viewer, is_token_valid
 from settings import settings
@@ -100,27 +101,12 @@ def anonymize_reviewer(session: Session, username: str) -> None:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def _pruned_up_to_query() -> sa.ScalarSelect[int]:
-    value = sa.cast(Setting.value, sa.BigInteger)
-    return sa.select(value).where(col(Setting.key) == "event_floor").scalar_subquery()
-
-
-PRUNED_UP_TO = CompiledQuery(sa.select(_pruned_up_to_query()))
+PRUNED_UP_TO = CompiledQuery(sa.select(pruned_up_to_query()))
 
 
 def pruned_up_to(connection: Connection) -> int:
     """Ids up to this one are not in the log, or no longer."""
     return int(PRUNED_UP_TO.first(connection)[0])
-
-
-LAST_EVENT_ID = CompiledQuery(
-    sa.select(sa.func.coalesce(sa.select(sa.func.max(col(Event.id))).scalar_subquery(), _pruned_up_to_query()))
-)
-
-
-def last_event_id(connection: Connection) -> int:
-    """The id of the last committed event; what "everything up to now" means."""
-    return int(LAST_EVENT_ID.first(connection)[0])
 
 
 EVENTS_AFTER = CompiledQuery(

@@ -15,7 +15,19 @@ from api import FOLLOWED_PAGE, PAGE, Router, errors
 from books import FIND_BOOK, PUBLIC_COLUMNS, BookId, as_book, book_to_change, no_such_book
 from database import CompiledQuery
 from models import Book, Principal, ShelfEntry, ShelfStatus, SortableTimestamp, User
-from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, json_answer, named, page_answer, read_page
+from pagination import (
+    JsonObject,
+    JsonPage,
+    Listing,
+    Order,
+    Page,
+    PageQuery,
+    json_answer,
+    last_event_id,
+    named,
+    page_answer,
+    read_page,
+)
 from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id, ReviewPublic, Username
 from security import CurrentUser, Staff
 
@@ -77,7 +89,7 @@ def _find_entries(connection: Connection, user_id: int, query: ShelfQuery) -> tu
     asked = ("mine", *(name for name, value in filters.items() if value is not None))
     values = {"user_id": user_id, **filters}
     total = COUNT_ENTRIES[asked].first(connection, values)[0]
-    return ENTRIES.page(connection, asked, values, ORDERS[query.sort], query, total), events.last_event_id(connection)
+    return ENTRIES.page(connection, asked, values, ORDERS[query.sort], query, total), last_event_id(connection)
 
 
 @router.get("/{book_id:id}")

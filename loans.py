@@ -19,7 +19,7 @@ import models
 from api import FOLLOWED_PAGE, Router, errors
 from books import BookId, no_such_book
 from models import MAX_COPIES, MAX_RENEWALS, Book, DomainError, Loan, LoanStatus, Principal, User
-from pagination import Order, Page, PageQuery, named, page_answer, read_page
+from pagination import Order, Page, PageQuery, last_event_id, named, page_answer, read_page
 from schemas import Id, LoanCreate, LoanPublic, StockChange, StockPublic
 from security import CurrentUser, Staff
 from settings import settings
@@ -189,7 +189,7 @@ async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, re
 
 def _find_loans(connection: Connection, user: Principal, query: LoanQuery) -> tuple[dict[str, Any], int]:
     found = SELECT_LOANS.where(_visible(user), *query.conditions())
-    return read_page(connection, found, LOANS, query, as_loan), events.last_event_id(connection)
+    return read_page(connection, found, LOANS, query, as_loan), last_event_id(connection)
 
 
 def _visible(user: Principal) -> ColumnElement[bool]:

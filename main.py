@@ -36,6 +36,7 @@ import imports
 import library
 import loans
 import models
+import pagination
 import security
 import uploads
 import users
@@ -159,7 +160,7 @@ class Health(BaseModel):
 async def health() -> Health:
     """Whether the service can read and write its database: 200, or 503 with what is wrong."""
     try:
-        await database.read(events.last_event_id)
+        await database.read(pagination.last_event_id)
     except DBAPIError as error:
         raise _unwell("read", error.orig) from None
     if time.monotonic() - _Probe.at > PROBE_SECONDS:

@@ -16,10 +16,11 @@ from pydantic import BaseModel, Field, TypeAdapter
 from sqlalchemy import ColumnElement, Connection, Float, Integer, Select, and_, bindparam, func, or_
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
+from sqlmodel import col
 
 import database
 from database import CompiledQuery
-from models import MAX_ID, Cents, UtcDateTime
+from models import MAX_ID, Cents, Event, Setting, UtcDateTime
 from schemas import BlankIsNull, RequestModel, pattern
 
 T = TypeVar("T")
@@ -293,3 +294,21 @@ def _json_build_object(element: JsonObject, compiler: Any, **options: Any) -> st
         return f"({text} / 100.0)::float8" if isinstance(column.type, Cents) else text
 
     return f"{built(element)}::text"
+
+
+# --- the position in the event log --------------------------------------------------------------------------------
+
+
+def pruned_up_to_query() -> sa.ScalarSelect[int]:
+    value = sa.cast(Setting.value, sa.BigInteger)
+    return sa.select(value).where(col(Setting.key) == "event_floor").scalar_subquery()
+
+
+LAST_EVENT_ID = CompiledQuery(
+    sa.select(sa.func.coalesce(sa.select(sa.func.max(col(Event.id))).scalar_subquery(), pruned_up_to_query()))
+)
+
+
+def last_event_id(connection: Connection) -> int:
+    """The id of the last committed event."""
+    return int(LAST_EVENT_ID.first(connection)[0])

@@ -142,7 +142,7 @@ def test_405_names_every_method_of_the_path(client: TestClient) -> None:
 
 
 def test_a_bug_is_500_and_tells_nothing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("events.last_event_id", lambda _connection: 1 / 0)
+    monkeypatch.setattr("pagination.last_event_id", lambda _connection: 1 / 0)
     client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]  # of Starlette's client
     answer = client.get("/health")
     assert answer.status_code == 500
@@ -193,7 +193,7 @@ def test_every_answer_tells_browsers_to_be_careful(
     client: TestClient, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if path == "/bug":
-        monkeypatch.setattr("events.last_event_id", lambda _connection: 1 / 0)
+        monkeypatch.setattr("pagination.last_event_id", lambda _connection: 1 / 0)
         path = "/health"
     client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]  # of Starlette's client
     plain = {
