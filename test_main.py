@@ -302,7 +302,7 @@ def test_no_pattern_is_an_explanation(client: TestClient, reader: Person) -> Non
         "email": "must be an e-mail address, like ada@example.com",
         "otp": "must be the six digits of the code",
         "cover_url": "must be an address that begins with http:// or https://",
-        "types": "must be types of events with commas between them, like book.*,review.created",
+        "types": "must be event types separated by commas, like book.*,review.created",
         "cursor": "is not one that this service gave",
     }
     schema = json.dumps(client.get("/openapi.json").json())

@@ -534,7 +534,7 @@ def test_a_stream_that_the_pruning_has_overtaken_ends_and_is_told_so_when_it_com
             pass
 
     async def follow() -> list[bytes]:
-        stream = events.tail.follow(events.EventFilter(None), start, None, 10)
+        stream = events.tail.stream(events.EventFilter(None), start, None, 10)
         told = [await anext(stream)]
         await database.write(fill)
         told += [await anext(stream)] if not at_once else []
