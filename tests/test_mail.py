@@ -187,7 +187,7 @@ def send(inbox: Inbox, monkeypatch: pytest.MonkeyPatch, refusals: list[str]) -> 
     monkeypatch.setattr(settings, "smtp_host", "127.0.0.1")
     monkeypatch.setattr(settings, "smtp_port", inbox.port)
     monkeypatch.setattr(settings, "smtp_tls", False)
-    monkeypatch.setattr(mail, "SECONDS_BETWEEN_TRIES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(mail, "RETRY_DELAYS", (0.01, 0.01, 0.01))
     inbox.refusals = refusals
     asyncio.run(mail.send(Email("rita@example.com", "Subject", "Text")))
 
