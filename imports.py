@@ -271,7 +271,9 @@ class ChunkReader(io.RawIOBase):
 
 
 def _find_chunk(connection: Connection, upload_id: int, number: int) -> bytes | None:
-    chunk = sa.select(col(UploadChunk.data)).where(col(UploadChunk.upload_id) == upload_id, col(UploadChunk.number) == number)
+    chunk = sa.select(col(UploadChunk.data)).where(
+        col(UploadChunk.upload_id) == upload_id, col(UploadChunk.number) == number
+    )
     return connection.execute(chunk).scalar()
 
 

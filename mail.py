@@ -1,4 +1,4 @@
-"""Mail in plain text: by SMTP, or to the log where no server is set."""
+"""Plain-text e-mail: sent by SMTP, or logged if no server is configured."""
 
 import asyncio
 import logging
@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import formatdate, make_msgid, parseaddr
-from http import HTTPStatus
 from typing import NamedTuple
 
 import database
@@ -16,11 +15,11 @@ from settings import settings
 
 log = logging.getLogger("books.mail")
 
-SECONDS_BETWEEN_TRIES = (2, 10, 60)
-SMTP_SECONDS = 10  # for each step of the conversation
+RETRY_DELAYS = (2, 10, 60)  # seconds
+SMTP_TIMEOUT = 10  # seconds, for each step of the dialogue
 IMPLICIT_TLS_PORT = 465  # RFC 8314, 3.3
-# Threads of their own: a mail server that hangs must not keep readers waiting.
-posters = ThreadPoolExecutor(max_workers=4, thread_name_prefix="smtp")
+# Threads of its own: a mail server that hangs must not block readers.
+smtp_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="smtp")
 
 
 class Email(NamedTuple):
@@ -29,74 +28,70 @@ class Email(NamedTuple):
     text: str
 
 
-async def send(letter: Email) -> None:
-    """Deliver it, with a few tries. For background tasks: what fails for good is logged, not raised."""
+async def send(email: Email) -> None:
+    """Deliver it, with retries. For background tasks: the final failure is logged, not raised."""
     if settings.smtp_host is None:
-        log.warning("SMTP_HOST is not set. Mail to %s: %s\n\n%s", *letter)
+        log.warning("SMTP_HOST is not set. Mail to %s: %s\n\n%s", *email)
         return
-    for seconds in (*SECONDS_BETWEEN_TRIES, None):
+    loop = asyncio.get_running_loop()
+    for delay in (*RETRY_DELAYS, None):
         try:
-            await asyncio.get_running_loop().run_in_executor(posters, _deliver, letter)
-            log.info("mailed %r to %s", letter.subject, letter.to)
+            await loop.run_in_executor(smtp_threads, _deliver, email)
+            log.info("mailed %r to %s", email.subject, email.to)
             return
-        except (OSError, ValueError) as error:  # smtplib's own errors are OSErrors; ValueError: no such header
-            final = seconds is None or _is_permanent(error)
-            log.log(logging.ERROR if final else logging.WARNING, "mail to %s failed: %s", letter.to, error)
-            if final or await _stopping_within(seconds or 0):
+        except (OSError, ValueError) as error:  # smtplib's errors are OSErrors; ValueError: an invalid header
+            if delay is None or _is_permanent(error):
+                log.error("mail to %s failed: %s", email.to, error)
                 return
+            log.warning("mail to %s failed, next try in %s s: %s", email.to, delay, error)
+        retry_at = loop.time() + delay
+        while (left := retry_at - loop.time()) > 0:
+            if database.server_is_stopping():
+                return
+            await asyncio.sleep(min(left, 0.2))
 
 
-def _deliver(letter: Email) -> None:
+def _deliver(email: Email) -> None:
     host, port = settings.smtp_host or "", settings.smtp_port
     context = ssl.create_default_context()
     if settings.smtp_tls and port == IMPLICIT_TLS_PORT:
-        server: smtplib.SMTP = smtplib.SMTP_SSL(host, port, timeout=SMTP_SECONDS, context=context)
+        server: smtplib.SMTP = smtplib.SMTP_SSL(host, port, timeout=SMTP_TIMEOUT, context=context)
     else:
-        server = smtplib.SMTP(host, port, timeout=SMTP_SECONDS)
+        server = smtplib.SMTP(host, port, timeout=SMTP_TIMEOUT)
     with server:
         if settings.smtp_tls and port != IMPLICIT_TLS_PORT:
             server.starttls(context=context)
         if settings.smtp_username and settings.smtp_password:
             server.login(settings.smtp_username, settings.smtp_password.get_secret_value())
-        # Named here, and not read from the headers: those could be decoded into other addresses.
-        server.send_message(_message(letter), from_addr=parseaddr(settings.mail_from)[1], to_addrs=[letter.to])
+        # Explicit addresses: those in the headers could be decoded into others.
+        server.send_message(_message(email), from_addr=parseaddr(settings.mail_from)[1], to_addrs=[email.to])
 
 
-def _message(letter: Email) -> EmailMessage:
-    # Lines up to what SMTP takes (RFC 5321, 4.5.3.1.6), so that a link is never broken in two.
+def _message(email: Email) -> EmailMessage:
+    # The longest lines that SMTP takes (RFC 5321, 4.5.3.1.6), so that links are not broken.
     message = EmailMessage(SMTP.clone(max_line_length=998))
     message["From"] = settings.mail_from
-    message["To"] = letter.to
-    message["Subject"] = letter.subject
+    message["To"] = email.to
+    message["Subject"] = email.subject
     message["Date"] = formatdate()
     message["Message-ID"] = make_msgid(domain=parseaddr(settings.mail_from)[1].rpartition("@")[2])
-    message["Auto-Submitted"] = "auto-generated"  # RFC 3834: no out-of-office replies, please
-    message.set_content(letter.text)
+    message["Auto-Submitted"] = "auto-generated"  # RFC 3834: prevents out-of-office replies
+    message.set_content(email.text)
     return message
 
 
 def _is_permanent(error: OSError | ValueError) -> bool:
-    """Whether the mail server said that it would never take this mail (RFC 5321, 4.2.1)."""
+    """Whether a retry can't succeed. SMTP replies from 500 on are permanent (RFC 5321, 4.2.1)."""
     if isinstance(error, smtplib.SMTPRecipientsRefused):
-        return all(code >= HTTPStatus.INTERNAL_SERVER_ERROR for code, _ in error.recipients.values())
+        return all(code >= 500 for code, _ in error.recipients.values())
     if isinstance(error, smtplib.SMTPResponseException):
-        return error.smtp_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+        return error.smtp_code >= 500
     return isinstance(error, ValueError)
 
 
-async def _stopping_within(seconds: float) -> bool:
-    """Wait so long, or until the server is told to stop."""
-    until = asyncio.get_running_loop().time() + seconds
-    while (left := until - asyncio.get_running_loop().time()) > 0:
-        if database.server_is_stopping():
-            return True
-        await asyncio.sleep(min(left, 0.2))
-    return False
-
-
-# --- what is mailed -----------------------------------------------------------------------------------------------
-# No names but the user name, whose letters are bounded: whoever registers chooses what stands here, and the reader
-# may be somebody else.
+# --- texts --------------------------------------------------------------------------------------------------------
+# The only name in them is the username, whose characters are restricted: it is chosen at registration, and the
+# recipient may be somebody else.
 
 
 def confirm_address(to: str, username: str, token: str) -> Email:
@@ -114,10 +109,10 @@ def reset_code(to: str, username: str, code: str) -> Email:
     return Email(
         to,
         "Your code for a new password",
-        f'Somebody asked for a new password for the account "{username}" at Books API\n'
+        f'A new password was requested for the account "{username}" at Books API\n'
         f"({settings.public_url}). If that was you, this is your code:\n\n"
         f"    {code}\n\n"
-        "It is good for 10 minutes, once. Tell it to nobody: we never ask for it.\n"
+        "It is valid for 10 minutes and can be used once. Do not share it: we never ask for it.\n"
         "If it was not you, do nothing: your password stays as it is.\n",
     )
 
@@ -142,5 +137,5 @@ def account_deleted(to: str, username: str) -> Email:
 
 
 def _notice(to: str, subject: str, text: str) -> Email:
-    where = f"at Books API ({settings.public_url})"
-    return Email(to, subject, f"{text}\nThis happened {where}. If it was not you, write to whoever runs it, soon.\n")
+    site = f"Books API ({settings.public_url})"
+    return Email(to, subject, f"{text}\nThis happened at {site}. If it was not you, contact its operator soon.\n")

@@ -92,8 +92,8 @@ def feed_once(streams: int, events: int, seconds: float) -> dict[str, float]:
         server.client.get("/books")
         alone = asyncio.run(create_rate(port, token, seconds))
         before = server.memory_mb("VmRSS")
-        command = [sys.executable, str(ROOT / "bench.py"), "listen", str(port), str(streams)]
-        listeners = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "bench", "listen", str(port), str(streams)]
+        listeners = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         try:
             told: queue.SimpleQueue[str] = queue.SimpleQueue()
             threading.Thread(target=lambda: deque(map(told.put, listeners.stdout or ()), 0), daemon=True).start()

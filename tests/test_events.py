@@ -1,4 +1,4 @@
-"""The change log and the stream: every committed change once, in order, to those who may see it."""
+"""The event log and its streams: each committed change once, in order, to clients that may see it."""
 
 import json
 import signal
@@ -20,7 +20,7 @@ from tests.fixtures import NEW, Person, Server, service, sign_up, wait_for
 
 
 class Stream:
-    """An EventSource: reads frames in a thread of its own and remembers the last id."""
+    """An EventSource: reads frames in its own thread."""
 
     def __init__(self, client: httpx.Client, person: Person | None = None, **query: Any) -> None:
         self.frames: list[dict[str, str]] = []
@@ -69,7 +69,7 @@ def rita(server: Server) -> Person:
     return sign_up(server.client, "rita")
 
 
-def test_the_first_frame_is_ready_with_the_head(server: Server, rita: Person) -> None:
+def test_the_first_frame_is_ready_with_the_last_id(server: Server, rita: Person) -> None:
     rita.add_book()
     head = server.client.get("/events").json()["next"]
     first = Stream(server.client).frames[0]
@@ -78,7 +78,7 @@ def test_the_first_frame_is_ready_with_the_head(server: Server, rita: Person) ->
     assert 1500 <= int(first["retry"]) <= 2500
 
 
-def test_changes_arrive_at_once_and_as_they_are_logged(server: Server, rita: Person) -> None:
+def test_changes_arrive_within_half_a_second_as_they_are_logged(server: Server, rita: Person) -> None:
     stream = Stream(server.client)
     book = rita.add_book(title="Dune")
     created = time.monotonic()
@@ -98,23 +98,24 @@ def test_private_changes_reach_their_owner_only(server: Server, rita: Person) ->
     oskar = sign_up(server.client, "oskar")
     admin = Person(server.client, "admin", "admin")
     start = server.client.get("/events").json()["next"]
-    live = {who: Stream(server.client, who) for who in (rita, oskar, admin, None)}
+    viewers = (rita, oskar, admin, None)
+    live = {viewer: Stream(server.client, viewer) for viewer in viewers}
     book = rita.add_book()
     rita.post(f"/my-library/{book['id']}")
     rita.patch(f"/books/{book['id']}", json={"title": "Last"})
-    resumed = {who: Stream(server.client, who, since=start) for who in (rita, oskar, admin, None)}
+    resumed = {viewer: Stream(server.client, viewer, since=start) for viewer in viewers}
     everything, public = ["book.created", "shelf.created", "book.updated"], ["book.created", "book.updated"]
     for streams in (live, resumed):
-        for who, stream in streams.items():
-            expected = everything if who is rita else public
+        for viewer, stream in streams.items():
+            expected = everything if viewer is rita else public
             stream.wait(len(expected))
             assert [event["event"] for event in stream.events] == expected
-    for who in (rita, oskar, admin):
-        polled = who.get("/events", params={"after": start}).json()["items"]
-        assert [event["type"] for event in polled] == (everything if who is rita else public)
+    for person in (rita, oskar, admin):
+        polled = person.get("/events", params={"after": start}).json()["items"]
+        assert [event["type"] for event in polled] == (everything if person is rita else public)
 
 
-def test_a_stream_tells_nothing_private_to_who_may_not_see_it_any_more(server: Server, rita: Person) -> None:
+def test_streams_end_before_private_events_once_access_is_lost(server: Server, rita: Person) -> None:
     admin = Person(server.client, "admin", "admin")
     demoted = admin.post("/users", json={**NEW, "username": "ada", "email": "ada@example.com", "role": "admin"}).json()
     ada = Person(server.client, "ada")
@@ -132,14 +133,14 @@ def test_a_stream_tells_nothing_private_to_who_may_not_see_it_any_more(server: S
 
 
 TYPES: dict[str, tuple[str, list[str]]] = {
-    "all of the book": ("book.*", ["book.created", "book.updated", "book.deleted"]),
-    "one kind": ("book.updated", ["book.updated"]),
-    "two kinds": ("shelf.*,book.deleted", ["shelf.created", "book.deleted"]),
+    "a prefix": ("book.*", ["book.created", "book.updated", "book.deleted"]),
+    "one type": ("book.updated", ["book.updated"]),
+    "two types": ("shelf.*,book.deleted", ["shelf.created", "book.deleted"]),
     "everything": ("*", ["book.created", "shelf.created", "book.updated", "book.deleted"]),
 }
 
 
-def test_types_choose(server: Server, rita: Person) -> None:
+def test_types_filter_events(server: Server, rita: Person) -> None:
     start = server.client.get("/events").json()["next"]
     book = rita.add_book()
     rita.post(f"/my-library/{book['id']}")
@@ -178,7 +179,7 @@ def test_limit_and_seconds_end_a_stream(server: Server, rita: Person) -> None:
     assert timed.error is None
 
 
-def test_who_comes_back_gets_what_was_missed_even_over_a_restart(server: Server, rita: Person) -> None:
+def test_reconnecting_clients_get_missed_events_across_a_restart(server: Server, rita: Person) -> None:
     stream = Stream(server.client)
     rita.add_book(title="one")
     seen = stream.wait(1)[0]["id"]
@@ -195,8 +196,8 @@ def test_who_comes_back_gets_what_was_missed_even_over_a_restart(server: Server,
     assert [int(event["id"]) for event in back.events] == sorted({int(event["id"]) for event in back.events})
 
 
-def test_a_client_far_behind_reads_the_log_then_goes_on_live(client: TestClient, reader: Person) -> None:
-    """More events than the buffer holds, and more than one batch."""
+def test_clients_behind_the_buffer_read_the_log(client: TestClient, reader: Person) -> None:
+    """More events than the buffer or one batch holds."""
     start = client.get("/events").json()["next"]
 
     def fill(session: Session) -> None:
@@ -210,7 +211,7 @@ def test_a_client_far_behind_reads_the_log_then_goes_on_live(client: TestClient,
     assert [json.loads(line[6:])["number"] for line in text.splitlines() if "number" in line] == list(range(total))
 
 
-def test_a_place_that_is_not_in_the_log_is_reset(server: Server, rita: Person) -> None:
+def test_ids_that_are_not_in_the_log_cause_a_reset(server: Server, rita: Person) -> None:
     rita.add_book()
     oldest, head = rita.get("/events").json()["items"][0]["id"], server.client.get("/events").json()["next"]
     for ahead, reason in ((-head, "expired"), (-1000, "expired"), (1, "future"), (2**63 - 1 - head, "future")):
@@ -226,14 +227,14 @@ def test_a_place_that_is_not_in_the_log_is_reset(server: Server, rita: Person) -
 
 
 @pytest.mark.slow
-def test_two_processes_tell_each_others_changes_in_one_order(serve: Callable[..., Server]) -> None:
+def test_streams_of_two_processes_have_the_same_order(serve: Callable[..., Server]) -> None:
     one, two = serve(), serve()
     sign_up(one.client, "rita")
-    listening = [Stream(server.client) for server in (one, two)]
+    streams = [Stream(server.client) for server in (one, two)]
     writers = [Person(server.client, "rita") for server in (one, two)]
     started = time.monotonic()
     writers[0].add_book(title="from one")
-    for stream in listening:
+    for stream in streams:
         assert float(stream.wait(1)[0]["seen"]) - started < 1
 
     def write(writer: Person) -> None:
@@ -247,19 +248,19 @@ def test_two_processes_tell_each_others_changes_in_one_order(serve: Callable[...
     while page := one.client.get("/events", params={"after": after, "limit": 100}).json()["items"]:
         logged += [str(event["id"]) for event in page]
         after = page[-1]["id"]
-    for stream in listening:
+    for stream in streams:
         stream.wait(61)
         assert [event["id"] for event in stream.events] == logged
 
 
-def test_nothing_that_was_rolled_back_is_told(client: TestClient, reader: Person) -> None:
+def test_rolled_back_changes_are_not_logged(client: TestClient, reader: Person) -> None:
     reader.add_book(isbn="9780441172719")
     start = client.get("/events").json()["next"]
     assert reader.post("/books", json={"title": "A", "author": "B", "isbn": "9780441172719"}).status_code == 409
     assert client.get("/events", params={"after": start}).json() == {"items": [], "next": start}
 
 
-def test_polling_reads_the_log_to_its_end_and_on(client: TestClient, reader: Person) -> None:
+def test_polling_reads_to_the_end_and_then_new_events(client: TestClient, reader: Person) -> None:
     for number in range(5):
         reader.add_book(title=str(number))
     seen, after = [], 0
@@ -274,14 +275,14 @@ def test_polling_reads_the_log_to_its_end_and_on(client: TestClient, reader: Per
     assert [e["data"]["title"] for e in client.get("/events", params={"after": after}).json()["items"]] == ["later"]
 
 
-def test_ids_start_at_the_time_the_database_was_made(tmp_path: Path) -> None:
+def test_ids_start_at_the_creation_time_of_the_database(tmp_path: Path) -> None:
     with service(tmp_path / "new.db") as admin:
         admin.add_book()
         first = admin.get("/events").json()["items"][0]["id"]
     assert abs(first / 1000 - time.time()) < 120
 
 
-def test_sigterm_ends_open_streams_cleanly_and_soon(server: Server, rita: Person) -> None:
+def test_sigterm_ends_streams_cleanly_within_five_seconds(server: Server, rita: Person) -> None:
     streams = [Stream(server.client) for _ in range(20)]
     rita.add_book()
     for stream in streams:
@@ -296,7 +297,7 @@ def test_sigterm_ends_open_streams_cleanly_and_soon(server: Server, rita: Person
 
 
 @pytest.mark.slow
-def test_a_hundred_streams_hold_no_connection_and_all_are_told(server: Server, rita: Person) -> None:
+def test_a_hundred_streams_hold_no_database_connection(server: Server, rita: Person) -> None:
     streams = [Stream(server.client, rita) for _ in range(100)]
     for number in range(5):
         rita.add_book(title=str(number))
@@ -307,7 +308,7 @@ def test_a_hundred_streams_hold_no_connection_and_all_are_told(server: Server, r
 
 
 @pytest.mark.slow
-def test_a_silent_stream_has_a_heartbeat(server: Server) -> None:
+def test_idle_streams_have_a_heartbeat(server: Server) -> None:
     with httpx.stream("GET", server.client.base_url.join("/stream"), timeout=30) as answer:
         started = time.monotonic()
         beat = next(line for line in answer.iter_lines() if line.startswith(":"))

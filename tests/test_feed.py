@@ -1,4 +1,4 @@
-"""What the feed promises, put to the test: crashes, gaps, lost connections, clients that are slow, gone or many."""
+"""Guarantees of `/stream`: crashes, gaps, lost connections, and slow, vanished or many clients."""
 
 import os
 import random
@@ -29,7 +29,7 @@ from settings import settings
 from tests.fixtures import ROOT, Person, Postgres, Server, resident_mb, service, sign_up, wait_for
 from tests.test_events import Stream
 
-# The same service, quicker to find out who is gone, with room for few, and with a way to have many events at once.
+# The service with short timeouts, few stream slots and a route that creates many events.
 QUICK = """
 import socket
 from fastapi import Request
@@ -50,13 +50,13 @@ async def fill(count: int, size: int = 10) -> None:
 async def open_streams() -> int:
     return events.tail.streams.total()
 
-@app.get("/patience")
-async def patience(request: Request) -> int:
+@app.get("/user-timeout")
+async def user_timeout(request: Request) -> int:
     connection = request.scope["books.transport"].get_extra_info("socket")
     return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 """
-# Its tokens live for three seconds.
-FLEETING = (
+# Its tokens are valid for three seconds.
+SHORT_TOKENS = (
     "from settings import settings\nsettings.__dict__['access_token_expire_minutes'] = 1 / 20\nfrom main import app"
 )
 HEARTBEAT = 0.5
@@ -66,7 +66,7 @@ SOON = HEARTBEAT + 4  # with room for a busy machine
 @pytest.fixture
 def quick(serve: Callable[..., Server], tmp_path: Path) -> Callable[..., Server]:
     (tmp_path / "quick.py").write_text(QUICK)
-    (tmp_path / "fleeting.py").write_text(FLEETING)
+    (tmp_path / "short_tokens.py").write_text(SHORT_TOKENS)
 
     def start(app: str = "quick", **environment: str) -> Server:
         return serve("--app-dir", str(ROOT), app=f"{app}:app", PYTHONPATH=str(tmp_path), **environment)
@@ -74,12 +74,12 @@ def quick(serve: Callable[..., Server], tmp_path: Path) -> Callable[..., Server]
     return start
 
 
-def head_of(server: Server) -> int:
+def last_id(server: Server) -> int:
     return int(server.client.get("/books").headers["X-Event-Cursor"])
 
 
-def log_of(client: httpx.Client | Person, after: int) -> list[int]:
-    """The ids of all that `/events` tells, to its end."""
+def logged_ids(client: httpx.Client | Person, after: int) -> list[int]:
+    """The ids in `/events`, to its end."""
     ids: list[int] = []
     while page := client.get("/events", params={"after": after, "limit": 100}).json()["items"]:
         ids += [event["id"] for event in page]
@@ -91,8 +91,8 @@ def ids_of(stream: Stream) -> list[int]:
     return [int(event["id"]) for event in stream.events]
 
 
-class Wire:
-    """A client of /stream down to its socket."""
+class SocketClient:
+    """A client of /stream on a bare socket."""
 
     def __init__(self, server: Server, *headers: str, window: int | None = None) -> None:
         self.socket = socket.socket()
@@ -104,34 +104,34 @@ class Wire:
         self.socket.sendall("\r\n".join(lines).encode())
 
     def head(self) -> bytes:
-        """The head of the answer, and what came with it."""
+        """The headers of the response, and what was received with them."""
         got = b""
         while b"\r\n\r\n" not in got:
             got += self.socket.recv(4096)
         return got
 
     def rest(self) -> bytes:
-        """All that is still to come."""
+        """Everything up to the end."""
         got = b""
         with suppress(ConnectionResetError):
             while piece := self.socket.recv(1 << 20):
                 got += piece
         return got
 
-    def leave(self) -> None:
+    def close(self) -> None:
         self.socket.close()
 
-    def vanish(self) -> None:
-        """Without FIN."""
+    def abort(self) -> None:
+        """Close with RST instead of FIN."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self.socket.close()
 
 
-# --- writers, readers and servers that come and go ------------------------------------------------------------------
+# --- crashes --------------------------------------------------------------------------------------------------------
 
 
 class Follower(threading.Thread):
-    """Follows the log through whichever server there is, loses its connection now and then, and comes back."""
+    """Follows the log on random servers, disconnects at random and reconnects."""
 
     def __init__(self, servers: list[Server], person: Person | None, start: int, seed: str) -> None:
         super().__init__(daemon=True)
@@ -165,7 +165,7 @@ class Follower(threading.Thread):
                     seen = int(value)
                 elif line == "event: reset":
                     self.wrong.append(line)
-                elif not line and seen is not None:  # an event counts when it is whole
+                elif not line and seen is not None:  # the frame is complete
                     self.ids.append(seen)
                     seen = None
                     if self.chance.random() < 0.03:
@@ -173,7 +173,7 @@ class Follower(threading.Thread):
 
 
 class Writer:
-    """Adds, changes, shelves and deletes books through whichever server there is."""
+    """Adds, changes, shelves and deletes books on random servers."""
 
     def __init__(self, servers: list[Server], person: Person, seed: str) -> None:
         self.servers, self.chance = servers, random.Random(seed)
@@ -181,13 +181,13 @@ class Writer:
         self.books: list[int] = []
 
     def write(self, steps: int) -> list[str]:
-        """What was answered that should not have been."""
+        """Responses that are server errors."""
         wrong = []
         with httpx.Client(timeout=20, headers=self.token) as client:
             for _ in range(steps):
                 try:
                     answer = self.step(client)
-                except httpx.TransportError:  # killed meanwhile: it may have been done, or not
+                except httpx.TransportError:  # killed: the change may be committed or not
                     continue
                 if answer.status_code >= 500:
                     wrong.append(answer.text)
@@ -198,31 +198,31 @@ class Writer:
 
     def step(self, client: httpx.Client) -> httpx.Response:
         url = f"http://127.0.0.1:{self.chance.choice(self.servers).port}"
-        what = self.chance.choice(["add", "add", "shelve", "change", "delete"]) if self.books else "add"
-        if what == "add":
+        action = self.chance.choice(["add", "add", "shelve", "change", "delete"]) if self.books else "add"
+        if action == "add":
             return client.post(f"{url}/books", json={"title": f"Book {self.chance.random()}", "author": "Somebody"})
         book = self.chance.choice(self.books)
-        if what == "shelve":
+        if action == "shelve":
             return client.post(f"{url}/my-library/{book}")
-        if what == "change":
+        if action == "change":
             return client.patch(f"{url}/books/{book}", json={"pages": self.chance.randint(1, 999)})
         return client.delete(f"{url}/books/{book}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("CRASHES", "1"))))
-def test_who_follows_through_crashes_sees_the_log_as_it_is(serve: Callable[..., Server], seed: int) -> None:
-    """`CRASHES=20 pytest -k through_crashes` for a long one."""
+def test_followers_get_the_whole_log_through_crashes(serve: Callable[..., Server], seed: int) -> None:
+    """For a longer test: `CRASHES=20 pytest -m slow -k through_crashes`."""
     print(f"seed {seed}")
     chance = random.Random(seed)
     servers = [serve(), serve()]
     people = [sign_up(servers[0].client, name) for name in ("rita", "oskar")]
-    start = head_of(servers[0])
+    start = last_id(servers[0])
     viewers = [None, None, *people, *people]
-    followers = [Follower(servers, who, start, f"{seed} {n}") for n, who in enumerate(viewers)]
+    followers = [Follower(servers, viewer, start, f"{seed} {n}") for n, viewer in enumerate(viewers)]
     for follower in followers:
         follower.start()
-    writers = [Writer(servers, who, f"{seed} {n}") for n, who in enumerate(people * 2)]
+    writers = [Writer(servers, person, f"{seed} {n}") for n, person in enumerate(people * 2)]
     with ThreadPoolExecutor(len(writers)) as pool:
         writing = [pool.submit(writer.write, 120) for writer in writers]
         for _ in range(6):
@@ -232,12 +232,12 @@ def test_who_follows_through_crashes_sees_the_log_as_it_is(serve: Callable[..., 
             time.sleep(chance.uniform(0, 0.5))
             victim.start()
         assert [one.result() for one in writing] == [[], [], [], []]
-    for who in people:
-        who.client = servers[0].client
+    for person in people:
+        person.client = servers[0].client
     for viewer, follower in zip(viewers, followers, strict=True):
-        log = log_of(viewer or servers[0].client, start)
+        log = logged_ids(viewer or servers[0].client, start)
         assert len(log) > 100
-        with suppress(AssertionError):  # what is missing says more
+        with suppress(AssertionError):  # the comparison below says more
             wait_for(lambda follower=follower, log=log: follower.ids[-1:] == log[-1:] or None, 20)  # type: ignore[misc]  # mypy gives a lambda's default no type
         follower.done.set()
         assert follower.ids == log, f"seed {seed}"
@@ -248,74 +248,74 @@ def test_who_follows_through_crashes_sees_the_log_as_it_is(serve: Callable[..., 
 
 
 @pytest.mark.slow
-def test_two_processes_that_write_without_a_pause_lock_nobody_out(serve: Callable[..., Server]) -> None:
+def test_busy_writers_of_two_processes_do_not_lock_each_other_out(serve: Callable[..., Server]) -> None:
     servers = [serve(), serve()]
     sign_up(servers[0].client, "rita")
     writers = [Person(server.client, "rita") for server in servers for _ in range(2)]
-    start, end = head_of(servers[0]), time.monotonic() + 15
+    start, end = last_id(servers[0]), time.monotonic() + 15
 
     def write(person: Person) -> int:
         count = 0
         while time.monotonic() < end:
-            person.add_book(title=f"{count}")  # which must be 201
+            person.add_book(title=f"{count}")  # asserts 201
             count += 1
         return count
 
     with ThreadPoolExecutor(len(writers)) as pool:
         counts = list(pool.map(write, writers))
     assert min(counts) > 10
-    assert len(log_of(servers[0].client, start)) == sum(counts)
+    assert len(logged_ids(servers[0].client, start)) == sum(counts)
     for server in servers:
         assert "locked" not in server.log.read_text()
         assert "ERROR" not in server.log.read_text()
 
 
-# --- PostgreSQL: ids in the order of commits, lost connections ------------------------------------------------------
+# --- PostgreSQL -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.postgresql
-@pytest.mark.parametrize("locked", [True, False], ids=["with the write lock", "without it"])
-def test_a_late_commit_is_missed_unless_writers_take_turns(
+@pytest.mark.parametrize("locked", [True, False], ids=["with the write lock", "without the write lock"])
+def test_the_write_lock_keeps_ids_in_commit_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: bool
 ) -> None:
     if not locked:
         monkeypatch.setattr(postgresql, "take_write_lock", lambda _connection: None)
-    has_its_id, may_commit = threading.Event(), threading.Event()
+    has_id, may_commit = threading.Event(), threading.Event()
 
-    def slowly(session: Session) -> None:
-        events.record(session, "book.updated", {"who": "slow"})
+    def write_slowly(session: Session) -> None:
+        events.record(session, "book.updated", {"writer": "slow"})
         session.flush()
-        has_its_id.set()
+        has_id.set()
         assert may_commit.wait(20)
 
-    def quickly(session: Session) -> None:
-        events.record(session, "book.updated", {"who": "quick"})
+    def write(session: Session) -> None:
+        events.record(session, "book.updated", {"writer": "quick"})
 
     with service(tmp_path / "books.db") as admin, ThreadPoolExecutor(5) as pool:
         start = int(admin.client.get("/events").json()["next"])
-        slow = pool.submit(database.write_sync, slowly)
-        assert has_its_id.wait(20)
-        quick = [pool.submit(database.write_sync, quickly) for _ in range(4)]
+        slow = pool.submit(database.write_sync, write_slowly)
+        assert has_id.wait(20)
+        quick = [pool.submit(database.write_sync, write) for _ in range(4)]
         if locked:
-            time.sleep(0.5)  # in which they could, if they did not wait
+            time.sleep(0.5)  # enough to commit, if they did not block
             assert not any(one.done() for one in quick)
         else:
             for one in quick:
                 one.result(20)
-            wait_for(lambda: events.tail.last_event_id >= start + 5 or None)  # the tail has passed the slow one's id
+            wait_for(lambda: events.tail.last_event_id >= start + 5 or None)  # the tail is past the slow writer's id
         may_commit.set()
         for one in (slow, *quick):
             one.result(20)
-        database.write_sync(quickly)
-        log = log_of(admin.client, start)
+        database.write_sync(write)
+        log = logged_ids(admin.client, start)
         assert len(log) == 6
         wait_for(lambda: events.tail.last_event_id == log[-1] or None)
-        told = [event.id for event in events.tail.buffer if event.id > start]
-    assert told == (log if locked else log[1:])
+        read = [event.id for event in events.tail.buffer if event.id > start]
+    assert read == (log if locked else log[1:])
 
 
 def end_listeners() -> int:
-    """Cut the connections that listen for changes; how many there were."""
+    """Terminate the connections that LISTEN, and return their number."""
     assert Postgres.current is not None
     with psycopg.connect(Postgres.current.url_of("postgres"), autocommit=True) as connection:
         ended = connection.execute(
@@ -325,10 +325,10 @@ def end_listeners() -> int:
 
 
 @pytest.mark.postgresql
-def test_changes_arrive_though_the_connection_that_listens_is_lost(serve: Callable[..., Server]) -> None:
+def test_changes_arrive_if_the_listening_connection_is_lost(serve: Callable[..., Server]) -> None:
     one, two = serve(), serve()
     rita = sign_up(two.client, "rita")
-    start = head_of(one)
+    start = last_id(one)
     stream = Stream(one.client)
     for number in range(3):
         assert end_listeners() == 2
@@ -336,32 +336,32 @@ def test_changes_arrive_though_the_connection_that_listens_is_lost(serve: Callab
         written = time.monotonic()
         assert float(stream.wait(number + 1)[-1]["seen"]) - written < 4
         wait_for(lambda: "lost the connection that listens" in one.log.read_text() or None)
-        time.sleep(1)  # it listens again
-    assert ids_of(stream) == log_of(one.client, start)
+        time.sleep(1)  # it reconnects
+    assert ids_of(stream) == logged_ids(one.client, start)
     rita.add_book(title="later")
     written = time.monotonic()
-    assert float(stream.wait(4)[-1]["seen"]) - written < 1, "told, not found out"
+    assert float(stream.wait(4)[-1]["seen"]) - written < 1, "by notification, not by polling"
 
 
 @pytest.mark.postgresql
 @pytest.mark.slow
-def test_streams_outlive_a_database_that_is_started_anew(quick: Callable[..., Server]) -> None:
+def test_streams_survive_a_restart_of_the_database(quick: Callable[..., Server]) -> None:
     assert Postgres.current is not None
     one, two = quick(), quick()
     rita = sign_up(two.client, "rita")
-    start = head_of(one)
-    streams = {who: Stream(one.client, who) for who in (None, rita)}
+    start = last_id(one)
+    streams = {viewer: Stream(one.client, viewer) for viewer in (None, rita)}
     for round_ in range(2):
         rita.post(f"/my-library/{rita.add_book(title=f'before {round_}')['id']}")
         Postgres.current.stop()
         time.sleep(3 * HEARTBEAT)
         assert two.client.get("/health").status_code == 503
-        back = Stream(one.client, since=start)  # comes while nobody can say where it stands
+        back = Stream(one.client, since=start)  # connects while the database is down
         Postgres.current.start()
         wait_for(lambda: two.client.get("/health").status_code == 200 or None, 20)
         rita.post(f"/my-library/{rita.add_book(title=f'after {round_}')['id']}")
-        for who, stream in ((None, back), *streams.items()):
-            log = log_of(who or one.client, start)
+        for viewer, stream in ((None, back), *streams.items()):
+            log = logged_ids(viewer or one.client, start)
             wait_for(lambda stream=stream, log=log: ids_of(stream)[-1:] == log[-1:] or None, 20)  # type: ignore[misc]  # mypy gives a lambda's default no type
             assert ids_of(stream) == log
             assert stream.ended is None
@@ -369,41 +369,39 @@ def test_streams_outlive_a_database_that_is_started_anew(quick: Callable[..., Se
         assert "Exception in ASGI" not in server.log.read_text()
 
 
-# --- clients that are slow ------------------------------------------------------------------------------------------
+# --- slow and vanished clients --------------------------------------------------------------------------------------
 
 
-def whole_ids(got: bytes) -> list[int]:
-    """Of the frames that came whole. Chunks have lengths between them, in lines of their own."""
-    text = got[: got.rfind(b"\n\n")]
+def complete_ids(received: bytes) -> list[int]:
+    """Ids of complete frames. The lengths of HTTP chunks are lines between them."""
+    text = received[: received.rfind(b"\n\n")]
     return [int(line[4:]) for line in text.splitlines() if line.startswith(b"id: ")]
 
 
 @pytest.mark.slow
-def test_a_client_that_takes_nothing_is_closed_and_gets_the_rest_when_it_comes_back(
-    quick: Callable[..., Server],
-) -> None:
+def test_clients_that_read_nothing_are_closed_and_resume(quick: Callable[..., Server]) -> None:
     server = quick()
 
     def fill(batches: int) -> None:
         for _ in range(batches):
             assert server.client.post("/fill", params={"count": 100, "size": 10_000}).status_code == 200
 
-    fill(15)  # as much as the feed itself keeps
+    fill(15)  # more than the buffer holds
     time.sleep(1)
-    start, before = head_of(server), resident_mb(server.process.pid)
-    slow = [Wire(server, window=4096) for _ in range(8)]
+    start, before = last_id(server), resident_mb(server.process.pid)
+    slow = [SocketClient(server, window=4096) for _ in range(8)]
     for wire in slow:
         assert b" 200 " in wire.socket.recv(20)
     fill(20)
-    wait_for(lambda: server.log.read_text().count("closed a stream whose client took nothing for 1 s") == 8 or None, 20)
-    assert resident_mb(server.process.pid) - before < 25, "20 MB that each did not take"
-    log = log_of(server.client, start)
+    wait_for(lambda: server.log.read_text().count("closed a stream: its client read nothing for 1 s") == 8 or None, 20)
+    assert resident_mb(server.process.pid) - before < 25, "20 MB that each client did not read"
+    log = logged_ids(server.client, start)
     assert len(log) == 2000
     for wire in slow:
-        had = whole_ids(wire.rest())
+        had = complete_ids(wire.rest())
         assert had == log[: len(had)]
         assert len(had) < len(log)
-        wire.leave()
+        wire.close()
         if wire is slow[0]:
             back = Stream(server.client, last_event_id=had[-1] if had else start)
             back.wait(len(log) - len(had))
@@ -412,19 +410,19 @@ def test_a_client_that_takes_nothing_is_closed_and_gets_the_rest_when_it_comes_b
     assert "ERROR" not in server.log.read_text()
 
 
-def test_who_falls_silent_is_not_waited_for_without_end(quick: Callable[..., Server]) -> None:
-    """The system gives up the connection, which ends the stream; by itself it would try for a quarter of an hour."""
+def test_silent_clients_are_closed(quick: Callable[..., Server]) -> None:
+    """Linux drops the connection, which ends the stream; by default after a quarter of an hour."""
     client = quick().client
-    assert client.get("/patience").json() == 0
+    assert client.get("/user-timeout").json() == 0
     assert client.get("/stream", params={"seconds": 0.1}).status_code == 200
-    assert client.get("/patience").json() == events.TCP_USER_TIMEOUT * 1000, "on the same connection"
+    assert client.get("/user-timeout").json() == events.TCP_USER_TIMEOUT * 1000, "on the same connection"
 
 
-# --- clients that are many ------------------------------------------------------------------------------------------
+# --- many clients ---------------------------------------------------------------------------------------------------
 
 
 def refusal(server: Server, address: str) -> tuple[int, str | None] | None:
-    """How another stream from there is refused, if it is."""
+    """Status and Retry-After of another stream from this address; None if it is not refused."""
     headers = {"X-Forwarded-For": address}
     with httpx.stream("GET", server.client.base_url.join("/stream?seconds=0.01"), headers=headers) as answer:
         if answer.status_code == 200:
@@ -433,23 +431,23 @@ def refusal(server: Server, address: str) -> tuple[int, str | None] | None:
         return answer.status_code, answer.headers["Retry-After"]
 
 
-def test_streams_are_limited_and_places_are_freed(quick: Callable[..., Server]) -> None:
+def test_streams_are_limited_and_slots_are_freed(quick: Callable[..., Server]) -> None:
     server = quick()
 
-    def open_some(address: str, count: int) -> list[Wire]:
-        wires = [Wire(server, f"X-Forwarded-For: {address}") for _ in range(count)]
+    def open_some(address: str, count: int) -> list[SocketClient]:
+        wires = [SocketClient(server, f"X-Forwarded-For: {address}") for _ in range(count)]
         opened = [wire for wire in wires if b" 200 OK" in wire.head()]
         for wire in wires:
             if wire not in opened:
-                wire.leave()
+                wire.close()
         return opened
 
     def are_open(count: int) -> bool:
         return bool(wait_for(lambda: server.client.get("/open").json() == count or None, SOON))
 
-    for way in (Wire.leave, Wire.vanish):
+    for disconnect in (SocketClient.close, SocketClient.abort):
         here = open_some("192.0.2.1", 25)
-        assert len(here) == 10, "all at once, and no more than there may be"
+        assert len(here) == 10, "the limit holds for concurrent requests"
         assert refusal(server, "192.0.2.1") == (429, "30")
         assert refusal(server, "192.0.2.2") is None
         assert are_open(10)
@@ -458,42 +456,42 @@ def test_streams_are_limited_and_places_are_freed(quick: Callable[..., Server]) 
         assert refusal(server, "192.0.2.3") == (503, "30")
         assert server.client.get("/books").status_code == 200
         for wire in (*here, *there):
-            way(wire)
+            disconnect(wire)
         assert are_open(0)
     again = open_some("192.0.2.1", 12)
-    assert len(again) == 10, "each place was freed"
+    assert len(again) == 10, "each slot was freed"
     for wire in again:
-        wire.leave()
+        wire.close()
     assert "ERROR" not in server.log.read_text()
 
 
 @pytest.mark.slow
-def test_a_thousand_streams_are_all_told(serve: Callable[..., Server]) -> None:
+def test_a_thousand_streams_get_all_events(serve: Callable[..., Server]) -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 10_000), most))
     server = serve()
     rita = sign_up(server.client, "rita")
-    command = [sys.executable, "bench.py", "listen", str(server.port), "1000"]
+    command = [sys.executable, "-m", "bench", "listen", str(server.port), "1000"]
     with ExitStack() as stack:
         clients = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
         stack.callback(clients.kill)
-        told = clients.stdout
-        assert told is not None
-        assert told.readline() == "ready\n"
-        took = []
+        lines = clients.stdout
+        assert lines is not None
+        assert lines.readline() == "ready\n"
+        seconds = []
         for number in range(20):
             began = time.monotonic()
             rita.add_book(title=f"{number}")
-            took.append(float(told.readline().split()[1]) - began)
-    assert max(took) < 5
+            seconds.append(float(lines.readline().split()[1]) - began)
+    assert max(seconds) < 5
 
 
-# --- clients whose token is no good any more ------------------------------------------------------------------------
+# --- invalid tokens and pruned events -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_stream_ends_with_its_token(quick: Callable[..., Server]) -> None:
-    server, fleeting = quick(), quick("fleeting")
+    server, short_tokens = quick(), quick("short_tokens")
     admin, rita, oskar = (
         Person(server.client, "admin", "admin"),
         *(sign_up(server.client, n) for n in ("rita", "oskar")),
@@ -502,26 +500,26 @@ def test_a_stream_ends_with_its_token(quick: Callable[..., Server]) -> None:
     oskars_id = oskar.get("/users/me").json()["id"]
     visitor, stays = Stream(server.client), Stream(server.client, admin)
     ends: dict[str, tuple[Person, Callable[[], object]]] = {
-        "expired": (Person(fleeting.client, "flora"), lambda: time.sleep(3)),
-        "signed out": (rita, lambda: rita.post("/auth/logout")),
-        "switched off": (oskar, lambda: admin.patch(f"/users/{oskars_id}", json={"is_active": False})),
+        "expired": (Person(short_tokens.client, "flora"), lambda: time.sleep(3)),
+        "logged out": (rita, lambda: rita.post("/auth/logout")),
+        "deactivated": (oskar, lambda: admin.patch(f"/users/{oskars_id}", json={"is_active": False})),
     }
     for how, (person, end) in ends.items():
-        stream = Stream(server.client, person, types="book.*")  # none of which is private
+        stream = Stream(server.client, person, types="book.*")  # public types
         assert stream.ended is None
         end()
         wait_for(lambda stream=stream: stream.ended, SOON)  # type: ignore[misc]  # mypy gives a lambda's default no type
         assert stream.error is None, how
         again = httpx.get(server.client.base_url.join("/stream"), headers=stream.headers)
         assert again.status_code == 401, how
-    admin.add_book(title="For those who are left")
+    admin.add_book(title="For the others")
     assert visitor.wait(1)[-1]["event"] == "book.created"
     wait_for(lambda: "book.created" in [event["event"] for event in stays.events] or None)
     assert (visitor.ended, stays.ended) == (None, None)
 
 
-@pytest.mark.parametrize("at_once", [False, True], ids=["between two chunks", "before anybody read it"])
-def test_a_stream_that_the_pruning_has_overtaken_ends_and_is_told_so_when_it_comes_back(
+@pytest.mark.parametrize("at_once", [False, True], ids=["between two chunks", "before the tail read them"])
+def test_streams_that_pruning_has_passed_end_and_are_reset(
     client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
     monkeypatch.setattr(settings, "event_retention", 10)
@@ -534,13 +532,13 @@ def test_a_stream_that_the_pruning_has_overtaken_ends_and_is_told_so_when_it_com
             pass
 
     async def follow() -> list[bytes]:
-        stream = events.tail.follow(events.EventFilter(None), start, None, 10)
-        told = [await anext(stream)]
+        stream = events.tail.stream(events.EventFilter(None), start, None, 10)
+        chunks = [await anext(stream)]
         await database.write(fill)
-        told += [await anext(stream)] if not at_once else []
+        chunks += [await anext(stream)] if not at_once else []
         while await database.write(events.prune):
             pass
-        return told + [chunk async for chunk in stream]
+        return chunks + [chunk async for chunk in stream]
 
     assert client.portal is not None
     began = time.monotonic()
@@ -548,9 +546,9 @@ def test_a_stream_that_the_pruning_has_overtaken_ends_and_is_told_so_when_it_com
     assert time.monotonic() - began < 9, "it ended by itself"
     ids = [int(number) for number in re.findall(r"^id: (\d+)$", frames, re.MULTILINE)]
     assert ids == list(range(start + 1, start + 1 + len(ids)))
-    assert len(ids) <= events.BUFFER_SIZE, "no more than the tail had read before the rest was gone"
+    assert len(ids) <= events.BUFFER_SIZE, "only what was read before the rest was pruned"
     back = client.get("/stream", params={"since": (ids or [start])[-1], "seconds": 0.2}).text
     assert '"reason": "expired"' in back
     now = client.get("/events", params={"limit": 100}).json()["next"]
-    reader.add_book(title="After it")
-    assert "After it" in client.get("/stream", params={"since": now, "limit": 1}).text
+    reader.add_book(title="After the reset")
+    assert "After the reset" in client.get("/stream", params={"since": now, "limit": 1}).text

@@ -1,4 +1,4 @@
-"""Mail, in conversation with a real SMTP server. CI runs it: the server, aiosmtpd, is in requirements-dev.txt."""
+"""E-mail to a real SMTP server: aiosmtpd, of requirements-dev.txt."""
 
 import asyncio
 import ssl
@@ -28,16 +28,16 @@ pytestmark = pytest.mark.slow
 
 
 class Inbox:
-    """What an SMTP server does with mails: keeps them, after as many refusals as it is told."""
+    """Handler of the SMTP server: stores messages, after replying with `refusals`."""
 
     def __init__(self) -> None:
         self.messages: list[EmailMessage] = []
         self.refusals: list[str] = []
         self.accounts: list[tuple[str, str]] = []
-        self.tries = self.port = 0
+        self.attempts = self.port = 0
 
     async def handle_DATA(self, _server: Any, session: Any, envelope: Envelope) -> str:  # noqa: N802  # aiosmtpd's name
-        self.tries += 1
+        self.attempts += 1
         if self.refusals:
             return self.refusals.pop(0)
         assert isinstance(envelope.content, bytes)
@@ -51,7 +51,7 @@ class Inbox:
         self.accounts.append((data.login.decode(), data.password.decode()))
         return AuthResult(success=True)
 
-    def letter(self, number: int) -> Email:
+    def email(self, number: int) -> Email:
         message = wait_for(lambda: self.messages[number] if len(self.messages) > number else None)
         return Email(message["To"], message["Subject"], message.get_content())
 
@@ -65,7 +65,7 @@ def inbox() -> Iterator[Inbox]:
 
 @contextmanager
 def listening(inbox: Inbox, **options: Any) -> Iterator[int]:
-    """An SMTP server on the port that this gives."""
+    """Run an SMTP server; yields its port."""
     port = free_port()
     controller = Controller(inbox, hostname="127.0.0.1", port=port, **options)
     controller.start()
@@ -77,10 +77,10 @@ def listening(inbox: Inbox, **options: Any) -> Iterator[int]:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """Of a mail server on 127.0.0.1, signed by itself."""
+    """A self-signed certificate for localhost, with its key."""
     key = rsa.generate_private_key(65537, 2048)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    made = (
+    certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -95,11 +95,11 @@ def certificate(tmp_path: Path) -> Path:
     file = tmp_path / "mail.pem"
     pem = serialization.Encoding.PEM
     private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    file.write_bytes(made.public_bytes(pem) + private)
+    file.write_bytes(certificate.public_bytes(pem) + private)
     return file
 
 
-def test_each_mail_arrives(serve: Callable[..., Server], inbox: Inbox) -> None:
+def test_each_email_arrives(serve: Callable[..., Server], inbox: Inbox) -> None:
     port = str(inbox.port)
     server = serve(
         SMTP_HOST="127.0.0.1",
@@ -109,38 +109,38 @@ def test_each_mail_arrives(serve: Callable[..., Server], inbox: Inbox) -> None:
         PUBLIC_URL="https://books.example.com/",
     )
     rita = sign_up(server.client, "rita")
-    link = inbox.letter(0)
+    link = inbox.email(0)
     assert (link.to, link.subject) == ("rita@example.com", "Confirm your e-mail address")
     assert "https://books.example.com/auth/verify-email/" in link.text
     assert server.client.get(f"/auth/verify-email/{token_in(link)}").status_code == 200
 
     server.client.post("/auth/forgot-password", json={"email": "rita@example.com"})
-    body = {"email": "rita@example.com", "otp": code_in(inbox.letter(1)), "new_password": "another horse"}
+    body = {"email": "rita@example.com", "otp": code_in(inbox.email(1)), "new_password": "another horse"}
     assert server.client.post("/auth/reset-password", json=body).status_code == 204
-    assert inbox.letter(2).subject == "Your password was changed"
+    assert inbox.email(2).subject == "Your password was changed"
 
     rita = Person(server.client, "rita", "another horse")
     rita.post("/auth/change-password", json={"current_password": "another horse", "new_password": PASSWORD})
-    assert inbox.letter(3).subject == "Your password was changed"
+    assert inbox.email(3).subject == "Your password was changed"
     rita.patch("/users/me", json={"email": "new@example.com"})
-    letters = {inbox.letter(number)[:2] for number in (4, 5)}
-    assert letters == {
+    emails = {inbox.email(number)[:2] for number in (4, 5)}
+    assert emails == {
         ("rita@example.com", "Your e-mail address was changed"),
         ("new@example.com", "Confirm your e-mail address"),
     }
     assert rita.delete("/users/me", json={"password": PASSWORD}).status_code == 204
-    assert inbox.letter(6)[:2] == ("new@example.com", "Your account was deleted")
+    assert inbox.email(6)[:2] == ("new@example.com", "Your account was deleted")
     for message in inbox.messages:
         assert message["From"] == "Our books <books@example.com>"
         assert message["Auto-Submitted"] == "auto-generated"
         assert message["Message-ID"].endswith("@example.com>")
         assert message["Date"]
-        assert message["Content-Transfer-Encoding"] == "7bit", "links stay in one piece for those who read the source"
+        assert message["Content-Transfer-Encoding"] == "7bit", "links are not wrapped in the source"
     assert "another horse" not in server.log.read_text()
     assert token_in(link) not in server.log.read_text()
 
 
-def test_it_insists_on_tls_and_signs_in(serve: Callable[..., Server], certificate: Path) -> None:
+def test_smtp_uses_tls_and_a_login(serve: Callable[..., Server], certificate: Path) -> None:
     inbox = Inbox()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
@@ -148,17 +148,17 @@ def test_it_insists_on_tls_and_signs_in(serve: Callable[..., Server], certificat
         options = {"SMTP_HOST": "localhost", "SMTP_PORT": str(port), "SSL_CERT_FILE": str(certificate)}
         server = serve(**options, SMTP_USERNAME="books", SMTP_PASSWORD="a secret")
         sign_up(server.client, "rita")
-        inbox.letter(0)
+        inbox.email(0)
         assert inbox.messages[0]["X-TLS"] == "yes"
         assert inbox.accounts == [("books", "a secret")]
         assert "a secret" not in server.log.read_text()
 
 
-@pytest.mark.parametrize("fault", ["a server without TLS", "a certificate that nobody signed"])
-def test_it_says_nothing_without_tls(serve: Callable[..., Server], certificate: Path, fault: str) -> None:
+@pytest.mark.parametrize("fault", ["no TLS", "untrusted certificate"])
+def test_nothing_is_sent_without_verified_tls(serve: Callable[..., Server], certificate: Path, fault: str) -> None:
     inbox = Inbox()
     context = None
-    if fault == "a certificate that nobody signed":
+    if fault == "untrusted certificate":
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
     with listening(inbox, tls_context=context) as port:
@@ -168,31 +168,31 @@ def test_it_says_nothing_without_tls(serve: Callable[..., Server], certificate: 
         assert inbox.messages == []
 
 
-def test_it_tries_again_when_the_server_is_busy(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_failures_are_retried(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
     send(inbox, monkeypatch, ["451 try later", "421 busy"])
-    assert (inbox.tries, len(inbox.messages)) == (3, 1)
+    assert (inbox.attempts, len(inbox.messages)) == (3, 1)
 
 
-def test_it_gives_up_in_the_end(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_are_limited(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
     send(inbox, monkeypatch, ["451 try later"] * 9)
-    assert (inbox.tries, len(inbox.messages)) == (4, 0)
+    assert (inbox.attempts, len(inbox.messages)) == (4, 0)
 
 
-def test_it_does_not_insist_where_it_is_refused(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permanent_failures_are_not_retried(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
     send(inbox, monkeypatch, ["550 no such user"])
-    assert (inbox.tries, len(inbox.messages)) == (1, 0)
+    assert (inbox.attempts, len(inbox.messages)) == (1, 0)
 
 
 def send(inbox: Inbox, monkeypatch: pytest.MonkeyPatch, refusals: list[str]) -> None:
     monkeypatch.setattr(settings, "smtp_host", "127.0.0.1")
     monkeypatch.setattr(settings, "smtp_port", inbox.port)
     monkeypatch.setattr(settings, "smtp_tls", False)
-    monkeypatch.setattr(mail, "SECONDS_BETWEEN_TRIES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(mail, "RETRY_DELAYS", (0.01, 0.01, 0.01))
     inbox.refusals = refusals
     asyncio.run(mail.send(Email("rita@example.com", "Subject", "Text")))
 
 
-def test_sigterm_does_not_wait_for_a_mail_server_that_is_down(serve: Callable[..., Server]) -> None:
+def test_sigterm_does_not_wait_for_retries(serve: Callable[..., Server]) -> None:
     server = serve(SMTP_HOST="127.0.0.1", SMTP_PORT="9", SMTP_TLS="false")
     sign_up(server.client, "rita")
     wait_for(lambda: "mail to rita@example.com failed" in server.log.read_text() or None)
