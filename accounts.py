@@ -91,9 +91,10 @@ def add_user(session: Session, new: UserCreate, password_hash: str, role: Role) 
 
 LINK_LIFETIME = timedelta(hours=24)
 MAX_CODE_ATTEMPTS = 5
-PAGE_HEAD = (
-    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    '<title>Books API</title><link rel="stylesheet" href="../../static/style.css">'
+PAGE = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    '<title>{heading}</title><link rel="stylesheet" href="../../static/style.css"></head>'
+    '<body><main class="frame"><div class="panel"><h1>{heading}</h1>{content}</div></main></body></html>'
 )
 LINK_RESPONSES = errors(404, 409) | {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
 LinkToken = Annotated[str, Path(max_length=100), Storable]
@@ -134,11 +135,10 @@ async def verify_email(token: LinkToken, request: Request) -> Response:
 
     A request that accepts `application/json` confirms it at once.
     """
-    if "application/json" in request.headers.get("accept", ""):
+    if "application/json" in request.headers.get("accept", "").lower():
         return await confirm_email(token, request)
-    return HTMLResponse(
-        f'{PAGE_HEAD}<main><form method="post"><button>Confirm my e-mail address</button></form></main>'
-    )
+    button = '<form method="post"><p><button class="strong">Confirm my address</button></p></form>'
+    return HTMLResponse(PAGE.format(heading="Confirm your e-mail address", content=button))
 
 
 @router.post(
@@ -152,10 +152,10 @@ async def confirm_email(token: LinkToken, request: Request) -> Response:
     confirmed = await database.write(confirm_address, token)
     if confirmed is None:
         raise HTTPException(404, "This link is used up or too old. POST /auth/verify-email mails another.")
-    if "text/html" not in request.headers.get("accept", ""):
+    if "text/html" not in request.headers.get("accept", "").lower():
         return json_response(confirmed.model_dump_json())
-    text = f"The address {html.escape(confirmed.email)} is confirmed. You can close this page."
-    return HTMLResponse(f"{PAGE_HEAD}<main><p>{text}</p></main>")
+    text = f"<p>The address {html.escape(confirmed.email)} is confirmed. You can close this page.</p>"
+    return HTMLResponse(PAGE.format(heading="Your e-mail address is confirmed", content=text))
 
 
 def confirm_address(session: Session, token: str) -> Confirmed | None:
@@ -194,6 +194,12 @@ def of_user(user_id: int, *purposes: CodePurpose) -> ColumnElement[bool]:
 
 def cancel_codes(session: Session, user_id: int, *purposes: CodePurpose) -> None:
     session.execute(sa.delete(OneTimeCode).where(of_user(user_id, *purposes)))
+
+
+def cancel_address_change(session: Session, user: User) -> None:
+    links = sa.and_(of_user(user.id, CodePurpose.verify_email), col(OneTimeCode.email) == user.pending_email)
+    session.execute(sa.delete(OneTimeCode).where(links))
+    user.pending_email = None
 
 
 class VerificationRequest(RequestModel):
@@ -341,6 +347,7 @@ def use_code(session: Session, accepted: AcceptedCode, password_hash: str) -> Em
 def set_password(session: Session, user: User, password_hash: str, event: str, ending: ColumnElement[bool]) -> Email:
     user.password_hash = password_hash
     cancel_codes(session, user.id, CodePurpose.reset_password)
+    cancel_address_change(session, user)  # somebody who knew the old password may have requested it
     end_sessions(session, user.id, ending)
     record_account_event(session, user.id, event)
     return mail.password_changed(user.email, user.username)

@@ -497,7 +497,11 @@ class CompiledQuery:
             names = [column.name for column in self.statement.table.columns if column.name != "id"]
         compiled = self.statement.compile(dialect=dialect, column_keys=names)
         processors = {n: bind.type.dialect_impl(dialect).bind_processor(dialect) for n, bind in compiled.binds.items()}
-        constants = {name: value for name, value in compiled.params.items() if value is not None}
+        binds = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
+        constants = {name: value for name, value in binds.items() if value is not None}
+        for name in constants:
+            if process := processors[name]:
+                constants[name] = process(constants[name])
         return str(compiled), constants, [(name, process) for name, process in processors.items() if process]
 
     def _bind(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,7 +122,10 @@ def password_changed(to: str, username: str) -> Email:
 
 
 def address_change_requested(to: str, username: str, new: str) -> Email:
-    text = f'A new e-mail address was given for the account "{username}": {new}. It takes effect when it is confirmed.'
+    text = (
+        f'A new e-mail address was given for the account "{username}": {new}.\n'
+        "It takes effect when it is confirmed. A new password cancels the change."
+    )
     return _notice(to, "A new e-mail address for your account", text)
 
 

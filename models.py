@@ -227,8 +227,7 @@ class OneTimeCode(SQLModel, table=True):
 
 class Setting(SQLModel, table=True):
     """What a database knows of itself: `book_count`, `event_floor` (ids up to it are not in the log, or no longer),
-    `…_due` (when a recurring job is), `probed` (by /health), and in development mode `secret_key`, `open_hash` (of the
-    password `admin`) and `last_start` (which was told of)."""
+    `…_due` (when a recurring job is), `probed` (by /health), and in development mode `secret_key`."""
 
     __tablename__ = "setting"
 

@@ -18,12 +18,12 @@ import loans
 import mail
 import models
 from accounts import (
+    cancel_address_change,
     cancel_codes,
     confirm_password,
     confirmation_email,
     create_account,
     get_verified_user,
-    of_user,
     read_account,
 )
 from api import PAGE, Router, errors
@@ -32,7 +32,7 @@ from books import BOOKS, disown_books
 from database import readonly, transactional
 from events import record_account_event
 from mail import Email
-from models import CodePurpose, Event, OneTimeCode, Principal, Role, Upload, UploadError, User
+from models import CodePurpose, Event, Principal, Role, Upload, UploadError, User
 from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
 from schemas import (
     AccountCreate,
@@ -71,13 +71,16 @@ async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tas
     """Change my name or e-mail address (RFC 7396).
 
     A new address needs `current_password`. It is kept as `pending_email` and takes effect when it is confirmed by the
-    link that is mailed there; the old address is informed at once.
+    link that is mailed there; the old address is informed at once. The present address cancels the change, and so does
+    a new password.
     """
     me = await read_account(user)
     changes_address = "email" in change.model_fields_set and change.email != me.email
     if changes_address:
+        if change.current_password is None:
+            raise HTTPException(403, "A new e-mail address needs your password, as `current_password`.")
         await check_rate_limit("verify", request, user.id)
-        me = await confirm_password(user, change.current_password or "", request)
+        me = await confirm_password(user, change.current_password, request)
     public, emails = await database.write(change_me, user, change, me.password_hash if changes_address else None)
     for email in emails:
         tasks.add_task(mail.send, email)
@@ -110,13 +113,6 @@ def request_address_change(session: Session, user: User, address: str) -> list[E
     record_account_event(session, user.id, "email_change_requested", old=user.email, new=address, by=user.id)
     notice = mail.address_change_requested(user.email, user.username, address)
     return [notice, confirmation_email(session, user, address)]
-
-
-def cancel_address_change(session: Session, user: User) -> None:
-    links = sa.and_(of_user(user.id, CodePurpose.verify_email), col(OneTimeCode.email) == user.pending_email)
-    session.execute(sa.delete(OneTimeCode).where(links))
-    user.pending_email = None
-    session.flush()
 
 
 class MyPassword(RequestModel):

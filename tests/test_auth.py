@@ -1,8 +1,9 @@
-"""Who is asking: what a token is good for, passwords, roles, and the first admin."""
+"""Tokens, passwords, roles and the first admin."""
 
 import base64
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -20,13 +21,13 @@ import security
 from mail import Email
 from models import LoginSession, OneTimeCode, User
 from settings import COMMON_PASSWORDS, settings
-from tests.fixtures import NEW, PASSWORD, Clock, Person, Server, code_in, make, sign_up, token_in, user_named
+from tests.fixtures import NEW, PASSWORD, Clock, Person, Server, code_in, make, sign_up, token_in, user_named, wait_for
 
 # --- tokens -------------------------------------------------------------------------------------------------------
 
 
 def forged(client: TestClient, key: str | None = None, algorithm: str = "HS256", **claims: Any) -> str:
-    """A token like the one that `admin` would get, but for these claims. None takes a claim away."""
+    """A token of `admin` with these claims changed; None removes a claim."""
     tokens = Person(client, "admin", "admin").tokens
     real = jwt.get_unverified_claims(tokens["access_token"])
     changed = {name: value for name, value in {**real, **claims}.items() if value is not None}
@@ -38,7 +39,7 @@ def part(value: object) -> str:
 
 
 def signed_with_rsa(client: TestClient) -> str:
-    """Rightly signed, by an attacker's own key."""
+    """With a valid signature of an attacker's own key."""
     private = rsa.generate_private_key(65537, 2048)
     pem = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -50,7 +51,7 @@ def b64url(text: bytes) -> str:
     return base64.urlsafe_b64encode(text).decode().rstrip("=")
 
 
-def of_somebody_deleted(client: TestClient) -> str:
+def of_a_deleted_user(client: TestClient) -> str:
     gone = make(client, "gone")
     assert gone.request("DELETE", "/users/me", json={"password": PASSWORD}).status_code == 204
     return str(gone.tokens["access_token"])
@@ -86,7 +87,7 @@ FORGERIES: dict[str, Callable[[TestClient], str]] = {
     "no id": lambda client: forged(client, jti=None),
     "no user": lambda client: forged(client, sub=None),
     "nobody": lambda client: forged(client, sub="0"),
-    "a user who is deleted": of_somebody_deleted,
+    "a user who is deleted": of_a_deleted_user,
     "a header deeper than Python": lambda client: f"{b64url(b'[' * 2900)}.e30.AAAA",
     "100 KB": lambda client: forged(client, jti="x" * 100_000),
     "100 KB of nothing": lambda client: "x" * 100_000,
@@ -108,15 +109,15 @@ def test_an_access_token_lasts_half_an_hour(client: TestClient, clock: Clock, re
     assert reader.get("/users/me").status_code == 401
 
 
-def test_a_bad_token_is_an_error_where_none_is_needed_too(client: TestClient, reader: Person) -> None:
+def test_an_invalid_token_is_401_even_where_none_is_needed(client: TestClient, reader: Person) -> None:
     reader.post("/auth/logout")
     for path in ("/events", "/stream?limit=1", "/books?added_by=me"):
         assert reader.get(path).status_code == 401
 
 
-def test_the_database_holds_no_secret_in_plain(client: TestClient, reader: Person, mailbox: list[Email]) -> None:
+def test_the_database_stores_no_plain_secrets(client: TestClient, reader: Person, mailbox: list[Email]) -> None:
     client.post("/auth/forgot-password", json={"email": "rita@example.com"})
-    reader.post("/auth/verify-email")
+    client.post("/auth/verify-email", json={"email": "rita@example.com"})
     code, link = mailbox
 
     def stored(session: Session) -> str:
@@ -131,8 +132,8 @@ def test_the_database_holds_no_secret_in_plain(client: TestClient, reader: Perso
     assert "$argon2id$v=19$m=19456,t=2,p=1$" in rows
 
 
-def test_six_digits_can_not_be_guessed_from_the_database(client: TestClient) -> None:
-    """Without the key of the service, trying all of a million codes against a stored hash finds nothing."""
+def test_codes_can_not_be_guessed_from_their_hashes(client: TestClient) -> None:
+    """A million codes are quickly tried, but not without the key of the service."""
     before = security.hmac_hash("reset_password", 1, "271828")
     assert before == security.hmac_hash("reset_password", 1, "271828")
     with pytest.MonkeyPatch.context() as patch:
@@ -140,7 +141,7 @@ def test_six_digits_can_not_be_guessed_from_the_database(client: TestClient) -> 
         assert security.hmac_hash("reset_password", 1, "271828") != before
 
 
-def test_a_hash_of_older_parameters_is_renewed_at_the_next_login(client: TestClient, reader: Person) -> None:
+def test_a_hash_with_older_parameters_is_replaced_at_the_next_login(client: TestClient, reader: Person) -> None:
     old = CryptContext(["argon2"], argon2__memory_cost=1024, argon2__time_cost=1, argon2__parallelism=1).hash(PASSWORD)
 
     def hash_of(session: Session) -> str:
@@ -155,7 +156,7 @@ def test_a_hash_of_older_parameters_is_renewed_at_the_next_login(client: TestCli
     assert "m=19456,t=2,p=1" in database.write_sync(hash_of)
 
 
-def test_the_list_of_common_passwords_is_what_it_says() -> None:
+def test_the_list_of_common_passwords() -> None:
     assert len(COMMON_PASSWORDS) == 3000
     assert {"password", "12345678", "iloveyou", "qwertyuiop"} <= COMMON_PASSWORDS
     assert all(len(password) >= 8 for password in COMMON_PASSWORDS)
@@ -164,23 +165,23 @@ def test_the_list_of_common_passwords_is_what_it_says() -> None:
 @pytest.mark.parametrize(
     "password",
     [
-        pytest.param("ÿ" * 128, id="as long as can be"),
+        pytest.param("ÿ" * 128, id="the longest"),
         pytest.param("  spaces at both ends  ", id="spaces"),
-        pytest.param("пароль-длинный-и-верный", id="another alphabet"),
-        pytest.param("\U0001f40d" * 8, id="pictures"),
+        pytest.param("пароль-длинный-и-верный", id="Cyrillic"),
+        pytest.param("\U0001f40d" * 8, id="emoji"),
     ],
 )
-def test_what_is_given_as_password_is_the_password(client: TestClient, password: str) -> None:
+def test_passwords_are_taken_literally(client: TestClient, password: str) -> None:
     new = {"username": "rita", "email": "rita@example.com", "password": password}
     assert client.post("/auth/register", json=new).status_code == 201
     for given, status in ((password, 200), (password.strip()[:-1], 401)):
         assert client.post("/login", data={"username": "rita", "password": given}).status_code == status
 
 
-# --- roles and the first start ------------------------------------------------------------------------------------
+# --- roles and the first admin ------------------------------------------------------------------------------------
 
 
-def test_adding_books_can_be_left_to_staff(
+def test_adding_books_can_be_restricted_to_staff(
     client: TestClient, reader: Person, librarian: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "readers_can_add", False)
@@ -191,72 +192,123 @@ def test_adding_books_can_be_left_to_staff(
     assert librarian.post("/books", json=book).status_code == 201
 
 
-def test_development_mode_says_so_and_keeps_its_key(serve: Callable[..., Server]) -> None:
+WARNING = "Development mode: SECRET_KEY is not set. The first account is admin / admin.\n"
+
+
+def test_development_mode_warns_at_each_start_and_keeps_its_key(serve: Callable[..., Server]) -> None:
     server = serve(SECRET_KEY="")
     admin = Person(server.client, "admin", "admin")
-    assert "Development mode: SECRET_KEY is not set. Sign in as admin / admin." in server.log.read_text()
+    assert server.log.read_text().count(WARNING) == 1
     assert "data-hint" in server.client.get("/").text
     server.restart()
     admin.client = server.client
     assert admin.get("/users/me").json()["role"] == "admin"
-    assert server.log.read_text().count("SECRET_KEY is not set. Sign in as admin / admin.") == 2, "at each start"
+    assert server.log.read_text().count(WARNING) == 2
     change = {"current_password": "admin", "new_password": PASSWORD}
     assert admin.post("/auth/change-password", json=change).status_code == 204
     server.restart()
-    told = server.log.read_text()
-    assert (told.count("Development mode: "), told.count("Sign in as")) == (3, 2), "that is true no longer"
+    assert Person(server.client, "admin", PASSWORD).get("/users/me").status_code == 200, "the password stays"
 
 
-def test_development_mode_does_not_say_what_is_not_true(serve: Callable[..., Server]) -> None:
+def test_development_mode_names_no_account_that_it_does_not_make(serve: Callable[..., Server]) -> None:
     server = serve(SECRET_KEY="", ADMIN_USERNAME="root", ADMIN_PASSWORD="long enough")
-    told = server.log.read_text()
-    assert ("Development mode: SECRET_KEY is not set." in told, "Sign in as" in told) == (True, False)
+    log = server.log.read_text()
+    assert "Development mode: SECRET_KEY is not set.\n" in log
+    assert "admin / admin" not in log
     assert "data-hint" not in server.client.get("/").text
     assert Person(server.client, "root", "long enough").get("/users/me").status_code == 200
+
+
+@pytest.mark.slow
+def test_every_worker_warns_of_development_mode(serve: Callable[..., Server]) -> None:
+    server = serve("--workers", "2", SECRET_KEY="")
+    wait_for(lambda: server.log.read_text().count("Application startup complete") == 2 or None)
+    assert server.log.read_text().count(WARNING) == 2
 
 
 KEY = "an-example-key-of-forty-characters-or-so"
 
 
-def test_in_production_the_first_admin_comes_from_the_settings(serve: Callable[..., Server]) -> None:
+def test_with_a_key_the_first_admin_comes_from_the_settings(serve: Callable[..., Server]) -> None:
     server = serve(SECRET_KEY=KEY, ADMIN_USERNAME="root", ADMIN_PASSWORD="long enough", ADMIN_EMAIL="root@example.com")
     root = Person(server.client, "root", "long enough")
     assert root.get("/users/me").json().items() >= {"username": "root", "role": "admin"}.items()
     assert "long enough" not in server.log.read_text()
 
 
-def test_in_production_without_a_password_nobody_is_made(serve: Callable[..., Server]) -> None:
+def test_with_a_key_and_no_password_no_admin_is_made(serve: Callable[..., Server]) -> None:
     server = serve(SECRET_KEY=KEY)
     assert server.client.post("/login", data={"username": "admin", "password": "admin"}).status_code == 401
 
 
 @pytest.mark.slow
-def test_the_password_of_development_mode_does_not_go_public(serve: Callable[..., Server]) -> None:
+def test_the_password_of_development_mode_stops_the_start_with_a_key(serve: Callable[..., Server]) -> None:
     server = serve(SECRET_KEY="")
     server.stop()
-    with pytest.raises(AssertionError, match="set ADMIN_PASSWORD"):
-        serve(SECRET_KEY=KEY)
+    for options in ({}, {"ADMIN_PASSWORD": "long enough"}, {"ADMIN_PASSWORD": "long enough", "ADMIN_USERNAME": "root"}):
+        with pytest.raises(AssertionError, match="the account admin still has the password of development mode"):
+            serve(SECRET_KEY=KEY, **options)
+    server.start()
+    change = {"current_password": "admin", "new_password": PASSWORD}
+    assert Person(server.client, "admin", "admin").post("/auth/change-password", json=change).status_code == 204
+    server.stop()
     public = serve(SECRET_KEY=KEY, ADMIN_PASSWORD="long enough", ADMIN_USERNAME="root")
     assert "ADMIN_USERNAME is not made: there is an admin already, admin." in public.log.read_text()
     assert public.client.post("/login", data={"username": "admin", "password": "admin"}).status_code == 401
-    assert Person(public.client, "admin", "long enough").get("/users/me").status_code == 200
+    assert Person(public.client, "admin", PASSWORD).get("/users/me").status_code == 200
 
 
-def test_nor_does_it_with_an_admin_who_is_one_no_more(client: TestClient, admin: Person) -> None:
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        pytest.param({}, "the account admin still has", id="an admin"),
+        pytest.param({"role": "reader"}, "the account admin still has", id="ADMIN_USERNAME as a reader"),
+        pytest.param({"is_active": False}, None, id="a deactivated admin"),
+        pytest.param({"role": "reader", "is_active": False}, None, id="a deactivated reader"),
+    ],
+)
+@pytest.mark.parametrize("password", [None, "long enough"], ids=["no ADMIN_PASSWORD", "ADMIN_PASSWORD"])
+def test_accounts_whose_development_password_stops_the_start(
+    client: TestClient,
+    admin: Person,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    error: str | None,
+    password: str | None,
+) -> None:
     admin.post("/users", json={**NEW, "role": "admin"})
-    assert Person(client, "rita").patch("/users/1", json={"role": "reader"}).status_code == 200
-    with pytest.raises(RuntimeError, match="admin still has the password of development mode: set ADMIN_PASSWORD"):
-        database.write_sync(security._replace_development_passwords, None)
-    database.write_sync(security._replace_development_passwords, "long enough")
-    assert client.post("/login", data={"username": "admin", "password": "admin"}).status_code == 401
+    assert Person(client, "rita").patch("/users/1", json=changes).status_code == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(security._SigningKey, "value", security._SigningKey.value)
+        patch.setattr(settings, "secret_key", KEY)
+        patch.setattr(settings, "admin_password", password)
+        with nullcontext() if error is None else pytest.raises(RuntimeError, match=error):
+            security.prepare()
+    assert client.post("/login", data={"username": "admin", "password": "long enough"}).status_code == 401
+
+
+def test_another_admin_with_the_development_password_stops_the_start(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(client, "root", models.Role.admin)
+
+    def set_password(session: Session) -> None:
+        user_named(session, "root").password_hash = user_named(session, "admin").password_hash
+        user_named(session, "admin").password_hash = security.passwords.hash(PASSWORD)
+
+    database.write_sync(set_password)
+    monkeypatch.setattr(security._SigningKey, "value", "")
+    monkeypatch.setattr(settings, "secret_key", KEY)
+    with pytest.raises(RuntimeError, match="the account root still has"):
+        security.prepare()
 
 
 @pytest.mark.slow
-def test_where_there_are_only_readers_the_first_admin_is_made(serve: Callable[..., Server]) -> None:
+def test_the_first_admin_is_made_beside_readers(serve: Callable[..., Server]) -> None:
     server = serve(SECRET_KEY=KEY)
     sign_up(server.client, "rita")
     server.stop()
-    with pytest.raises(AssertionError, match="somebody else has this email"):
+    with pytest.raises(AssertionError, match="another account has this email"):
         serve(SECRET_KEY=KEY, ADMIN_PASSWORD="long enough", ADMIN_EMAIL="rita@example.com")
     again = serve(SECRET_KEY=KEY, ADMIN_PASSWORD="long enough")
     assert Person(again.client, "admin", "long enough").get("/users").json()["total"] == 2

@@ -1,4 +1,4 @@
-"""Signing in and out: logins, refresh tokens, sessions, and what is kept of them."""
+"""Sign in and out: logins, refresh tokens, sessions and the audit trail."""
 
 import socket
 import statistics
@@ -21,13 +21,13 @@ from tests.fixtures import JSON, NEW, PASSWORD, Clock, Person, Server, sign_up, 
 # --- signing in ---------------------------------------------------------------------------------------------------
 
 
-def test_a_form_that_names_two_users_is_nobodys(client: TestClient) -> None:
+def test_a_form_that_repeats_a_field_is_refused(client: TestClient) -> None:
     client.post("/auth/register", json=NEW)
     answer = client.post("/login", data={"username": ["admin", "rita"], "password": PASSWORD})
     assert (answer.status_code, answer.json()["detail"]) == (422, "username: is given more than once")
 
 
-def test_json_that_says_it_is_a_form_is_told_so(client: TestClient) -> None:
+def test_json_with_the_content_type_of_a_form_is_explained(client: TestClient) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     answer = client.post("/login", content='{"username": "rita", "password": "x"}', headers=form)
     assert answer.status_code == 422
@@ -35,7 +35,7 @@ def test_json_that_says_it_is_a_form_is_told_so(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("path", ["/login", "/auth/register"])
-def test_a_client_that_leaves_in_the_middle_is_no_fault_of_ours(server: Server, path: str) -> None:
+def test_a_client_that_disconnects_during_its_body_is_no_server_error(server: Server, path: str) -> None:
     with socket.create_connection(("127.0.0.1", server.client.base_url.port or 0)) as connection:
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
         connection.sendall(head.encode() + b"{}")
@@ -56,7 +56,9 @@ def test_login_takes_form_or_json_and_name_or_email(client: TestClient, path: st
     assert answer.headers["Cache-Control"] == "no-store"
 
 
-def test_a_wrong_password_an_unknown_name_and_a_closed_account_look_the_same(client: TestClient, admin: Person) -> None:
+def test_a_wrong_password_an_unknown_name_and_a_deactivated_account_look_the_same(
+    client: TestClient, admin: Person
+) -> None:
     client.post("/auth/register", json=NEW)
     sign_up(client, "closed")
     assert admin.patch("/users/3", json={"is_active": False}).json()["username"] == "closed"
@@ -80,20 +82,20 @@ def test_a_wrong_password_an_unknown_name_and_a_closed_account_look_the_same(cli
         pytest.param({"data": {"password": "x"}}, id="no name"),
         pytest.param({"json": ["rita", "x"]}, id="a list"),
         pytest.param({"json": {"username": {"$ne": ""}, "password": {"$ne": ""}}}, id="objects"),
-        pytest.param({"content": b"{", "headers": JSON}, id="half a body"),
-        pytest.param({"content": b"\xff", "headers": JSON}, id="no UTF-8"),
+        pytest.param({"content": b"{", "headers": JSON}, id="half of a body"),
+        pytest.param({"content": b"\xff", "headers": JSON}, id="not UTF-8"),
         pytest.param(
-            {"content": b'{"username": "rita", "password": "\\ud800"}', "headers": JSON}, id="half a character"
+            {"content": b'{"username": "rita", "password": "\\ud800"}', "headers": JSON}, id="half of a surrogate pair"
         ),
-        pytest.param({}, id="nothing"),
+        pytest.param({}, id="no body"),
     ],
 )
-def test_login_without_its_two_fields_is_422(client: TestClient, body: dict[str, Any]) -> None:
+def test_an_invalid_login_is_422(client: TestClient, body: dict[str, Any]) -> None:
     assert client.post("/login", **body).status_code == 422
 
 
 @pytest.mark.parametrize("path", ["/login", "/auth/token"])
-def test_json_has_no_other_fields_and_a_form_may_have_those_of_oauth2(client: TestClient, path: str) -> None:
+def test_json_takes_no_other_fields_and_a_form_those_of_oauth2(client: TestClient, path: str) -> None:
     client.post("/auth/register", json=NEW)
     right = {"username": "rita", "password": PASSWORD}
     answer = client.post(path, json={**right, "x": 1})
@@ -103,9 +105,9 @@ def test_json_has_no_other_fields_and_a_form_may_have_those_of_oauth2(client: Te
     assert client.post(path, data=form).status_code == 200
 
 
-def test_a_password_that_was_right_a_moment_ago_opens_no_session(client: TestClient, reader: Person) -> None:
-    """It is verified before the transaction: meanwhile it may have been changed, or the account switched off."""
-    account = database.read_sync(auth._find_account, "rita")
+def test_a_password_that_is_changed_during_a_login_opens_no_session(client: TestClient, reader: Person) -> None:
+    """It is verified before the transaction that starts the session."""
+    account = database.read_sync(auth.find_account, "rita")
     assert account is not None
 
     def start(session: Session) -> bool:
@@ -120,7 +122,7 @@ def test_a_password_that_was_right_a_moment_ago_opens_no_session(client: TestCli
 # --- refreshing and signing out ------------------------------------------------------------------------------------
 
 
-def test_logout_kills_both_tokens_at_once(client: TestClient, reader: Person) -> None:
+def test_logout_revokes_both_tokens_at_once(client: TestClient, reader: Person) -> None:
     elsewhere = Person(client, reader.username)
     assert reader.post("/auth/logout").status_code == 204
     assert reader.get("/users/me").status_code == 401
@@ -134,7 +136,7 @@ def refreshed(client: TestClient, token: str) -> dict[str, Any] | None:
     return dict(answer.json()) if answer.status_code == 200 else None
 
 
-def test_each_refresh_token_works_once_and_its_reuse_ends_the_login(
+def test_a_refresh_token_works_once_and_its_reuse_ends_the_session(
     client: TestClient, clock: Clock, reader: Person
 ) -> None:
     first = reader.tokens["refresh_token"]
@@ -146,31 +148,29 @@ def test_each_refresh_token_works_once_and_its_reuse_ends_the_login(
     assert refreshed(client, reader.tokens["refresh_token"]) is None
 
 
-def test_who_never_got_the_answer_may_ask_again_within_ten_seconds(
-    client: TestClient, clock: Clock, reader: Person
-) -> None:
+def test_a_refresh_can_be_repeated_for_ten_seconds(client: TestClient, clock: Clock, reader: Person) -> None:
     first = reader.tokens["refresh_token"]
     lost = refreshed(client, first)
     clock.advance(seconds=10)
     again = refreshed(client, first)
     assert lost is not None
     assert again is not None
-    assert lost["refresh_token"] == again["refresh_token"], "one line of successors, not two"
+    assert lost["refresh_token"] == again["refresh_token"], "only one refresh token works"
     for pair in (lost, again):
         reader.tokens = pair
         assert reader.get("/users/me").status_code == 200
 
 
-def test_a_thief_who_is_as_quick_is_found_out_at_the_next_refresh(client: TestClient, reader: Person) -> None:
+def test_reuse_within_ten_seconds_is_detected_at_the_next_refresh(client: TestClient, reader: Person) -> None:
     stolen = reader.tokens["refresh_token"]
-    mine, theirs = refreshed(client, stolen), refreshed(client, stolen)
-    assert mine is not None
-    assert theirs is not None
-    newest = refreshed(client, theirs["refresh_token"])
+    own, stolen_pair = refreshed(client, stolen), refreshed(client, stolen)
+    assert own is not None
+    assert stolen_pair is not None
+    newest = refreshed(client, stolen_pair["refresh_token"])
     assert newest is not None
     assert refreshed(client, stolen) is None, "even within the ten seconds: its successor has been used"
     assert refreshed(client, newest["refresh_token"]) is None
-    for reader.tokens in (mine, theirs, newest):
+    for reader.tokens in (own, stolen_pair, newest):
         assert reader.get("/users/me").status_code == 401
 
 
@@ -190,7 +190,7 @@ def test_a_refresh_token_lasts_two_weeks_from_its_last_use(client: TestClient, c
 
 
 @pytest.mark.slow
-def test_twenty_refreshes_of_one_token_at_once_give_one_line_of_successors(server: Server) -> None:
+def test_concurrent_refreshes_of_one_token_give_one_refresh_token(server: Server) -> None:
     reader = sign_up(server.client, "rita")
 
     def refresh(_number: int) -> str:
@@ -207,7 +207,7 @@ def test_twenty_refreshes_of_one_token_at_once_give_one_line_of_successors(serve
 # --- sessions -----------------------------------------------------------------------------------------------------
 
 
-def test_i_see_where_i_am_signed_in_and_end_what_is_not_me(client: TestClient, clock: Clock) -> None:
+def test_sessions_can_be_listed_and_ended(client: TestClient, clock: Clock) -> None:
     client.post("/auth/register", json=NEW)
     client.headers["User-Agent"] = "a lost phone"
     phone = Person(client, "rita")
@@ -226,17 +226,15 @@ def test_i_see_where_i_am_signed_in_and_end_what_is_not_me(client: TestClient, c
     assert [one["current"] for one in desk.get("/auth/sessions").json()["items"]] == [True]
 
 
-def test_nobody_sees_or_ends_the_sessions_of_others(reader: Person, other_reader: Person, admin: Person) -> None:
-    mine = reader.get("/auth/sessions").json()["items"][0]["id"]
+def test_the_sessions_of_others_can_not_be_seen_or_ended(reader: Person, other_reader: Person, admin: Person) -> None:
+    session_id = reader.get("/auth/sessions").json()["items"][0]["id"]
     for person in (other_reader, admin):
-        assert mine not in [one["id"] for one in person.get("/auth/sessions").json()["items"]]
-        assert person.delete(f"/auth/sessions/{mine}").status_code == 404
+        assert session_id not in [one["id"] for one in person.get("/auth/sessions").json()["items"]]
+        assert person.delete(f"/auth/sessions/{session_id}").status_code == 404
     assert reader.get("/users/me").status_code == 200
 
 
-def test_logout_everywhere_ends_all_of_mine_and_nobody_elses(
-    client: TestClient, reader: Person, other_reader: Person
-) -> None:
+def test_logout_everywhere_ends_all_my_sessions_only(client: TestClient, reader: Person, other_reader: Person) -> None:
     elsewhere = Person(client, reader.username)
     assert reader.post("/auth/logout-all").status_code == 204
     for person in (reader, elsewhere):
@@ -245,7 +243,9 @@ def test_logout_everywhere_ends_all_of_mine_and_nobody_elses(
     assert other_reader.get("/users/me").status_code == 200
 
 
-def test_what_is_over_is_swept_away(client: TestClient, clock: Clock, reader: Person, mailbox: list[Email]) -> None:
+def test_expired_sessions_and_codes_are_deleted(
+    client: TestClient, clock: Clock, reader: Person, mailbox: list[Email]
+) -> None:
     Person(client, reader.username).post("/auth/logout")
     client.post("/auth/forgot-password", json={"email": "rita@example.com"})
 
@@ -263,43 +263,44 @@ def test_what_is_over_is_swept_away(client: TestClient, clock: Clock, reader: Pe
     assert database.write_sync(left) == (0, 0)
 
 
-# --- who has not confirmed the address ----------------------------------------------------------------------------
+# --- unconfirmed addresses ---------------------------------------------------------------------------------------
 
 
-def test_an_address_may_have_to_be_confirmed_first(
+def test_a_login_may_need_a_confirmed_address(
     client: TestClient, clock: Clock, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "require_verified_email", True)
     client.post("/auth/register", json=NEW)
     (first,) = mailbox
-    refused = client.post("/login", json={"username": "rita", "password": PASSWORD})
-    assert (refused.status_code, refused.json()["detail"]) == (
-        403,
-        "Confirm your e-mail address first: open the link that was mailed to you.",
-    )
-    assert client.post("/login", json={"username": "rita", "password": "wrong password"}).status_code == 401
-    assert mailbox == [first], "the link that is on its way is not sent again at once"
-    clock.advance(minutes=6)
-    client.post("/login", json={"username": "rita", "password": PASSWORD})
-    assert len(mailbox) == 2
-    assert client.get(f"/auth/verify-email/{token_in(mailbox[1])}").status_code == 200
+    for _ in range(2):
+        refused = client.post("/login", json={"username": "rita", "password": PASSWORD})
+        assert (refused.status_code, refused.json()["detail"]) == (
+            403,
+            "Confirm your e-mail address first. POST /auth/verify-email mails another link.",
+        )
+        assert client.post("/login", json={"username": "rita", "password": "wrong password"}).status_code == 401
+        clock.advance(hours=13)
+    assert mailbox == [first], "a refused login mails nothing"
+    assert client.post(f"/auth/verify-email/{token_in(first)}").status_code == 404
+    client.post("/auth/verify-email", json={"email": "rita@example.com"})
+    assert client.post(f"/auth/verify-email/{token_in(mailbox[1])}").status_code == 200
     assert Person(client, "rita").get("/users/me").json()["email_verified_at"] is not None
 
 
-def test_a_new_address_has_to_be_confirmed_before_the_next_refresh(
+def test_a_refresh_may_need_a_confirmed_address(
     client: TestClient, reader: Person, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "require_verified_email", True)
     assert refreshed(client, reader.tokens["refresh_token"]) is None
-    reader.post("/auth/verify-email")
-    client.get(f"/auth/verify-email/{token_in(mailbox[-1])}")
+    client.post("/auth/verify-email", json={"email": "rita@example.com"})
+    client.post(f"/auth/verify-email/{token_in(mailbox[-1])}")
     assert refreshed(client, reader.tokens["refresh_token"]) is not None
 
 
 # --- the audit trail ----------------------------------------------------------------------------------------------
 
 
-def test_the_log_tells_the_owner_and_admins_of_logins_and_failures(
+def test_logins_and_failures_are_recorded_for_the_owner_and_admins(
     client: TestClient, reader: Person, other_reader: Person, librarian: Person, admin: Person
 ) -> None:
     start = admin.get("/events", params={"limit": 100}).json()["next"]
@@ -314,7 +315,7 @@ def test_the_log_tells_the_owner_and_admins_of_logins_and_failures(
     assert seen["Rita"][0]["data"] == {"address": "testclient", "user_agent": "a thief"}
     assert [event for event in seen["admin"] if event in seen["Rita"]] == seen["Rita"]
     nobody = [event for event in seen["admin"] if event not in seen["Rita"]]
-    assert [event["type"] for event in nobody] == ["account.login_failed"], "what was tried on no account"
+    assert [event["type"] for event in nobody] == ["account.login_failed"], "attempts without an account"
     assert seen["Oskar"] == seen["Lydia"] == []
     assert client.get("/events", params={"after": start, "types": "account.*"}).json()["items"] == []
 
@@ -326,7 +327,7 @@ def test_the_log_tells_the_owner_and_admins_of_logins_and_failures(
         ("/auth/forgot-password", {"email": "NAME@example.com"}),
     ],
 )
-def test_the_ids_of_public_events_do_not_tell_who_has_an_account(
+def test_the_ids_of_public_events_do_not_reveal_accounts(
     client: TestClient, reader: Person, path: str, body: dict[str, str]
 ) -> None:
     def spent(name: str) -> int:
@@ -337,15 +338,15 @@ def test_the_ids_of_public_events_do_not_tell_who_has_an_account(
     assert spent("rita") == spent("nobody") == 1
 
 
-def test_the_reuse_of_a_token_is_in_the_log(client: TestClient, clock: Clock, reader: Person, admin: Person) -> None:
+def test_the_reuse_of_a_token_is_recorded(client: TestClient, clock: Clock, reader: Person, admin: Person) -> None:
     refreshed(client, reader.tokens["refresh_token"])
     clock.advance(seconds=11)
     refreshed(client, reader.tokens["refresh_token"])
-    told = admin.get("/events", params={"types": "account.token_reused"}).json()["items"]
-    assert [event["data"] for event in told] == [{"session_id": 1}]
+    recorded = admin.get("/events", params={"types": "account.token_reused"}).json()["items"]
+    assert [event["data"] for event in recorded] == [{"session_id": 1}]
 
 
-# --- what it costs ------------------------------------------------------------------------------------------------
+# --- response times -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -360,17 +361,20 @@ def test_the_reuse_of_a_token_is_in_the_log(client: TestClient, clock: Clock, re
             id="login",
         ),
         pytest.param(
-            "/auth/forgot-password", {"email": "rita@example.com"}, {"email": "nora@example.com"}, id="forgotten"
+            "/auth/forgot-password", {"email": "rita@example.com"}, {"email": "nora@example.com"}, id="forgot-password"
+        ),
+        pytest.param(
+            "/auth/verify-email", {"email": "rita@example.com"}, {"email": "nora@example.com"}, id="verify-email"
         ),
         pytest.param(
             "/auth/reset-password",
             {"email": "rita@example.com", "otp": "000000", "new_password": PASSWORD},
             {"email": "nora@example.com", "otp": "000000", "new_password": PASSWORD},
-            id="reset",
+            id="reset-password",
         ),
     ],
 )
-def test_time_does_not_tell_who_has_an_account(
+def test_response_times_do_not_reveal_accounts(
     server: Server, path: str, known: dict[str, str], unknown: dict[str, str]
 ) -> None:
     """Of a request for a known and one for an unknown account, either is the slower one about as often."""
@@ -378,12 +382,12 @@ def test_time_does_not_tell_who_has_an_account(
     server.client.post("/auth/forgot-password", json={"email": "rita@example.com"})
 
     def seconds(body: dict[str, str]) -> float:
-        with httpx.Client(base_url=server.client.base_url) as client:  # a new connection: nothing is left over
+        with httpx.Client(base_url=server.client.base_url) as client:  # a new connection, without leftovers
             client.get("/health")
             started = time.perf_counter()
             client.post(path, json=body)
             spent = time.perf_counter() - started
-            time.sleep(0.02)  # what is done after the answer must not meet the next request
+            time.sleep(0.02)  # background tasks must not delay the next request
             return spent
 
     pairs = [(seconds(known), seconds(unknown)) for _ in range(150)]

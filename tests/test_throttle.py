@@ -1,4 +1,4 @@
-"""Rate limits: what is counted, for whom, and when it may be tried again."""
+"""Rate limits, per address and per account."""
 
 import re
 import shutil
@@ -15,11 +15,11 @@ from starlette.requests import Request
 import security
 from mail import Email
 from settings import settings
-from tests.fixtures import NEW, PASSWORD, ROOT, Clock, Person, Server, code_in, free_port, wait_for
+from tests.fixtures import NEW, PASSWORD, ROOT, Person, Server, code_in, free_port, wait_for
 
 
 class Later:
-    """Moves the clock by which attempts are counted."""
+    """Moves the clock of the rate limits."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds, real = 0.0, time.time
@@ -28,7 +28,7 @@ class Later:
 
 @pytest.fixture
 def limited(client: TestClient, monkeypatch: pytest.MonkeyPatch, mailbox: list[Email]) -> TestClient:
-    """A service whose limits are in force, and Rita, who has an account."""
+    """A service with rate limits, and Rita's account."""
     assert client.post("/auth/register", json=NEW).status_code == 201
     monkeypatch.setattr(settings, "rate_limits", True)
     return client
@@ -42,7 +42,7 @@ WRONG = {"username": "rita", "password": "wrong password"}
 RIGHT = {"username": "rita", "password": PASSWORD}
 
 
-def test_ten_wrong_passwords_close_the_door_for_a_quarter_of_an_hour(
+def test_ten_wrong_passwords_block_logins_for_a_quarter_of_an_hour(
     limited: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     later = Later(monkeypatch)
@@ -62,18 +62,18 @@ def test_ten_wrong_passwords_close_the_door_for_a_quarter_of_an_hour(
     assert limited.post("/login", json=RIGHT).status_code == 200
 
 
-def test_the_right_password_makes_earlier_failures_forgotten(limited: TestClient) -> None:
+def test_a_successful_login_resets_the_count(limited: TestClient) -> None:
     for _ in range(3):
         assert attempts(limited, "/login", WRONG, 9) == [401] * 9
         assert limited.post("/login", json=RIGHT).status_code == 200
 
 
-def test_an_account_that_does_not_exist_is_limited_just_the_same(limited: TestClient) -> None:
+def test_unknown_accounts_are_limited_in_the_same_way(limited: TestClient) -> None:
     nobody = {"username": "nobody", "password": "wrong password"}
     assert attempts(limited, "/login", nobody, 12) == [401] * 10 + [429] * 2
 
 
-def test_guessing_the_password_of_a_stolen_session_is_limited_too(limited: TestClient) -> None:
+def test_guessing_the_password_within_a_session_is_limited(limited: TestClient) -> None:
     rita = Person(limited, "rita")
     guess = {"current_password": "wrong password", "new_password": "another horse"}
     assert [rita.post("/auth/change-password", json=guess).status_code for _ in range(11)] == [403] * 10 + [429]
@@ -83,8 +83,8 @@ def test_guessing_the_password_of_a_stolen_session_is_limited_too(limited: TestC
 
 
 @pytest.mark.slow
-def test_many_addresses_do_not_help_for_long(limited: TestClient) -> None:
-    """Ten guesses from each of ten addresses, and the account is closed to all but who has its mail."""
+def test_guesses_from_many_addresses_are_limited(limited: TestClient) -> None:
+    """Ten guesses from each of ten addresses block the account for everybody; a code by mail unblocks it."""
     answers = []
     for address in range(11):
         limited._transport.client = (f"203.0.113.{address}", 1)  # type: ignore[attr-defined]  # of Starlette's client
@@ -92,7 +92,7 @@ def test_many_addresses_do_not_help_for_long(limited: TestClient) -> None:
     assert answers == [401] * 100 + [429] * 10
 
 
-def test_a_new_password_by_mail_opens_the_door_again(limited: TestClient, mailbox: list[Email]) -> None:
+def test_a_password_reset_by_mail_resets_the_count(limited: TestClient, mailbox: list[Email]) -> None:
     attempts(limited, "/login", WRONG, 11)
     limited.post("/auth/forgot-password", json={"email": NEW["email"]})
     body = {"email": NEW["email"], "otp": code_in(mailbox[-1]), "new_password": "another horse"}
@@ -100,25 +100,25 @@ def test_a_new_password_by_mail_opens_the_door_again(limited: TestClient, mailbo
     assert limited.post("/login", json={**RIGHT, "password": "another horse"}).status_code == 200
 
 
-def test_a_number_for_a_name_is_not_somebodys_id(limited: TestClient) -> None:
+def test_a_user_name_that_is_a_number_is_not_counted_as_an_id(limited: TestClient) -> None:
     attempts(limited, "/login", {"username": "2", "password": "wrong password"}, 11)
     assert limited.post("/login", json=RIGHT).status_code == 200
 
 
-def test_signing_in_unconfirmed_does_not_mail_without_end(
-    limited: TestClient, clock: Clock, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
+def test_logins_with_an_unconfirmed_address_are_limited_and_mail_nothing(
+    limited: TestClient, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "require_verified_email", True)
-    for _ in range(9):
-        clock.advance(minutes=6)
-        assert limited.post("/login", json=RIGHT).status_code == 403
-    assert len(mailbox) == 1 + 5
+    assert attempts(limited, "/login", RIGHT, 11) == [403] * 10 + [429]
+    assert len(mailbox) == 1
 
 
 BY_ACCOUNT: dict[str, tuple[str, dict[str, Any], list[int]]] = {
     "register": ("register", {**NEW, "username": "other"}, [409] * 5),
     "forgot": ("forgot-password", {"email": "rita@example.com"}, [202] * 5),
-    "forgot, nobody": ("forgot-password", {"email": "nobody@example.com"}, [202] * 5),
+    "forgot, unknown": ("forgot-password", {"email": "nobody@example.com"}, [202] * 5),
+    "verify": ("verify-email", {"email": "rita@example.com"}, [202] * 5),
+    "verify, unknown": ("verify-email", {"email": "nobody@example.com"}, [202] * 5),
     "reset": ("reset-password", {"email": NEW["email"], "otp": "000000", "new_password": PASSWORD}, [400] * 10),
 }
 
@@ -127,14 +127,14 @@ BY_ACCOUNT: dict[str, tuple[str, dict[str, Any], list[int]]] = {
 def test_each_account_has_its_limit(
     limited: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], answers: list[int]
 ) -> None:
-    monkeypatch.setattr("auth.REFUSAL_SECONDS", 0)
+    monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
     later = Later(monkeypatch)
     assert attempts(limited, f"/auth/{path}", body, len(answers) + 1) == [*answers, 429]
     later.seconds = 3601
     assert attempts(limited, f"/auth/{path}", body, 1) == answers[:1]
 
 
-def test_refreshes_of_one_login_are_limited(limited: TestClient) -> None:
+def test_refreshes_of_one_session_are_limited(limited: TestClient) -> None:
     rita, other = Person(limited, "rita"), Person(limited, "rita")
     for _ in range(30):
         answer = limited.post("/auth/refresh", json={"refresh_token": rita.tokens["refresh_token"]})
@@ -145,19 +145,38 @@ def test_refreshes_of_one_login_are_limited(limited: TestClient) -> None:
         assert limited.post("/auth/refresh", json=body).status_code == status
 
 
-def test_links_are_not_mailed_without_end(limited: TestClient, mailbox: list[Email]) -> None:
+def test_changes_of_address_are_limited(limited: TestClient, mailbox: list[Email]) -> None:
     rita = Person(limited, "rita")
-    asked = [rita.post("/auth/verify-email").status_code for _ in range(3)]
-    changed = [rita.patch("/users/me", json={"email": f"a{n}@example.com"}).status_code for n in range(3)]
-    assert asked + changed == [202] * 3 + [200, 200, 429]
-    assert rita.patch("/users/me", json={"full_name": "R."}).status_code == 200
+
+    def change(number: int) -> int:
+        body = {"email": f"a{number}@example.com", "current_password": PASSWORD}
+        return rita.patch("/users/me", json=body).status_code
+
+    assert [change(number) for number in range(6)] == [200] * 5 + [429]
+    assert [email.to for email in mailbox[-2:]] == ["rita@example.com", "a4@example.com"]
+    for body in ({"full_name": "R."}, {"email": "rita@example.com"}):
+        assert rita.patch("/users/me", json=body).status_code == 200
 
 
-# --- where a request comes from -----------------------------------------------------------------------------------
+def test_guessing_the_password_by_changes_of_address_is_limited(limited: TestClient) -> None:
+    rita = Person(limited, "rita")
+    guess = {"email": "thief@example.com", "current_password": "wrong password"}
+    assert [rita.patch("/users/me", json=guess).status_code for _ in range(6)] == [403] * 5 + [429]
 
 
-def test_addresses_are_limited_each_by_itself(serve: Callable[..., Server]) -> None:
-    """Behind a proxy only what that wrote counts: the rightmost address; a client can write any others before it."""
+def test_links_requested_for_many_addresses_are_limited(limited: TestClient, mailbox: list[Email]) -> None:
+    bodies = [{"email": f"somebody{number}@example.com"} for number in range(31)]
+    answers = [limited.post("/auth/verify-email", json=body) for body in bodies]
+    assert [answer.status_code for answer in answers] == [202] * 30 + [429]
+    assert answers[-1].headers["Retry-After"].isdigit()
+    assert len(mailbox) == 1
+
+
+# --- client addresses ---------------------------------------------------------------------------------------------
+
+
+def test_each_address_is_limited_by_itself(serve: Callable[..., Server]) -> None:
+    """Behind a proxy, the rightmost address is the one that the proxy added; a client can send any others before it."""
     server = serve(RATE_LIMITS="true")
 
     def forgot(number: int, forwarded: str) -> int:
@@ -170,7 +189,7 @@ def test_addresses_are_limited_each_by_itself(serve: Callable[..., Server]) -> N
     assert forgot(99, "203.0.113.7, 203.0.113.8") == 202
 
 
-def test_without_a_proxy_that_is_trusted_the_header_says_nothing(serve: Callable[..., Server]) -> None:
+def test_without_a_trusted_proxy_the_header_is_ignored(serve: Callable[..., Server]) -> None:
     server = serve("--forwarded-allow-ips", "10.0.0.0/8", RATE_LIMITS="true")
     answers = [
         server.client.post(
@@ -184,27 +203,27 @@ def test_without_a_proxy_that_is_trusted_the_header_says_nothing(serve: Callable
 
 
 @pytest.mark.parametrize(
-    ("client", "place"),
+    ("client", "address"),
     [
         pytest.param(("203.0.113.7", 1), "203.0.113.7", id="IPv4"),
-        pytest.param(("2001:db8:1:2:3:4:5:6", 1), "2001:db8:1:2::/64", id="IPv6, whose owner has them all"),
-        pytest.param(("::ffff:203.0.113.7", 1), "203.0.113.7", id="IPv4 within IPv6"),
-        pytest.param(("fe80::1%eth0", 1), "fe80::/64", id="with a zone"),
-        pytest.param(("unix", 0), "unix", id="a socket"),
-        pytest.param(("x" * 5000, 0), "x" * 100, id="nonsense"),
+        pytest.param(("2001:db8:1:2:3:4:5:6", 1), "2001:db8:1:2::/64", id="IPv6"),
+        pytest.param(("::ffff:203.0.113.7", 1), "203.0.113.7", id="IPv4 in IPv6"),
+        pytest.param(("fe80::1%eth0", 1), "fe80::/64", id="IPv6 with a zone"),
+        pytest.param(("unix", 0), "unix", id="Unix socket"),
+        pytest.param(("x" * 5000, 0), "x" * 100, id="no address"),
         pytest.param(None, "nowhere", id="none"),
     ],
 )
-def test_where_a_request_comes_from(client: tuple[str, int] | None, place: str) -> None:
-    assert security.client_address(Request({"type": "http", "client": client})) == place
+def test_client_addresses(client: tuple[str, int] | None, address: str) -> None:
+    assert security.client_address(Request({"type": "http", "client": client})) == address
 
 
-# --- where it is counted ------------------------------------------------------------------------------------------
+# --- storage ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[int]:
-    """A real Redis; its port. CI installs it."""
+    """The port of a real Redis. CI installs it."""
     program = shutil.which("redis-server")
     assert program, "install redis-server"
     port = free_port()
@@ -220,7 +239,7 @@ def redis(tmp_path: Path) -> Iterator[int]:
 
 
 @pytest.mark.slow
-def test_several_processes_can_count_together(serve: Callable[..., Server], redis: int) -> None:
+def test_processes_share_the_counts_in_redis(serve: Callable[..., Server], redis: int) -> None:
     options = {"RATE_LIMITS": "true", "RATE_LIMIT_STORAGE": f"redis://127.0.0.1:{redis}/0"}
     one, two = serve(**options), serve(**options)
     answers = [
@@ -231,7 +250,7 @@ def test_several_processes_can_count_together(serve: Callable[..., Server], redi
 
 
 @pytest.mark.slow
-def test_while_the_common_counters_are_down_each_process_counts(serve: Callable[..., Server]) -> None:
+def test_each_process_counts_while_redis_is_down(serve: Callable[..., Server]) -> None:
     server = serve(RATE_LIMITS="true", RATE_LIMIT_STORAGE=f"redis://127.0.0.1:{free_port()}/0")
     wrong = {"username": "admin", "password": "wrong"}
     answers = [server.client.post("/login", json=wrong).status_code for _ in range(11)]
