@@ -496,13 +496,12 @@ class CompiledQuery:
         if isinstance(self.statement, sa.Insert):
             names = [column.name for column in self.statement.table.columns if column.name != "id"]
         compiled = self.statement.compile(dialect=dialect, column_keys=names)
-        processors = {n: bind.type.dialect_impl(dialect).bind_processor(dialect) for n, bind in compiled.binds.items()}
-        binds = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
-        constants = {name: value for name, value in binds.items() if value is not None}
-        for name in constants:
-            if process := processors[name]:
-                constants[name] = process(constants[name])
-        return str(compiled), constants, [(name, process) for name, process in processors.items() if process]
+        binds = compiled.binds.items()
+        converters = ((name, bind.type.dialect_impl(dialect).bind_processor(dialect)) for name, bind in binds)
+        processors = [(name, process) for name, process in converters if process]
+        constants = {name: bind.value for name, bind in binds if not bind.required}
+        constants |= {name: process(constants[name]) for name, process in processors if name in constants}
+        return str(compiled), constants, processors
 
     def _bind(self, values: Mapping[str, Any]) -> dict[str, Any]:
         _, constants, processors = self._compiled
@@ -514,7 +513,8 @@ class CompiledQuery:
 
     def all(self, connection: Connection | Session, values: Mapping[str, Any] = MappingProxyType({})) -> Sequence[Any]:
         if is_postgresql():
-            return connection.execute(self.statement, dict(values)).all()
+            result = _core(connection).execute(self.statement, dict(values))
+            return result.all() if result.returns_rows else []
         sql = self._compiled[0]
         rows: list[Any] = _execute(_driver(connection).execute, sql, self._bind(values)).fetchall()
         return rows
@@ -526,16 +526,20 @@ class CompiledQuery:
     def execute_many(self, connection: Connection | Session, rows: Sequence[Mapping[str, Any]]) -> None:
         """For an INSERT without RETURNING. Ids are given out in the order of the rows, without gaps."""
         if is_postgresql():
-            connection.execute(self.statement, rows)
+            _core(connection).execute(self.statement, rows)
             return
         _execute(_driver(connection).executemany, self._compiled[0], map(self._bind, rows))
 
 
-def _driver(connection: Connection | Session) -> Any:
+def _core(connection: Connection | Session) -> Connection:
     if isinstance(connection, Session):
         # SQLAlchemy takes as long to find a session's connection as SQLite to insert a row.
-        connection = connection.info.get("connection") or connection.connection()
-    return connection.connection.dbapi_connection
+        return connection.info.get("connection") or connection.connection()
+    return connection
+
+
+def _driver(connection: Connection | Session) -> Any:
+    return _core(connection).connection.dbapi_connection
 
 
 def _execute(run: Callable[[str, Any], Any], sql: str, values: Any) -> Any:

@@ -58,7 +58,7 @@ def _json_object(element: JsonObject, compiler: Any, **options: Any) -> str:
     def value(column: Any) -> str:  # noqa: PLR0911  # a case for each type
         if isinstance(column, JsonObject):
             return _json_object(column, compiler, **options)
-        text = str(compiler.process(getattr(column, "element", column), **options))
+        text = str(compiler.process(column, **options))
         if isinstance(column.type, UtcDateTime):
             return f"replace(replace({text}, ' ', 'T'), '.000000', '') || 'Z'"
         if isinstance(column.type, Cents):
@@ -84,7 +84,7 @@ def _json_build_object(element: JsonObject, compiler: Any, **options: Any) -> st
     def value(column: Any) -> str:  # a case for each type
         if isinstance(column, JsonObject):
             return nested(column)
-        text = str(compiler.process(getattr(column, "element", column), **options))
+        text = str(compiler.process(column, **options))
         if isinstance(column.type, UtcDateTime):
             moment = f"to_char({text} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
             return f"replace({moment}, '.000000Z', 'Z')"
@@ -278,21 +278,21 @@ class Listing:
 
     def page(self, connection: Connection, filters: Filters, order: str, query: PageQuery) -> JsonPage:
         by = self.orders[order]
-        keys = query.keys(by)
-        rows, following = self._rows(connection, filters, by, keys, query.start, query.limit)
+        rows, last = self._rows(connection, filters, by, query.keys(by), query.start, query.limit)
+        following = None if last is None else by.encode(last)
         event_cursor = last_event_id(connection) if self.with_event_cursor else None
         return JsonPage([row[0] for row in rows], self.total(connection, filters), following, event_cursor)
 
     def _rows(  # what one page consists of
         self, connection: Connection, filters: Filters, order: Order, keys: Sequence[Key] | None, start: int, limit: int
-    ) -> tuple[list[Any], str | None]:
-        """The rows, and the cursor of what follows them."""
+    ) -> tuple[list[Any], Sequence[Key] | None]:
+        """The rows, and the keys of the last one if more rows follow."""
         values = {**filters, "start": start} | {f"key{n}": key for n, key in enumerate(keys or ())}
         rows: list[Any] = []
         for statement in self._compiled(self.names(filters), order, keys is not None):
             rows += statement.all(connection, {**values, "limit": limit + 1 - len(rows)})
             if len(rows) > limit:
-                return rows[:limit], order.encode(rows[limit - 1][-len(order.columns) :])
+                return rows[:limit], rows[limit - 1][-len(order.columns) :]
         return rows, None
 
     def first(self, connection: Connection | Session, filters: Filters) -> str | None:
@@ -303,14 +303,12 @@ class Listing:
     def batches(self, filters: Filters, order: str) -> Iterator[list[str]]:
         """All items, for streams in threads. Each batch is a read of its own: a slow client holds neither a connection
         nor the write-ahead log."""
-        by = self.orders[order]
-        keys: list[Key] | None = None
-        following: str | None = ""
-        while following is not None:
-            rows, following = database.read_sync(self._rows, filters, by, keys, 0, EXPORT_BATCH)
-            if following is not None:
-                keys = by.decode(following)
+        keys: Sequence[Key] | None = None
+        while True:
+            rows, keys = database.read_sync(self._rows, filters, self.orders[order], keys, 0, EXPORT_BATCH)
             yield [row[0] for row in rows]
+            if keys is None:
+                return
 
 
 def page_response(request: Request, page: JsonPage) -> Response:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-import uploads
+import pagination
 from csv_files import BOOK_COLUMNS, escape_formula, unescape_formula
 from tests.fixtures import DUNE, ROOT, Person, Server, sign_up, without_ids
 
@@ -30,7 +30,7 @@ def classics(client: TestClient, librarian: Person) -> TestClient:
 def test_importing_an_export_changes_nothing(
     classics: TestClient, librarian: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "EXPORT_BATCH", 7)
+    monkeypatch.setattr(pagination, "EXPORT_BATCH", 7)
     answer = classics.get("/books/export")
     assert answer.headers["Content-Type"] == "text/csv; charset=utf-8"
     assert answer.headers["Content-Disposition"] == 'attachment; filename="books.csv"'
@@ -65,7 +65,7 @@ def test_ndjson_has_the_books_of_the_list(classics: TestClient) -> None:
 def test_export_is_filtered_and_sorted_like_the_list(
     classics: TestClient, monkeypatch: pytest.MonkeyPatch, query: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(uploads, "EXPORT_BATCH", 3)
+    monkeypatch.setattr(pagination, "EXPORT_BATCH", 3)
     listed = classics.get("/books", params={"limit": 100, **query}).json()["items"]
     exported = classics.get("/books/export", params={"format": "ndjson", **query}).text.splitlines()
     key = (lambda book: book["id"]) if "search" in query else (lambda _: 0)  # the list has the best match first
