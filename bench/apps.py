@@ -1,6 +1,6 @@
-"""What the service is measured beside, and the catalogue that it is measured with."""
+"""The apps that the service is compared with, and the catalogue that the measurements use."""
 
-import asyncio
+import base64
 import json
 import os
 import random
@@ -12,9 +12,7 @@ from urllib.parse import parse_qs
 
 from fastapi import FastAPI
 
-import database
-import search
-from models import Book, ShelfEntry
+from bench.server import ROOT, Server
 
 ceiling = FastAPI()
 
@@ -25,7 +23,7 @@ async def small() -> dict[str, int | str]:
 
 
 class Floor:
-    """What a route must at least do, by hand (`uvicorn bench.apps:floor`). It knows no users, errors or filters."""
+    """The least that a route must do, in bare ASGI (`uvicorn bench.apps:floor`): no users, errors or filters."""
 
     columns = (
         "id, title, author, isbn, genre, description, publisher, language, pages, price / 100.0, cover_url,"
@@ -52,16 +50,16 @@ class Floor:
         elif scope["path"] == "/my-library":
             body = self.shelf()
         elif scope["path"] == "/books":
-            body = self.page({name: found[0] for name, found in parse_qs(scope["query_string"].decode()).items()})
+            body = self.page({name: values[0] for name, values in parse_qs(scope["query_string"].decode()).items()})
         else:
-            body = self.dump(self.books("WROOT id = ?", int(scope["path"][7:]))[0])
+            body = self.dump(self.books("WHERE id = ?", int(scope["path"][7:]))[0])
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     @staticmethod
     def dump(value: object) -> bytes:
-        import orjson
+        import orjson  # only the floor needs it
 
         return orjson.dumps(value)
 
@@ -77,27 +75,27 @@ class Floor:
         limit = int(query.get("limit", 20))
         if "search" in query:
             match = " ".join(f'"{word}"*' for word in query["search"].split())
-            total = self.run("SELECT count(*) FROM book_fts WROOT book_fts MATCH ?", match)
-            found = self.run("SELECT rowid FROM book_fts WROOT book_fts MATCH ? LIMIT ?", match, limit)
-            items = self.books(f"WROOT id IN ({','.join(str(row[0]) for row in found)})")
+            total = self.run("SELECT count(*) FROM book_fts WHERE book_fts MATCH ?", match)
+            rows = self.run("SELECT rowid FROM book_fts WHERE book_fts MATCH ? LIMIT ?", match, limit)
+            items = self.books(f"WHERE id IN ({','.join(str(row[0]) for row in rows)})")
         elif "genre" in query:
             genre = query["genre"].lower()
-            total = self.run("SELECT count(*) FROM book WROOT lower(genre) = ?", genre)
-            items = self.books("WROOT lower(genre) = ? ORDER BY id LIMIT ?", genre, limit)
+            total = self.run("SELECT count(*) FROM book WHERE lower(genre) = ?", genre)
+            items = self.books("WHERE lower(genre) = ? ORDER BY id LIMIT ?", genre, limit)
         else:
-            total = self.run("SELECT value FROM setting WROOT key = 'book_count'")
-            after = json.loads(_decoded(query["cursor"]))[1] if "cursor" in query else 0
-            items = self.books("WROOT id > ? ORDER BY id LIMIT ?", after, limit)
+            total = self.run("SELECT value FROM setting WHERE key = 'book_count'")
+            after = json.loads(base64.urlsafe_b64decode(query["cursor"] + "=="))[1] if "cursor" in query else 0
+            items = self.books("WHERE id > ? ORDER BY id LIMIT ?", after, limit)
         return self.dump({"items": items, "total": int(total[0][0]), "next": items[-1]["id"] if items else None})
 
     def shelf(self) -> bytes:
-        mine = self.run(
+        entries = self.run(
             "SELECT book_id, status, rating, review, tags, started_at, finished_at, added_at, updated_at"
-            " FROM shelf_entry WROOT user_id = 1 ORDER BY id DESC LIMIT 20"
+            " FROM shelf_entry WHERE user_id = 1 ORDER BY id DESC LIMIT 20"
         )
-        books = {book["id"]: book for book in self.books(f"WROOT id IN ({','.join(str(row[0]) for row in mine)})")}
-        total = self.run("SELECT count(*) FROM shelf_entry WROOT user_id = 1")
-        return self.dump({"items": [[*row, books[row[0]]] for row in mine], "total": total[0][0]})
+        books = {book["id"]: book for book in self.books(f"WHERE id IN ({','.join(str(row[0]) for row in entries)})")}
+        total = self.run("SELECT count(*) FROM shelf_entry WHERE user_id = 1")
+        return self.dump({"items": [[*row, books[row[0]]] for row in entries], "total": total[0][0]})
 
     def add(self, body: bytes) -> bytes:
         new = json.loads(body)
@@ -111,19 +109,15 @@ class Floor:
         )[0]
         words = (book_id, new["title"], new["author"], new["isbn"])
         self.run("INSERT INTO book_fts (rowid, title, author, isbn) VALUES (?, ?, ?, ?)", *words)
-        told = self.dump(new | {"id": book_id})
-        self.run("INSERT INTO event (at, type, private, data) VALUES (?, 'book.created', 0, ?)", moment, told.decode())
+        created = self.dump(new | {"id": book_id})
+        self.run(
+            "INSERT INTO event (at, type, private, data) VALUES (?, 'book.created', 0, ?)", moment, created.decode()
+        )
         self.run("COMMIT")
-        return told
+        return created
 
 
 floor = Floor()
-
-
-def _decoded(cursor: str) -> bytes:
-    import base64
-
-    return base64.urlsafe_b64decode(cursor + "==")
 
 
 GENRES = 25
@@ -140,55 +134,50 @@ def isbn_of(number: int) -> str:
     return digits + str(-sum(int(d) * (3 if i % 2 else 1) for i, d in enumerate(digits)) % 10)
 
 
-def make_book(number: int, chance: random.Random) -> dict[str, Any]:
-    title = [word(int(chance.expovariate(1 / 900)) % 4900) for _ in range(3)]
-    author = [word(chance.randrange(4900)), word(chance.randrange(300) * 7)]
-    if chance.random() < 0.5:
+def make_book(number: int, rng: random.Random) -> dict[str, Any]:
+    title = [word(int(rng.expovariate(1 / 900)) % 4900) for _ in range(3)]
+    author = [word(rng.randrange(4900)), word(rng.randrange(300) * 7)]
+    if rng.random() < 0.5:
         title.insert(1, "shared")
     book: dict[str, Any] = {
         "title": " ".join(title).capitalize(),
         "author": " ".join(author).title(),
         "isbn": isbn_of(number),
-        "genre": f"Genre {chance.randrange(GENRES)}",
-        "description": "What it is about, in some words. " * chance.randrange(8),
-        "publisher": f"{word(chance.randrange(200))} press".title(),
-        "language": chance.choice(["en", "de", "fr"]),
-        "pages": chance.randrange(80, 900),
-        "price": None,
-        "publication_year": chance.randrange(1900, 2026),
+        "genre": f"Genre {rng.randrange(GENRES)}",
+        "description": "What it is about, in some words. " * rng.randrange(8),
+        "publisher": f"{word(rng.randrange(200))} press".title(),
+        "language": rng.choice(["en", "de", "fr"]),
+        "pages": rng.randrange(80, 900),
+        "publication_year": rng.randrange(1900, 2026),
     }
     return book | {"title_key": book["title"].lower(), "author_key": book["author"].lower()}
 
 
-def make_database(file: Path, books: int, shelf: int = 500) -> None:
-    """A catalogue, and the shelf of the one admin."""
-    import security
+MOMENT = "2026-01-01 00:00:00.000000"
+INSERT_BOOKS = f"""
+INSERT INTO book (title, author, isbn, genre, description, publisher, language, pages, publication_year, title_key,
+  author_key, copies, available, rating_count, rating_sum, added_by, version, created_at, updated_at)
+VALUES (:title, :author, :isbn, :genre, :description, :publisher, :language, :pages, :publication_year, :title_key,
+  :author_key, 1, 1, 0, 0, 1, 1, '{MOMENT}', '{MOMENT}')
+"""
+INDEX_BOOKS = """
+INSERT INTO book_fts (rowid, title, author, isbn, publisher) SELECT id, title, author, isbn, publisher FROM book
+"""
+INSERT_ENTRIES = f"""
+INSERT INTO shelf_entry (book_id, user_id, status, tags, added_at, updated_at)
+VALUES (?, 1, 'reading', '["bench"]', '{MOMENT}', '{MOMENT}')
+"""
 
-    url = f"sqlite:///{file}"
-    chance = random.Random(1)
 
-    async def fill() -> None:
-        database.open_database(url)
-        security.prepare()
-        moment = datetime(2026, 1, 1, tzinfo=UTC)
-        same: dict[str, Any] = {
-            "copies": 1,
-            "available": 1,
-            "rating_count": 0,
-            "rating_sum": 0,
-            "version": 1,
-            "added_by": 1,
-        }
-        same |= {"created_at": moment, "updated_at": moment}
-        with database.transaction() as session:
-            for first in range(1, books + 1, 10_000):
-                rows = [make_book(number, chance) for number in range(first, min(first + 10_000, books + 1))]
-                database.insert_many(session, Book.metadata.tables["book"], rows, same)
-            search.index_books(session, 1, books)
-            chosen = chance.sample(range(1, books + 1), min(shelf, books))
-            entries = [{"book_id": book_id, "tags": ["bench"]} for book_id in chosen]
-            owner = {"user_id": 1, "status": "reading", "added_at": moment, "updated_at": moment}
-            database.insert_many(session, ShelfEntry.metadata.tables["shelf_entry"], entries, owner)
-        database.close_database()
-
-    asyncio.run(fill())
+def make_database(file: Path, books: int, shelf: int = 500, checkout: Path = ROOT) -> None:
+    """A catalogue, and the shelf of the first admin, in the schema of this checkout."""
+    with Server(file, checkout=checkout):
+        pass  # its start creates the tables and the admin
+    rng = random.Random(1)
+    connection = sqlite3.connect(file)
+    with connection:
+        connection.executemany(INSERT_BOOKS, (make_book(number, rng) for number in range(1, books + 1)))
+        connection.execute(INDEX_BOOKS)
+        chosen = rng.sample(range(1, books + 1), min(shelf, books))
+        connection.executemany(INSERT_ENTRIES, ((book_id,) for book_id in chosen))
+    connection.close()
