@@ -26,8 +26,8 @@ ROWS = 200  # of each upload
 # The service with small page caches: SQLite's default ones fill for an hour, which would hide a leak.
 SOAKED = """
 import database
-assert database.WRITERS_CACHE
-database.PRAGMAS["cache_size"] = database.WRITERS_CACHE = "-200"
+assert database.WRITER_CACHE
+database.PRAGMAS["cache_size"] = database.WRITER_CACHE = "-200"
 from main import app
 """
 
