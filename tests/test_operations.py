@@ -40,7 +40,7 @@ from tests.fixtures import ROOT, Clock, Person, Server, recurring_work, sign_up,
 
 @pytest.mark.slow
 @pytest.mark.sqlite
-def test_a_backup_is_whole_while_writes_go_on(server: Server, tmp_path: Path) -> None:
+def test_a_backup_is_consistent_while_writes_go_on(server: Server, tmp_path: Path) -> None:
     admin = Person(server.client, "admin", "admin")
     rita = sign_up(server.client, "rita")
     for number in range(50):
@@ -93,7 +93,7 @@ def test_the_documented_commands_restore_a_backup(serve: Callable[..., Server], 
 
 
 @pytest.mark.postgresql
-def test_postgresql_has_its_own_way_to_back_up(admin: Person) -> None:
+def test_a_backup_of_postgresql_is_409_that_names_pg_dump(admin: Person) -> None:
     answer = admin.get("/admin/backup")
     assert answer.status_code == 409
     assert "pg_dump" in answer.json()["detail"]
@@ -118,7 +118,7 @@ def test_health_fails_where_the_database_can_not_be_written(serve: Callable[...,
 
 
 @pytest.mark.sqlite
-def test_who_waits_to_write_keeps_nobody_from_reading_nor_waits_for_ever(
+def test_blocked_writers_do_not_block_readers(
     client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader.add_book(title="Dune", genre="Novel")
@@ -142,7 +142,7 @@ def test_who_waits_to_write_keeps_nobody_from_reading_nor_waits_for_ever(
 
 
 @pytest.mark.sqlite
-def test_an_error_of_the_disk_is_told_and_passes(client: TestClient, admin: Person) -> None:
+def test_an_io_error_is_503_and_temporary(client: TestClient, admin: Person) -> None:
     """SQLite ends the transaction by itself then."""
     admin.add_book(title="Dune")
 
@@ -177,7 +177,7 @@ UNAVAILABLE: dict[str, tuple[str, Exception, str, int]] = {
 
 @pytest.mark.parametrize("case", UNAVAILABLE.values(), ids=UNAVAILABLE)
 @pytest.mark.sqlite
-def test_what_fails_underneath_is_told(
+def test_errors_of_the_database_have_their_status(
     client: TestClient, admin: Person, monkeypatch: pytest.MonkeyPatch, case: tuple[str, Exception, str, int]
 ) -> None:
     where, error, path, status = case
@@ -193,7 +193,7 @@ def test_what_fails_underneath_is_told(
     assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json")
 
 
-def test_an_upload_that_finds_no_room_on_its_way_in_is_507(reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_without_room_to_spool_is_507(reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise FULL
 
@@ -205,7 +205,7 @@ def test_an_upload_that_finds_no_room_on_its_way_in_is_507(reader: Person, monke
 # --- work that recurs ---------------------------------------------------------------------------------------------
 
 
-def test_of_all_that_ask_one_is_told_to_do_the_work(client: TestClient, clock: Clock) -> None:
+def test_a_recurring_job_is_claimed_by_one_process(client: TestClient, clock: Clock) -> None:
     def ask(_number: int) -> bool:
         return database.write_sync(models.claim_job, "work", timedelta(hours=1))
 
@@ -217,7 +217,7 @@ def test_of_all_that_ask_one_is_told_to_do_the_work(client: TestClient, clock: C
         clock.advance(minutes=1)
 
 
-def test_what_is_left_over_is_seen_to_from_the_start(
+def test_recurring_jobs_run_at_the_start(
     client: TestClient, reader: Person, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Old events and logins go, and an upload that a process has left is taken up."""
@@ -246,7 +246,7 @@ def test_what_is_left_over_is_seen_to_from_the_start(
         wait_for(lambda: seen_to() or None)
 
 
-def test_a_job_that_fails_is_tried_again(client: TestClient) -> None:
+def test_a_failed_recurring_job_is_tried_again(client: TestClient) -> None:
     asked: list[int] = []
 
     async def fail() -> None:
@@ -262,7 +262,7 @@ def test_a_job_that_fails_is_tried_again(client: TestClient) -> None:
     assert len(asked) > 1
 
 
-def test_few_of_many_jobs_run_at_once(client: TestClient) -> None:
+def test_two_upload_jobs_run_at_once(client: TestClient) -> None:
     running, most = [], []
 
     def job() -> None:
@@ -296,7 +296,7 @@ from main import app
 
 
 @pytest.mark.slow
-def test_a_service_that_can_not_go_on_stops(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_an_error_in_the_lifespan_stops_the_server(serve: Callable[..., Server], tmp_path: Path) -> None:
     """It would answer all with 500; stopped, it is started anew by whoever runs it."""
     (tmp_path / "broken.py").write_text(BROKEN)
     server = serve("--app-dir", str(ROOT), app="broken:app", PYTHONPATH=str(tmp_path))
@@ -304,7 +304,7 @@ def test_a_service_that_can_not_go_on_stops(serve: Callable[..., Server], tmp_pa
     assert "the service can't go on" in server.log.read_text()
 
 
-def test_the_log_of_changes_is_kept_bounded(
+def test_the_event_log_is_pruned(
     client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill(session: Session) -> None:
@@ -336,7 +336,7 @@ def test_the_log_of_changes_is_kept_bounded(
 
 
 @pytest.mark.slow
-def test_the_log_can_go_to_a_file_that_workers_share(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_workers_share_the_log_file(serve: Callable[..., Server], tmp_path: Path) -> None:
     file = tmp_path / "log" / "books.log"
     file.parent.mkdir()
     server = serve("--workers", "2", LOG_FILE=str(file))

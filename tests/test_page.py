@@ -204,7 +204,7 @@ def test_a_reader_signs_up_shelves_rates_and_reviews(server: Server, visit: Visi
     assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_a_book_on_my_shelf_is_known_from_one_that_is_not(server: Server, visit: Visit) -> None:
+def test_books_on_my_shelf_are_marked(server: Server, visit: Visit) -> None:
     rita = sign_up(server.client, "Rita")
     for number in range(1, 4):
         rita.add_book(title=f"Volume {number}")
@@ -263,7 +263,7 @@ def test_a_librarian_adds_copies_and_a_reader_borrows_and_returns(server: Server
     expect(cards(reader)).to_contain_text("returned")
 
 
-def test_a_double_click_does_it_once(server: Server, visit: Visit) -> None:
+def test_a_double_click_sends_one_request(server: Server, visit: Visit) -> None:
     lydia, rita = staff(server), sign_up(server.client, "Rita")
     lydia.post(f"/books/{lydia.add_book(**DUNE)['id']}/stock", json={"quantity": 5})
     page = visit(server)
@@ -280,7 +280,7 @@ def test_a_double_click_does_it_once(server: Server, visit: Visit) -> None:
     assert [loan["renewals"] for loan in rita.get("/loans").json()["items"]] == [1]
 
 
-def test_an_answer_that_comes_late_changes_nothing_back(server: Server, visit: Visit) -> None:
+def test_a_late_response_does_not_overwrite_a_newer_one(server: Server, visit: Visit) -> None:
     lydia = staff(server)
     sign_up(server.client, "Rita")
     book = lydia.add_book(**DUNE)
@@ -313,7 +313,7 @@ def test_an_answer_that_comes_late_changes_nothing_back(server: Server, visit: V
     assert "5 of 5 copies available." not in page.evaluate("told")
 
 
-def test_a_book_may_be_closed_before_it_is_there(server: Server, visit: Visit) -> None:
+def test_a_book_can_be_closed_before_it_is_loaded(server: Server, visit: Visit) -> None:
     book = staff(server).add_book(**DUNE)
     page = visit(server)
     held: list[Route] = []
@@ -327,7 +327,7 @@ def test_a_book_may_be_closed_before_it_is_there(server: Server, visit: Visit) -
     open_book(page, "Dune")  # and `visit` finds nothing in the console
 
 
-def test_a_password_that_was_typed_does_not_stay(server: Server, visit: Visit) -> None:
+def test_a_typed_password_is_cleared(server: Server, visit: Visit) -> None:
     page = visit(server)
     page.locator("#sign-in").click()
     page.locator("#account").get_by_label("Password").fill(PASSWORD)
@@ -393,7 +393,7 @@ def test_a_dropped_file_shows_its_progress_and_its_refused_rows(server: Server, 
     assert "Nobody" in Path(download.value.path()).read_text("utf-8")
 
 
-def test_what_one_does_another_sees_at_once(server: Server, visit: Visit) -> None:
+def test_changes_show_on_other_pages_at_once(server: Server, visit: Visit) -> None:
     staff(server)
     sign_up(server.client, "Rita")
     first, second = visit(server), visit(server)
@@ -425,7 +425,7 @@ def test_what_one_does_another_sees_at_once(server: Server, visit: Visit) -> Non
     expect(cards(second)).to_have_count(1)
 
 
-def test_a_change_takes_nobody_back_from_the_page_they_turned_to(server: Server, visit: Visit) -> None:
+def test_live_changes_keep_the_page_of_the_list(server: Server, visit: Visit) -> None:
     admin = Person(server.client, "admin", "admin")
     admin.upload((ROOT / "static" / "sample_books.csv").read_bytes())
     page = visit(server)
@@ -456,7 +456,7 @@ window.fetch = (path, how) => !/books\?/.test(path) ? quick(path, how) : new Pro
 """
 
 
-def test_lists_keep_up_where_answers_take_longer_than_changes(server: Server, visit: Visit) -> None:
+def test_lists_are_current_when_changes_come_faster_than_responses(server: Server, visit: Visit) -> None:
     lydia = staff(server)
     page = visit(server)
     page.add_init_script(SLOW)
@@ -500,7 +500,7 @@ def test_the_ticker_survives_a_restart(serve: Callable[..., Server], tmp_path: P
     expect(cards(page)).to_contain_text("Afterwards")
 
 
-def test_a_token_that_is_too_old_is_refreshed_once(server: Server, visit: Visit) -> None:
+def test_an_expired_token_is_refreshed_once(server: Server, visit: Visit) -> None:
     rita = sign_up(server.client, "Rita")
     rita.add_book(**DUNE)
     page = visit(server, expected="status of 401")
@@ -581,7 +581,7 @@ def read_a_little(reader: Person) -> None:
 
 
 @pytest.mark.parametrize("evil", EVIL, ids=["an image", "a script"])
-def test_what_users_write_is_text(server: Server, visit: Visit, evil: str) -> None:
+def test_user_content_is_shown_as_text(server: Server, visit: Visit, evil: str) -> None:
     rita = sign_up(server.client, "Rita")
     assert rita.patch("/users/me", json={"full_name": evil}).status_code == 200
     texts = dict.fromkeys(("title", "author", "genre", "publisher", "description"), evil)
@@ -605,7 +605,7 @@ def test_what_users_write_is_text(server: Server, visit: Visit, evil: str) -> No
     assert (page.locator("img, b").count(), page.locator("script").count()) == (0, scripts)
 
 
-def test_the_policy_stops_what_the_page_might_forget(server: Server, visit: Visit) -> None:
+def test_the_content_security_policy_blocks_injected_code(server: Server, visit: Visit) -> None:
     page = visit(server, expected="TrustedHTML|Trusted Type|Content Security Policy")
     refused = page.evaluate("try { document.body.innerHTML = '<p>'; 'taken' } catch (error) { error.name }")
     assert refused == "TypeError"
@@ -711,7 +711,7 @@ def tour(page: Page, title: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nobody_is_kept_out(server: Server, visit: Visit, scheme: str, size: tuple[int, int]) -> None:
+def test_axe_finds_no_accessibility_problems(server: Server, visit: Visit, scheme: str, size: tuple[int, int]) -> None:
     lydia = staff(server)
     read_a_little(lydia)
     lydia.post("/books/1/stock", json={"quantity": 2})
