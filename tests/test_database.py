@@ -1,5 +1,6 @@
 """The file underneath: writers wait for each other, migrations make what the models say, failures are told apart."""
 
+import hmac
 import multiprocessing
 import sqlite3
 import threading
@@ -20,9 +21,10 @@ from sqlmodel import Session, SQLModel
 
 import database
 from database import Violation
+from main import app
 from models import Setting
-from settings import Settings
-from tests.fixtures import ROOT, Person, Server, url_of, wait_for
+from settings import Settings, check_database_url, settings
+from tests.fixtures import PASSWORD_HASH, ROOT, Person, Server, url_of, wait_for
 
 PROCESSES, THREADS, STEPS = 2, 4, 60
 
@@ -270,3 +272,64 @@ def test_a_read_sees_one_moment(client: TestClient, admin: Person) -> None:
     assert client.portal is not None
     assert database.read_sync(count_twice) == (0, 0)
     assert client.portal.call(database.read, count_twice) == (1, 1)
+
+
+def test_a_database_of_revision_0006_loses_only_undo_links_and_unused_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "database_url", check_database_url(url_of(tmp_path / "old.db")))
+    codes = {"link": "rita@example.com", "undo": "old@example.com", "link of revision 0001": None}
+    rows = {
+        '"user"': [
+            {
+                **{"id": number, "username": name, "email": f"{name}@example.com", "password_hash": PASSWORD_HASH},
+                **{"role": role, "is_active": True, "full_name": None, "created_at": "2026-01-01 00:00:00"},
+            }
+            for number, (name, role) in enumerate({"admin": "admin", "rita": "reader", "oskar": "reader"}.items(), 1)
+        ],
+        "login_session": [
+            {
+                **{"id": 9, "user_id": 2, "refresh_hash": "x", "previous_hash": "y", "user_agent": "a phone"},
+                **dict.fromkeys(("created_at", "last_used_at"), "2026-01-01 00:00:00"),
+                "expires_at": "2999-01-01 00:00:00",
+            }
+        ],
+        "one_time_code": [
+            {
+                **{"user_id": 2, "purpose": "verify_email", "email": email, "attempts": 0},
+                "code_hash": hmac.digest(b"key", f"verify_email:{token}".encode(), "sha256").hex(),
+                **{"created_at": "2026-01-01 00:00:00", "expires_at": "2999-01-01 00:00:00"},
+            }
+            for token, email in codes.items()
+        ],
+        "setting": [{"key": key, "value": "key"} for key in ("secret_key", "open_hash", "last_start")],
+    }
+    engine = sa.create_engine(settings.database_url)
+    with engine.begin() as connection:
+        command.upgrade(database._alembic(connection), "0006")
+        for table, values in rows.items():
+            names = [*values[0]]
+            columns, parameters = ", ".join(names), ", ".join(f":{name}" for name in names)
+            connection.execute(sa.text(f"INSERT INTO {table} ({columns}) VALUES ({parameters})"), values)
+        before = {table: _contents(connection, table) for table in rows}
+    database.migrate(settings.database_url)
+    with engine.connect() as connection:
+        after = {table: _contents(connection, table) for table in rows}
+    engine.dispose()
+    for user in before['"user"']:
+        user["pending_email"] = None
+    before["one_time_code"] = [code for code in before["one_time_code"] if code["email"] != "old@example.com"]
+    before["one_time_code"][1]["email"] = "rita@example.com"
+    before["setting"] = [setting for setting in before["setting"] if setting["key"] not in ("open_hash", "last_start")]
+    assert after == before
+    with TestClient(app) as client:
+        rita = Person(client, "rita")
+        assert client.post("/auth/verify-email/undo").status_code == 404
+        assert rita.get("/users/me").json()["email_verified_at"] is None
+        assert client.post("/auth/verify-email/link of revision 0001").json()["email"] == "rita@example.com"
+        assert rita.get("/users/me").json()["email"] == "rita@example.com"
+
+
+def _contents(connection: sa.Connection, table: str) -> list[dict[str, Any]]:
+    first = "key" if table == "setting" else "id"
+    return [dict(row) for row in connection.execute(sa.text(f"SELECT * FROM {table} ORDER BY {first}")).mappings()]
