@@ -24,7 +24,7 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-from tests.fixtures import DUNE, PASSWORD, ROOT, Person, Server, sign_up
+from tests.fixtures import DUNE, PASSWORD, ROOT, Person, Server, sign_up, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -202,6 +202,31 @@ def test_a_reader_signs_up_shelves_rates_and_reviews(server: Server, visit: Visi
     page.locator("#sign-out").click()
     expect(page.get_by_text("This is for those who are signed in")).to_be_visible()
     assert page.evaluate("sessionStorage.length") == 0
+
+
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_button_of_a_mailed_link_confirms_the_address(
+    server: Server, visit: Visit, scheme: str, size: tuple[int, int]
+) -> None:
+    rita = sign_up(server.client, "rita")
+    link = wait_for(lambda: re.search(r"/auth/verify-email/[\w-]+\n", server.log.read_text()))[0].strip()
+    page = visit(server, size, scheme, expected=r"status of 404")
+    page.goto(f"{server.url}{link}")
+    heading = page.get_by_role("heading", level=1)
+    expect(heading).to_have_text("Confirm your e-mail address")
+    expect(heading).to_have_css("font-family", re.compile("Georgia"))
+    faults = axe(page, "link")
+    page.reload()
+    assert rita.get("/users/me").json()["email_verified_at"] is None
+    page.get_by_role("button", name="Confirm my address").click()
+    expect(heading).to_have_text("Your e-mail address is confirmed")
+    expect(page.get_by_text("rita@example.com")).to_be_visible()
+    assert rita.get("/users/me").json()["email_verified_at"] is not None
+    assert faults + axe(page, "confirmed") == []
+    page.goto(f"{server.url}{link}")
+    page.get_by_role("button", name="Confirm my address").click()
+    expect(page.get_by_text("This link is used up or too old.")).to_be_visible()
 
 
 def test_books_on_my_shelf_are_marked(server: Server, visit: Visit) -> None:
