@@ -133,9 +133,10 @@ def confirmation_email(session: Session, user: User, address: str) -> Email:
 async def verify_email(token: LinkToken, request: Request) -> Response:
     """A page with a button that confirms the address: mail scanners that follow links confirm nothing.
 
-    A request that accepts `application/json` confirms it at once.
+    A request that accepts `application/json`, and no HTML, confirms it at once.
     """
-    if "application/json" in request.headers.get("accept", "").lower():
+    accepted = accepted_types(request)
+    if "application/json" in accepted and "text/html" not in accepted:
         return await confirm_email(token, request)
     button = '<form method="post"><p><button class="strong">Confirm my address</button></p></form>'
     return HTMLResponse(PAGE.format(heading="Confirm your e-mail address", content=button))
@@ -152,10 +153,14 @@ async def confirm_email(token: LinkToken, request: Request) -> Response:
     confirmed = await database.write(confirm_address, token)
     if confirmed is None:
         raise HTTPException(404, "This link is used up or too old. POST /auth/verify-email mails another.")
-    if "text/html" not in request.headers.get("accept", "").lower():
+    if "text/html" not in accepted_types(request):
         return json_response(confirmed.model_dump_json())
     text = f"<p>The address {html.escape(confirmed.email)} is confirmed. You can close this page.</p>"
     return HTMLResponse(PAGE.format(heading="Your e-mail address is confirmed", content=text))
+
+
+def accepted_types(request: Request) -> set[str]:
+    return {part.partition(";")[0].strip() for part in request.headers.get("accept", "").lower().split(",")}
 
 
 def confirm_address(session: Session, token: str) -> Confirmed | None:

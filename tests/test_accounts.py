@@ -82,7 +82,13 @@ def confirm(client: TestClient, email: Email) -> int:
 
 
 @pytest.mark.parametrize(
-    ("method", "headers"), [("POST", {}), ("POST", JSON_ACCEPTED), ("GET", JSON_ACCEPTED)], ids=str
+    ("method", "headers"),
+    [
+        pytest.param("POST", {}, id="POST"),
+        pytest.param("POST", JSON_ACCEPTED, id="POST for JSON"),
+        pytest.param("GET", JSON_ACCEPTED, id="GET for JSON"),
+        pytest.param("GET", {"Accept": "text/plain, Application/JSON;q=0.9, */*"}, id="GET for JSON or text"),
+    ],
 )
 def test_a_link_confirms_the_address_once(
     client: TestClient, mailbox: list[Email], method: str, headers: dict[str, str]
@@ -105,7 +111,13 @@ def test_a_link_confirms_the_address_once(
     assert [event["data"] for event in events] == [{"email": "rita@example.com"}]
 
 
-@pytest.mark.parametrize("accept", ["*/*", "text/html", HTML_ACCEPTED["Accept"], "", None], ids=str)
+NOT_JSON = [
+    *("*/*", "text/html", HTML_ACCEPTED["Accept"], "application/*", "", None),
+    *("application/jsonp", "application/problem+json", "text/html, application/json;q=0.1"),
+]
+
+
+@pytest.mark.parametrize("accept", NOT_JSON, ids=str)
 def test_following_a_link_shows_a_button_and_confirms_nothing(
     client: TestClient, mailbox: list[Email], accept: str | None
 ) -> None:
