@@ -20,7 +20,7 @@ from api import Router, errors
 from auth import end_sessions
 from events import record_account_event
 from mail import Email
-from models import CodePurpose, LoginSession, OneTimeCode, Principal, Role, User
+from models import CodePurpose, InvalidField, LoginSession, OneTimeCode, Principal, Role, User
 from pagination import json_response
 from schemas import (
     EmailAddress,
@@ -29,7 +29,6 @@ from schemas import (
     Storable,
     UserCreate,
     UserPublic,
-    invalid_body,
     pattern,
 )
 from security import (
@@ -367,7 +366,7 @@ class PasswordChange(RequestModel):
 async def change_password(body: PasswordChange, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password. Ends all my sessions but this one."""
     if body.new_password == body.current_password:
-        raise invalid_body("new_password", "must not be the current one")
+        raise InvalidField("new_password", "must not be the current one")
     me = await confirm_password(user, body.current_password, request)
     check_password_strength("new_password", body.new_password, me.username, me.email)
     password_hash = await hash_password(body.new_password)

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import database
 import security
-from models import DomainError
+from models import InvalidField
 from schemas import Problem, describe_error
 
 log = logging.getLogger("books")
@@ -115,9 +115,9 @@ def _describe_body_error(request: Request, error: RequestValidationError) -> str
     return None
 
 
-async def on_domain_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, DomainError)
-    return problem(422, str(error), errors=[field_error(error.field, error.message, "value_error")])
+async def on_invalid_field(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, InvalidField)
+    return problem(422, str(error), errors=[field_error(error.field, error.message, "value_error", error.source)])
 
 
 async def on_violation(_request: Request, error: Exception) -> Response:
@@ -131,8 +131,8 @@ async def on_violation(_request: Request, error: Exception) -> Response:
     return problem(409, "Something that this refers to, or that refers to this, stands in the way.")
 
 
-def field_error(field: str, message: str, kind: str) -> dict[str, Any]:
-    return {"loc": ["body", field], "msg": message, "type": kind}
+def field_error(field: str, message: str, kind: str, source: str = "body") -> dict[str, Any]:
+    return {"loc": [source, field], "msg": message, "type": kind}
 
 
 async def on_unavailable(_request: Request, error: Exception) -> Response:
@@ -154,7 +154,7 @@ HANDLERS: Any = {
     HTTPException: on_http_error,
     ClientDisconnect: on_disconnect,
     RequestValidationError: on_invalid_request,
-    DomainError: on_domain_error,
+    InvalidField: on_invalid_field,
     IntegrityError: on_violation,
     DatabaseError: on_unavailable,
     NoConnection: on_unavailable,
@@ -280,6 +280,8 @@ class Router(APIRouter):
     def add_api_route(self, path: str, endpoint: Handler, **options: Any) -> None:
         always = (400, 422, 503) if options.get("methods") == ["GET"] else (400, 413, 422, 503, 507)
         options["responses"] = errors(*always) | (options.get("responses") or {})
+        if any(p.annotation == security.Viewer for p in inspect.signature(endpoint, eval_str=True).parameters.values()):
+            options["openapi_extra"] = {"security": [{}]}  # in addition to the token, which is optional here
         super().add_api_route(path, endpoint, **options)
 
 

@@ -19,14 +19,13 @@ import models
 from api import PAGE, Router, errors
 from database import transactional
 from events import record_account_event
-from models import LoginSession, OneTimeCode, Principal, User
+from models import InvalidField, LoginSession, OneTimeCode, Principal, User
 from pagination import JsonObject, Listing, Page, PageQuery, page_response
 from schemas import (
     Id,
     RequestModel,
     SessionPublic,
     Storable,
-    invalid_body,
 )
 from security import (
     DUMMY_PASSWORD_HASH,
@@ -99,7 +98,7 @@ async def parse_credentials(request: Request) -> Credentials:
         await reject_repeated_fields(request)
         form = {name: value for name, value in (await request.form()).items() if isinstance(value, str)}
         if any(name.lstrip().startswith("{") for name in form):  # JSON as curl sends it
-            raise invalid_body("username", "is needed in a form; JSON needs the Content-Type application/json")
+            raise InvalidField("username", "is needed in a form; JSON needs the Content-Type application/json")
         return Credentials.model_validate(form)
     except ValidationError as error:
         faults = error.errors(include_input=False, include_url=False)

@@ -28,9 +28,8 @@ import schemas
 from api import Router, errors
 from books import add_book, etag_of
 from csv_files import LOOKED_UP, ImportRow, InvalidCell, RowIssue, from_html, read_date, repair_isbn
-from models import Role, User, claim_job, schedule_job
-from pagination import invalid_query
-from schemas import BlankIsNull, BookCreate, BookPublic, BookUpdate, Isbn, RequestModel, Title, invalid_body
+from models import InvalidField, Role, User, claim_job, schedule_job
+from schemas import BlankIsNull, BookCreate, BookPublic, BookUpdate, Isbn, RequestModel, Title
 from security import Contributor, CurrentUser
 from settings import VERSION, settings
 
@@ -393,7 +392,7 @@ cache: TTLCache[str, bytes, datetime] = TTLCache(16 << 20, timedelta(hours=1), l
 async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: CurrentUser) -> Response:
     """Search by words or by ISBN. Answers are cached for an hour; 502 if the source is down, 504 if it is slow."""
     if (query.q is None) == (query.isbn is None):
-        raise invalid_query("q", "is needed, or isbn, and only one of them")
+        raise InvalidField("q", "is needed, or isbn, and only one of them", "query")
     key, start, limit = query.model_dump_json(), query.start_index, query.max_results
     body = cache.get(key)
     if body is None:
@@ -418,7 +417,7 @@ CREATED = errors(403, 404, 409, 502, 504, sends={201: "Location ETag"})
 async def add_external_book(payload: ExternalBook, user: Contributor, response: Response) -> BookPublic:
     """Add a book as Google Books or Open Library has it now. 409 if its ISBN is in the catalogue already."""
     if not REFS[payload.source].fullmatch(payload.ref):
-        raise invalid_body("ref", f"is not one of {payload.source.label}")
+        raise InvalidField("ref", f"is not one of {payload.source.label}")
     candidate = await fetch_candidate(payload.source, payload.ref)
     if candidate is None:
         raise HTTPException(404, f"{payload.source.label} has no such book.")

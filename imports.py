@@ -32,7 +32,7 @@ import models
 from books import revise_book
 from csv_files import BrokenRecord, ImportRow, RowIssue, RowParser, ShelfData, UnreadableFile, printable, strip_invalid
 from database import CompiledQuery
-from models import Book, DomainError, Principal, ShelfEntry, Upload, UploadChunk, UploadError, UploadStatus, User
+from models import Book, InvalidField, Principal, ShelfEntry, Upload, UploadChunk, UploadError, UploadStatus, User
 from schemas import BookBase, BookUpdate, UploadPublic
 from search import index_books
 from settings import settings
@@ -220,7 +220,7 @@ class BatchImporter:
         event_type = "review.updated" if entry.is_review else "review.created"
         try:
             entry.revise({"finished_at": entry.finished_at, **data})  # without finished_at, it might become now
-        except DomainError as error:
+        except InvalidField as error:
             for name, value in before.items():  # what an earlier row has changed stays
                 setattr(entry, name, value)
             row.refuse(error.field, "", error.message)

@@ -14,8 +14,17 @@ import events
 from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors
 from books import FIND_BOOK, PUBLIC_COLUMNS, BookId, no_such_book
 from database import readonly, transactional
-from models import Book, Principal, ShelfEntry, ShelfStatus, SortableTimestamp, User
-from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, json_response, page_response
+from models import Book, Principal, ShelfEntry, ShelfStatus, User
+from pagination import (
+    JsonObject,
+    JsonPage,
+    Listing,
+    Page,
+    PageQuery,
+    SortableTimestamp,
+    json_response,
+    page_response,
+)
 from schemas import (
     BookPublic,
     EntryCreate,

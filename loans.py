@@ -19,7 +19,7 @@ import models
 from api import FOLLOWED_PAGE, Router, errors
 from books import BookId, no_such_book
 from database import readonly, transactional
-from models import MAX_COPIES, MAX_RENEWALS, Book, DomainError, Loan, LoanStatus, Principal, User
+from models import MAX_COPIES, MAX_RENEWALS, Book, InvalidField, Loan, LoanStatus, Principal, User
 from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
 from schemas import Id, LoanCreate, LoanPublic, StockChange, StockPublic
 from security import CurrentUser, Staff
@@ -78,7 +78,7 @@ def change_stock(session: Session, book_id: BookId, change: StockChange, user: S
     if not move_stock(session, book_id, copies=change.quantity, available=change.quantity):
         stock = get_stock(session, book_id)
         if change.quantity > 0:
-            raise DomainError("quantity", f"would make more than {MAX_COPIES} copies")
+            raise InvalidField("quantity", f"would make more than {MAX_COPIES} copies")
         raise HTTPException(409, f"{stock.on_loan} of {stock.copies} copies are on loan: they can't be removed.")
     return get_stock(session, book_id)
 
@@ -110,7 +110,7 @@ def borrow(session: Session, new: LoanCreate, user: CurrentUser, response: Respo
     """Borrow copies of a book. 409 when too few are available. Staff may lend to somebody else, by `user_id`."""
     now, days = models.utcnow(), timedelta(days=settings.loan_days)
     if new.due_at is not None and not now < new.due_at <= now + 2 * days:
-        raise DomainError("due_at", f"must be in the future, and at most {2 * settings.loan_days} days from now")
+        raise InvalidField("due_at", f"must be in the future, and at most {2 * settings.loan_days} days from now")
     loan = Loan(
         user_id=get_borrower(session, new, user),
         book_id=new.book_id,

@@ -47,7 +47,7 @@ import anyio.to_thread
 from fastapi import FastAPI, Header, HTTPException, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlmodel import Session
 from starlette.middleware.cors import CORSMiddleware
@@ -172,9 +172,9 @@ class _Probe:
 
 
 class Health(BaseModel):
-    status: str
-    version: str
-    database: str
+    status: str = Field(examples=["ok"])
+    version: str = Field(examples=[VERSION])
+    database: str = Field(examples=["sqlite"])
 
 
 @router.get("/health", summary="Ask whether the service is well")

@@ -1,7 +1,4 @@
-"""The tables: columns, constraints and indexes, and the rules that a row of one table can apply to itself.
-
-What must always hold is a constraint of the table. Request and response models are in `schemas.py`.
-"""
+"""The tables: columns, constraints and indexes, and rules about single rows."""
 
 import hashlib
 import math
@@ -14,12 +11,10 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.visitors import InternalTraversal
 from sqlmodel import Field, Session, SQLModel
 
-# Names decide how a violation is reported: `uq_user_email` and `ck_book_pages` are answered as faults of the
-# fields `email` and `pages`.
+# A violated constraint is reported by its name: `uq_user_email` and `ck_book_pages` are errors of the fields `email`
+# and `pages`.
 SQLModel.metadata.naming_convention = {
     "pk": "pk_%(table_name)s",
     "fk": "fk_%(table_name)s_%(column_0_name)s",
@@ -27,25 +22,27 @@ SQLModel.metadata.naming_convention = {
     "ck": "ck_%(table_name)s_%(constraint_name)s",
     "ix": "ix_%(table_name)s_%(column_0_name)s",
 }
-MAX_ID = 2**31 - 1  # what an INTEGER holds everywhere
-MIN_YEAR = -5000
+MAX_ID = 2**31 - 1  # of an INTEGER on every database
 
 
 def utcnow() -> datetime:
-    """The present, in UTC. Tests replace it: every expiry and time stamp asks here."""
+    """The current time. Call it as `models.utcnow()`, so that tests can replace it."""
     return datetime.now(UTC)
 
 
-def isoformat(moment: datetime) -> str:
-    """As all answers have it: ISO 8601, with `Z`."""
-    return moment.isoformat().replace("+00:00", "Z")
+class InvalidField(Exception):
+    """A value that breaks a rule: 422, with the field's name."""
+
+    def __init__(self, field: str, message: str, source: str = "body") -> None:
+        super().__init__(f"{field}: {message}")
+        self.field, self.message, self.source = field, message, source
 
 
-# --- kinds of value -----------------------------------------------------------------------------------------------
+# --- column types -------------------------------------------------------------------------------------------------
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
-    """A moment, kept as UTC. SQLite has no time zones: what comes back gets its UTC mark again."""
+    """An aware datetime, stored in UTC. SQLite stores no time zone, so it is added on reading."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -57,50 +54,8 @@ class UtcDateTime(sa.TypeDecorator[datetime]):
         return None if value is None else value.replace(tzinfo=UTC)
 
 
-class SortableTimestamp(sa.ColumnElement[str]):
-    """A moment as text that sorts as it does: what a cursor can hold."""
-
-    inherit_cache = True
-    _traverse_internals = [("moment", InternalTraversal.dp_clauseelement)]  # noqa: RUF012  # as SQLAlchemy has it
-    type = sa.String()
-
-    def __init__(self, moment: Any) -> None:
-        self.moment = sa.type_coerce(moment, sa.String)
-
-
-@compiles(SortableTimestamp)
-def _compile_stored(element: SortableTimestamp, compiler: Any, **options: Any) -> str:
-    return str(compiler.process(element.moment, **options))
-
-
-@compiles(SortableTimestamp, "postgresql")
-def _compile_postgresql(element: SortableTimestamp, compiler: Any, **options: Any) -> str:
-    moment = compiler.process(element.moment, **options)
-    return f"to_char({moment} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')"
-
-
-SortKey = sa.String().with_variant(sa.String(collation="C"), "postgresql")
-MAX_SORT_KEY = 1200  # bytes; of a longer text the rest counts as a hash, so that no two are taken for one
-
-
-def normalize(text: str) -> str:
-    """A text as it is compared: no case, no accents, single spaces."""
-    if not text.isascii():
-        text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return " ".join(text.casefold().split())
-
-
-def sort_key(text: str) -> str:
-    """By which titles and authors sort and are looked up."""
-    key = normalize(text)
-    if len(key) <= MAX_SORT_KEY // 4 or len(whole := key.encode()) <= MAX_SORT_KEY:
-        return key
-    # PostgreSQL indexes no more than 2,704 bytes, of title and author together; a cursor holds both, too.
-    return whole[: MAX_SORT_KEY - 33].decode(errors="ignore") + " " + hashlib.blake2b(whole, digest_size=16).hexdigest()
-
-
 class Cents(sa.TypeDecorator[Decimal]):
-    """A price, kept as a whole number of hundredths: exact in every database, SQLite's floats included."""
+    """A price, stored as an integer: SQLite has no exact decimals."""
 
     impl = sa.Integer
     cache_ok = True
@@ -112,12 +67,25 @@ class Cents(sa.TypeDecorator[Decimal]):
         return None if value is None else Decimal(value) / 100
 
 
-class DomainError(Exception):
-    """A rule of the domain that a request breaks: 422, naming the field."""
+# By code points on every database: PostgreSQL's default order depends on the locale of its server.
+SortKey = sa.String().with_variant(sa.String(collation="C"), "postgresql")
+MAX_SORT_KEY = 1200  # bytes; the rest of a longer text becomes a hash, so that different texts have different keys
 
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field} {message}")
-        self.field, self.message = field, message
+
+def normalize(text: str) -> str:
+    """Without case and accents, with single spaces."""
+    if not text.isascii():
+        text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return " ".join(text.casefold().split())
+
+
+def sort_key(text: str) -> str:
+    """The key by which titles and authors are sorted and compared."""
+    key = normalize(text)
+    if len(key) <= MAX_SORT_KEY // 4 or len(whole := key.encode()) <= MAX_SORT_KEY:
+        return key
+    # PostgreSQL indexes at most 2,704 bytes, of title and author together; a cursor holds both, too.
+    return whole[: MAX_SORT_KEY - 33].decode(errors="ignore") + " " + hashlib.blake2b(whole, digest_size=16).hexdigest()
 
 
 def primary_key_column() -> Any:
@@ -129,27 +97,31 @@ def timestamp_column() -> Any:
 
 
 def now_column() -> Any:
-    return Field(
-        default_factory=lambda: utcnow(),  # noqa: PLW0108  # looked up at each call, so that tests can replace it
-        sa_type=UtcDateTime,
-        nullable=False,
-    )
+    # A lambda, so that tests can replace `utcnow`.
+    return Field(default_factory=lambda: utcnow(), sa_type=UtcDateTime, nullable=False)  # noqa: PLW0108
+
+
+def flag_column() -> Any:
+    return Field(default=False, sa_column_kwargs={"server_default": sa.false()})
 
 
 def table_options(*constraints: sa.schema.SchemaItem) -> Any:
-    # AUTOINCREMENT: an id is never given out twice, so that a token, an event or a bookmark of something deleted
-    # can't come to mean something else.
+    # AUTOINCREMENT: ids of deleted rows are not used again, so that no token or bookmark leads to another row.
     return (*constraints, {"sqlite_autoincrement": True})
 
 
-class Role(StrEnum):
-    reader = "reader"
-    librarian = "librarian"
-    admin = "admin"
+Role = StrEnum("Role", ["reader", "librarian", "admin"])
+CodePurpose = StrEnum("CodePurpose", ["verify_email", "reset_password"])
+UploadStatus = StrEnum("UploadStatus", ["queued", "processing", "completed", "failed", "cancelled"])
+OnDuplicate = StrEnum("OnDuplicate", ["skip", "update"])
+ShelfStatus = StrEnum("ShelfStatus", ["wishlist", "reading", "completed", "abandoned"])
+LoanStatus = StrEnum("LoanStatus", ["active", "overdue", "returned"])
+
+
+# --- users --------------------------------------------------------------------------------------------------------
 
 
 class User(SQLModel, table=True):
-    __tablename__ = "user"
     __table_args__ = table_options(
         sa.CheckConstraint("role IN ('reader', 'librarian', 'admin')", name="role"),
         sa.Index("uq_user_username", sa.text("lower(username)"), unique=True),
@@ -157,18 +129,18 @@ class User(SQLModel, table=True):
 
     id: int = primary_key_column()
     username: str = Field(max_length=50)
-    email: str = Field(max_length=254, unique=True)  # in lower case, see Email
+    email: str = Field(max_length=254, unique=True)  # in lower case
     password_hash: str = Field(max_length=255)
     full_name: str | None = Field(default=None, max_length=100)
     role: str = Field(default=Role.reader, max_length=20)
     is_active: bool = True
     email_verified_at: datetime | None = timestamp_column()
-    pending_email: str | None = Field(default=None, max_length=254, index=True)  # until its owner confirms it
+    pending_email: str | None = Field(default=None, max_length=254, index=True)  # until it is confirmed
     created_at: datetime = now_column()
 
 
 class Principal(NamedTuple):
-    """Who is asking: the owner of a good access token, and the login that it belongs to."""
+    """The owner of a valid access token, and its session."""
 
     id: int
     username: str
@@ -182,15 +154,15 @@ class Principal(NamedTuple):
 
 
 class LoginSession(SQLModel, table=True):
-    """One login, from its password to its logout. Access tokens name it and live only as long as it does."""
+    """From a login to its logout. Access tokens name it, and are valid only while it is."""
 
     __tablename__ = "login_session"
     __table_args__ = table_options()
 
     id: int = primary_key_column()
     user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
-    refresh_hash: str = Field(max_length=64)  # SHA-256 of the id of the one refresh token that is good now
-    previous_hash: str | None = Field(default=None, max_length=64)  # of the one before, for clients that try again
+    refresh_hash: str = Field(max_length=64)  # SHA-256 of the id of the one valid refresh token
+    previous_hash: str | None = Field(default=None, max_length=64)  # of the one before, for clients that retry
     user_agent: str | None = Field(default=None, max_length=200)
     created_at: datetime = now_column()
     last_used_at: datetime = now_column()
@@ -198,13 +170,8 @@ class LoginSession(SQLModel, table=True):
     revoked_at: datetime | None = timestamp_column()
 
 
-class CodePurpose(StrEnum):
-    verify_email = "verify_email"
-    reset_password = "reset_password"
-
-
 class OneTimeCode(SQLModel, table=True):
-    """A code or link that was mailed, as a hash."""
+    """A mailed code or link, as a hash."""
 
     __tablename__ = "one_time_code"
     __table_args__ = table_options(
@@ -215,44 +182,17 @@ class OneTimeCode(SQLModel, table=True):
     id: int = primary_key_column()
     user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
     purpose: str = Field(max_length=20)
-    email: str | None = Field(default=None, max_length=254)  # that it was mailed to
+    email: str | None = Field(default=None, max_length=254)  # the address that it was mailed to
     code_hash: str = Field(max_length=64, index=True)
     attempts: int = 0
     expires_at: datetime = now_column()
     created_at: datetime = now_column()
 
 
-# --- settings -----------------------------------------------------------------------------------------------------
-
-
-class Setting(SQLModel, table=True):
-    """What a database knows of itself: `book_count`, `event_floor` (ids up to it are not in the log, or no longer),
-    `…_due` (when a recurring job is), `probed` (by /health), and in development mode `secret_key`."""
-
-    __tablename__ = "setting"
-
-    key: str = Field(primary_key=True, max_length=50)
-    value: str
-
-
 # --- uploads ------------------------------------------------------------------------------------------------------
 
 
-class UploadStatus(StrEnum):
-    queued = "queued"
-    processing = "processing"
-    completed = "completed"
-    failed = "failed"
-    cancelled = "cancelled"
-
-
-class OnDuplicate(StrEnum):
-    skip = "skip"
-    update = "update"
-
-
 class Upload(SQLModel, table=True):
-    __tablename__ = "upload"
     __table_args__ = table_options(
         sa.CheckConstraint("status IN ('queued', 'processing', 'completed', 'failed', 'cancelled')", name="status"),
         sa.CheckConstraint("rows = inserted + updated + skipped + failed", name="rows"),
@@ -273,12 +213,12 @@ class Upload(SQLModel, table=True):
     progress: float = 0
     ignored_columns: list[str] = Field(default_factory=list, sa_type=sa.JSON, nullable=False)
     error: str | None = None
-    shelve: bool = Field(default=False, sa_column_kwargs={"server_default": sa.false()})
+    shelve: bool = flag_column()
     on_duplicate: str = Field(
         default=OnDuplicate.skip, max_length=10, sa_column_kwargs={"server_default": OnDuplicate.skip}
     )
-    dry_run: bool = Field(default=False, sa_column_kwargs={"server_default": sa.false()})
-    enrich: bool = Field(default=False, sa_column_kwargs={"server_default": sa.false()})
+    dry_run: bool = flag_column()
+    enrich: bool = flag_column()
     format: str | None = Field(default=None, max_length=20)
     encoding: str | None = Field(default=None, max_length=20)
     delimiter: str | None = Field(default=None, max_length=1)
@@ -286,12 +226,12 @@ class Upload(SQLModel, table=True):
     created_at: datetime = now_column()
     started_at: datetime | None = timestamp_column()
     finished_at: datetime | None = timestamp_column()
-    worker: str | None = Field(default=None, max_length=20)  # the job that is at it
-    lease_until: datetime | None = timestamp_column()  # while a worker is at it; an old one means that it died
+    worker: str | None = Field(default=None, max_length=20)  # the job that has the lease
+    lease_until: datetime | None = timestamp_column()  # the job renews it; expired, another one takes over
 
 
 class UploadChunk(SQLModel, table=True):
-    """A piece of the file as it came, so that it outlives the request and the process."""
+    """A piece of the uploaded file, which must survive a crash."""
 
     __tablename__ = "upload_chunk"
 
@@ -311,23 +251,18 @@ class UploadError(SQLModel, table=True):
     field: str | None = Field(default=None, max_length=100)
     value: str | None = None
     message: str
-    cells: list[str] | None = Field(default=None, sa_type=sa.JSON)  # of a refused row, to be given back
+    cells: list[str] | None = Field(default=None, sa_type=sa.JSON)  # of a refused row, for the file of refused rows
 
 
-# --- events -------------------------------------------------------------------------------------------------------
+# --- events, settings ---------------------------------------------------------------------------------------------
 
 
 class Event(SQLModel, table=True):
-    """One committed change. The ids of one database only ever grow; the first is the time of its making in ms."""
+    """A committed change. Ids only grow; the first is the creation time of the database in milliseconds."""
 
-    __tablename__ = "event"
     __table_args__ = table_options()
 
-    id: int = Field(
-        default=None,
-        primary_key=True,
-        sa_type=sa.BigInteger().with_variant(sa.Integer, "sqlite"),
-    )
+    id: int = Field(default=None, primary_key=True, sa_type=sa.BigInteger().with_variant(sa.Integer, "sqlite"))
     at: datetime = now_column()
     type: str = Field(max_length=50)
     private: bool = False
@@ -335,42 +270,56 @@ class Event(SQLModel, table=True):
     data: dict[str, Any] = Field(sa_type=sa.JSON, nullable=False)
 
 
-# Both fill the metadata: who imports this module has every table, those that its foreign keys refer to among them.
+class Setting(SQLModel, table=True):
+    """State of the service: `book_count`, `event_floor` (the last id that is not in the log any more), `…_due` (when a
+    recurring job is), `probed` (by /health), and in development mode `secret_key`."""
 
-MAX_COPIES = 1_000_000  # of one book
-MAX_RENEWALS = 2
+    key: str = Field(primary_key=True, max_length=50)
+    value: str
+
+
+def claim_job(session: Session, name: str, interval: timedelta) -> bool:
+    """Whether a recurring job is due. If so, it is due again after `interval`, for all processes."""
+    due = session.get(Setting, f"{name}_due")
+    if due is not None and datetime.fromisoformat(due.value) > utcnow():
+        return False
+    schedule_job(session, name, interval)
+    return True
+
+
+def schedule_job(session: Session, name: str, delay: timedelta) -> None:
+    session.merge(Setting(key=f"{name}_due", value=(utcnow() + delay).isoformat()))
+
+
+# --- books --------------------------------------------------------------------------------------------------------
+
+MIN_YEAR = -5000
 UNKNOWN_YEAR = -32768  # sorts before every year
-# How books sort by rating: the mean after ten imagined votes of 3, so that one 5 does not beat a thousand 4s and 5s
-# (a Bayesian average). Books that nobody has rated come last.
+# The order by rating: the mean of all ratings and ten more of 3, so that one 5 does not beat a thousand 4s and 5s (a
+# Bayesian average). Books without ratings come last.
 SCORE = "CASE WHEN rating_count = 0 THEN 0.0 ELSE (rating_sum + 30.0) / (rating_count + 10) END"
+HAS_AVAILABLE = sa.text("available > 0")
 
 
 class Book(SQLModel, table=True):
-    __tablename__ = "book"
     __table_args__ = table_options(
         sa.CheckConstraint("length(title) > 0", name="title"),
         sa.CheckConstraint("length(author) > 0", name="author"),
         sa.CheckConstraint("length(isbn) = 13", name="isbn"),
         sa.CheckConstraint("pages > 0", name="pages"),
         sa.CheckConstraint("price >= 0", name="price"),
-        sa.CheckConstraint("publication_year BETWEEN -5000 AND 9999", name="publication_year"),
+        sa.CheckConstraint(f"publication_year BETWEEN {MIN_YEAR} AND 9999", name="publication_year"),
         sa.CheckConstraint("copies >= 0", name="copies"),
         sa.CheckConstraint("available BETWEEN 0 AND copies", name="available"),
         sa.CheckConstraint("rating_sum BETWEEN rating_count AND 5 * rating_count", name="rating"),
-        # Sorting by title, telling duplicates, and finding an exact title are all this one index.
+        # For sorting by title, detecting duplicates and finding exact titles.
         sa.Index("ix_book_title_key", "title_key", "author_key"),
         sa.Index("ix_book_author_key", "author_key"),
         sa.Index("ix_book_year", sa.text(f"coalesce(publication_year, {UNKNOWN_YEAR})")),
         sa.Index("ix_book_score", sa.text(SCORE)),
         sa.Index("ix_book_genre", sa.text("lower(genre)")),
         sa.Index("ix_book_language", sa.text("lower(language)")),
-        sa.Index(
-            "ix_book_available",
-            "id",
-            "available",
-            sqlite_where=sa.text("available > 0"),
-            postgresql_where=sa.text("available > 0"),
-        ),
+        sa.Index("ix_book_available", "id", "available", sqlite_where=HAS_AVAILABLE, postgresql_where=HAS_AVAILABLE),
     )
 
     id: int = primary_key_column()
@@ -386,7 +335,6 @@ class Book(SQLModel, table=True):
     cover_url: str | None = None
     published_date: date | None = None
     publication_year: int | None = None
-    # In the order of code points everywhere: PostgreSQL's own depends on the language of the machine.
     title_key: str = Field(sa_type=SortKey, nullable=False)
     author_key: str = Field(sa_type=SortKey, nullable=False)
     copies: int = 0
@@ -404,30 +352,29 @@ class Book(SQLModel, table=True):
 
     @staticmethod
     def described(new: Any) -> dict[str, Any]:
-        """The columns that follow from what `new` says."""
+        """The columns that `new`, a BookBase, sets."""
         return {**vars(new), "title_key": sort_key(new.title), "author_key": sort_key(new.author)}
 
     @staticmethod
-    def initial(added_by: int) -> dict[str, Any]:
+    def initial(added_by: int | None) -> dict[str, Any]:
         """The other columns of a new book."""
-        moment = utcnow()
-        figures = {"copies": 0, "available": 0, "rating_count": 0, "rating_sum": 0, "version": 1}
-        return figures | {"added_by": added_by, "created_at": moment, "updated_at": moment}
+        now = utcnow()
+        counts = {"copies": 0, "available": 0, "rating_count": 0, "rating_sum": 0, "version": 1}
+        return counts | {"added_by": added_by, "created_at": now, "updated_at": now}
 
     def describe(self, new: Any) -> None:
         for name, value in self.described(new).items():
             setattr(self, name, value)
 
     def touch(self) -> None:
-        """Every change of what is shown of a book goes with a new version: the ETag is made from it."""
+        """For every change of a public column: the ETag is made from the version."""
         self.version += 1
         self.updated_at = utcnow()
 
 
 class Facet(SQLModel, table=True):
-    """How many books have this genre or language, spelled like this. Triggers keep it, so that nobody has to count."""
+    """How many books have a genre or language, by its spelling. Triggers keep it."""
 
-    __tablename__ = "facet"
     __table_args__ = (sa.Index("ix_facet_name", "kind", sa.text("lower(name)")),)
 
     kind: str = Field(primary_key=True, max_length=20)
@@ -438,15 +385,8 @@ class Facet(SQLModel, table=True):
 # --- shelves ------------------------------------------------------------------------------------------------------
 
 
-class ShelfStatus(StrEnum):
-    wishlist = "wishlist"
-    reading = "reading"
-    completed = "completed"
-    abandoned = "abandoned"
-
-
 class ShelfEntry(SQLModel, table=True):
-    """A book on somebody's shelf. With a rating or a review it is also a review of the book."""
+    """A book on a user's shelf. With a rating or a review it is also a review of the book."""
 
     __tablename__ = "shelf_entry"
     __table_args__ = table_options(
@@ -476,36 +416,29 @@ class ShelfEntry(SQLModel, table=True):
         return self.rating is not None or self.review is not None
 
     def revise(self, change: Mapping[str, Any]) -> None:
-        """Apply the fields that `change` names. Raises DomainError where a rule of the shelf is broken."""
-        named = dict(change)
-        if "tags" in named:
-            named["tags"] = list(dict.fromkeys(named["tags"] or ()))
-        finishes = named.get("status") == ShelfStatus.completed != self.status
-        if finishes and "finished_at" not in named:
-            named["finished_at"] = utcnow()
-        for name, value in named.items():
+        """Set the fields that `change` names. Raises InvalidField if a rule of the shelf is broken."""
+        fields = dict(change)
+        if "tags" in fields:
+            fields["tags"] = list(dict.fromkeys(fields["tags"] or ()))
+        if fields.get("status") == ShelfStatus.completed != self.status:
+            fields.setdefault("finished_at", utcnow())
+        for name, value in fields.items():
             setattr(self, name, value)
         if self.is_review and self.status not in (ShelfStatus.completed, ShelfStatus.abandoned):
             field = "rating" if self.rating is not None else "review"
-            raise DomainError(field, f"needs the status completed or abandoned; this book is on {self.status}")
+            raise InvalidField(field, f"needs the status completed or abandoned; this book is on {self.status}")
         self.updated_at = utcnow()
 
 
 # --- loans --------------------------------------------------------------------------------------------------------
 
-
-class LoanStatus(StrEnum):
-    """A loan is exactly one of these."""
-
-    active = "active"
-    overdue = "overdue"
-    returned = "returned"
+MAX_COPIES = 1_000_000  # of one book
+MAX_RENEWALS = 2
 
 
 class Loan(SQLModel, table=True):
-    """Copies of a book that somebody has taken home. Open until they are all back, at once."""
+    """Copies of a book that a user has borrowed, and returns together."""
 
-    __tablename__ = "loan"
     __table_args__ = table_options(
         sa.CheckConstraint("quantity > 0", name="quantity"),
         sa.CheckConstraint("due_at > borrowed_at", name="due_at"),
@@ -528,19 +461,6 @@ class Loan(SQLModel, table=True):
         return LoanStatus.overdue if self.due_at < utcnow() else LoanStatus.active
 
     def renew(self, days: int) -> None:
-        """From the day it was due, not from today: who renews early loses nothing."""
+        """From `due_at`, not from now: an early renewal loses no days."""
         self.due_at += timedelta(days=days)
         self.renewals += 1
-
-
-def claim_job(session: Session, name: str, interval: timedelta) -> bool:
-    """Whether a recurring job is due. If so, it is due again after `interval`, for all processes."""
-    due = session.get(Setting, f"{name}_due")
-    if due is not None and datetime.fromisoformat(due.value) > utcnow():
-        return False
-    schedule_job(session, name, interval)
-    return True
-
-
-def schedule_job(session: Session, name: str, delay: timedelta) -> None:
-    session.merge(Setting(key=f"{name}_due", value=(utcnow() + delay).isoformat()))

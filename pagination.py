@@ -15,7 +15,6 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 from fastapi import Request, Response
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, Connection, and_, bindparam
 from sqlalchemy.ext.compiler import compiles
@@ -24,7 +23,7 @@ from sqlmodel import Session, col
 
 import database
 from database import CompiledQuery
-from models import MAX_ID, Cents, Event, Setting, UtcDateTime
+from models import MAX_ID, Cents, Event, InvalidField, Setting, UtcDateTime
 from schemas import BlankIsNull, RequestModel, pattern
 
 T = TypeVar("T")
@@ -93,6 +92,24 @@ def _json_build_object(element: JsonObject, compiler: Any, **options: Any) -> st
     return f"{nested(element)}::text"
 
 
+class SortableTimestamp(FunctionElement[str]):
+    """A timestamp as text in the same order, for cursors."""
+
+    inherit_cache = True
+    type = sa.String()
+
+
+@compiles(SortableTimestamp, "sqlite")
+def _stored_text(element: SortableTimestamp, compiler: Any, **options: Any) -> str:
+    return str(compiler.process(element.clauses, **options))
+
+
+@compiles(SortableTimestamp, "postgresql")
+def _formatted_text(element: SortableTimestamp, compiler: Any, **options: Any) -> str:
+    moment = compiler.process(element.clauses, **options)
+    return f"to_char({moment} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')"
+
+
 def json_response(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """JSON as the database rendered it. Tests hold it against the response model that the route declares."""
     return Response(text, status, headers, media_type="application/json")
@@ -145,7 +162,7 @@ class PageQuery(RequestModel):
         if not self.cursor:
             return None
         if self.start:
-            raise invalid_query("cursor", "and offset exclude each other")
+            raise InvalidField("cursor", "and offset exclude each other", "query")
         return order.decode(self.cursor)
 
 
@@ -197,11 +214,11 @@ class Order:
         try:
             name, *keys = json.loads(base64.urlsafe_b64decode(cursor.encode() + b"=="))
         except (ValueError, TypeError, binascii.Error, RecursionError):
-            raise invalid_query("cursor", "is not a cursor of this service") from None
+            raise InvalidField("cursor", "is not a cursor of this service", "query") from None
         if name != self.name:
-            raise invalid_query("cursor", "belongs to a list in another order")
+            raise InvalidField("cursor", "belongs to a list in another order", "query")
         if len(keys) != len(self.columns) or not all(map(_is_comparable, keys, self.key_types)):
-            raise invalid_query("cursor", "is not a cursor of this service")
+            raise InvalidField("cursor", "is not a cursor of this service", "query")
         return list(keys)
 
 
@@ -212,10 +229,6 @@ def _is_comparable(key: object, key_type: Any) -> bool:
         return isinstance(key, str) and "\x00" not in key and key.encode(errors="ignore").decode() == key
     # PostgreSQL refuses to compare a column with a number that it can't hold.
     return isinstance(key, key_type) and not isinstance(key, bool) and abs(key) <= MAX_ID
-
-
-def invalid_query(name: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("query", name), "msg": message, "type": "value_error"}])
 
 
 Filters = Mapping[str, Any]

@@ -1,11 +1,10 @@
-"""Request and response models, and the validated field types that they are made of."""
+"""Request and response models, and the validated types of their fields."""
 
 import re
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from fastapi.exceptions import RequestValidationError
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,10 +26,12 @@ from stdnum import isbn as isbn_numbers
 import models
 from models import MAX_COPIES, MAX_ID, MIN_YEAR, LoanStatus, OnDuplicate, Role, ShelfStatus, UploadStatus
 
-Printed = TypeVar("Printed", int, date)
+YearOrDate = TypeVar("YearOrDate", int, date)
 
+# --- validators ---------------------------------------------------------------------------------------------------
 
 INVALID_CHARACTERS = re.compile("[\x00\ud800-\udfff]")
+CSV_CONTEXT = {"cells": True}  # the validation context of CSV cells, which are all text
 
 
 def _check_characters(text: str) -> str:
@@ -45,12 +46,19 @@ def _blank_is_null(value: object) -> object:
 
 def _no_comma(text: str) -> str:
     if "," in text:
-        raise ValueError("must not contain a comma: in files, tags are separated by them")
+        raise ValueError("must not contain a comma, which separates tags in files")
     return text
 
 
+def _no_encoded_word(email: str) -> str:
+    # Mail headers would decode it (RFC 2047): one mailbox would have endlessly many addresses.
+    if "=?" in email:
+        raise ValueError("must not contain =?")
+    return email
+
+
 def is_isbn13(text: str) -> bool:
-    """Whether it is one as we keep them. Imports ask for every row, and the library takes ten times as long."""
+    """Whether it is an ISBN as it is stored. stdnum takes ten times as long, which counts in an import."""
     if len(text) != 13 or not (text.isascii() and text.isdecimal() and text.startswith(("978", "979"))):
         return False
     return (sum(map(int, text[::2])) + 3 * sum(map(int, text[1::2]))) % 10 == 0
@@ -66,14 +74,11 @@ def _to_isbn13(text: str) -> str:
         raise ValueError(f"is not an ISBN: {str(error).lower().rstrip('.')}") from None
 
 
-def _iso(value: object) -> object:
+def _check_iso(value: object) -> object:
     # pydantic alone would take a number for seconds since 1970.
     if isinstance(value, date) or (isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value)):
         return value
     raise ValueError("must be like 2008-08-11 (ISO 8601)")
-
-
-CSV_CONTEXT = {"cells": True}  # the context of validating what a file says, where all is text
 
 
 def _no_bool(value: object) -> object:
@@ -82,14 +87,20 @@ def _no_bool(value: object) -> object:
     return value
 
 
-def _number(value: object, info: ValidationInfo) -> object:
+def _check_number(value: object, info: ValidationInfo) -> object:
     if isinstance(value, str) and info.context is not CSV_CONTEXT:  # and "12" for 12
         raise ValueError("must be a number")
     return _no_bool(value)
 
 
+def _not_zero(number: int) -> int:
+    if number == 0:
+        raise ValueError("must not be 0")
+    return number
+
+
 def _to_utc(moment: datetime) -> datetime:
-    """Before the year 9999: what SQLite rounds up beyond its last millisecond has no year."""
+    """In UTC, and before 9999: SQLite rounds the last millisecond of that year up to a year that it can't hold."""
     try:
         in_utc = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except OverflowError:
@@ -99,25 +110,27 @@ def _to_utc(moment: datetime) -> datetime:
     return in_utc
 
 
-def _check_year(value: Printed) -> Printed:
-    """Up to the year after next: publishers announce books that long before they print them."""
-    year = value.year if isinstance(value, date) else value
-    if not MIN_YEAR <= year <= models.utcnow().year + 2:
-        raise ValueError(f"must be between {MIN_YEAR} and {models.utcnow().year + 2}")
+def _check_year(value: YearOrDate) -> YearOrDate:
+    """At most two years ahead: publishers announce books that long before they print them."""
+    year, latest = value.year if isinstance(value, date) else value, models.utcnow().year + 2
+    if not MIN_YEAR <= year <= latest:
+        raise ValueError(f"must be between {MIN_YEAR} and {latest}")
     return value
 
 
-PATTERN_MESSAGES: dict[str, str] = {}  # what a pattern asks for
+# --- field types --------------------------------------------------------------------------------------------------
+
+PATTERN_MESSAGES: dict[str, str] = {}  # by pattern
 
 
-def pattern(pattern: str, asks: str) -> str:
-    """The pattern; a text that does not match it is refused with these words, not with the pattern itself."""
-    PATTERN_MESSAGES[pattern] = asks
+def pattern(pattern: str, message: str) -> str:
+    """The pattern. A text that does not match it is refused with this message, which is more than pydantic's."""
+    PATTERN_MESSAGES[pattern] = message
     return pattern
 
 
 def describe_error(error: Any) -> str:
-    """One of pydantic's errors, as clients are told it."""
+    """The message of one of pydantic's errors."""
     pattern = error.get("ctx", {}).get("pattern")
     return PATTERN_MESSAGES.get(pattern) or str(error["msg"]).removeprefix("Value error, ")
 
@@ -126,13 +139,8 @@ def length(most: int, least: int = 1) -> StringConstraints:
     return StringConstraints(min_length=least, max_length=most)
 
 
-# Python's idea of white space, not pydantic's, so that a shape, a CSV cell and a sort key agree on what is blank.
-Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
-Storable = AfterValidator(_check_characters)
-
-
 class NotBlank:
-    """Tells clients what follows from stripping a text and wanting something of it."""
+    """Documents that a stripped text must not be empty."""
 
     @staticmethod
     def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -140,7 +148,7 @@ class NotBlank:
 
 
 class BlankIsNull:
-    """Takes a blank text, as forms send it, for null; and tells clients that it may be sent."""
+    """Accepts a blank text, as forms send it, as null, and documents it."""
 
     @staticmethod
     def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -148,10 +156,13 @@ class BlankIsNull:
 
     @staticmethod
     def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        described = handler(schema)
-        return {**described, "anyOf": [*described.get("anyOf", ()), {"type": "string", "pattern": r"^\s*$"}]}
+        documented = handler(schema)
+        return {**documented, "anyOf": [*documented.get("anyOf", ()), {"type": "string", "pattern": r"^\s*$"}]}
 
 
+# By Python's definition of white space, not pydantic's, so that models, CSV cells and sort keys agree on what is blank.
+Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
+Storable = AfterValidator(_check_characters)
 Title = Annotated[str, length(500), Stripped, Storable, NotBlank]
 Author = Annotated[str, length(1000), Stripped, Storable, NotBlank]
 Language = Annotated[str, length(35), Stripped, Storable, NotBlank]
@@ -171,18 +182,51 @@ Price = Annotated[
     AfterValidator(abs),  # of -0.0
     PlainSerializer(float, return_type=float, when_used="json"),
 ]
-Number = BeforeValidator(_number)
+Number = BeforeValidator(_check_number)
 Year = Annotated[int, Number, Field(ge=MIN_YEAR, le=9999), AfterValidator(_check_year)]
-PublishedDate = Annotated[date, BeforeValidator(_iso), AfterValidator(_check_year)]
-Timestamp = Annotated[datetime, BeforeValidator(_iso), AfterValidator(_to_utc)]
+PublishedDate = Annotated[date, BeforeValidator(_check_iso), AfterValidator(_check_year)]
+Timestamp = Annotated[datetime, BeforeValidator(_check_iso), AfterValidator(_to_utc)]
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
 BodyId = Annotated[int, Number, Field(ge=1, le=MAX_ID)]
+USERNAME_PATTERN = pattern(
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "must be of the letters A to Z, digits, '.', '_' and '-', a letter or digit first"
+)
+Username = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=2, max_length=50, pattern=USERNAME_PATTERN)
+]
+EmailAddress = Annotated[
+    str,
+    StringConstraints(
+        strip_whitespace=True,
+        to_lower=True,
+        max_length=254,
+        # As <input type=email> (HTML Living Standard, "valid e-mail address"), with a dot in the domain.
+        pattern=pattern(
+            r"^[a-zA-Z0-9.!#$%&'*+/=?^_`{|}~-]+@[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+            r"(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+$",
+            "must be an e-mail address, like ada@example.com",
+        ),
+    ),
+    AfterValidator(_no_encoded_word),
+]
+Password = Annotated[str, StringConstraints(min_length=8, max_length=128), Storable]
 
 
 class RequestModel(BaseModel):
-    """What clients send: a field that is not named here is refused."""
+    """Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+def example(**values: Any) -> dict[str, Any]:
+    """For `json_schema_extra`: one example of the whole model."""
+    return {"examples": [values]}
+
+
+# Types of response fields, with an example.
+Moment = Annotated[datetime, Field(examples=["2026-03-08T18:00:00Z"])]
+Count = Annotated[int, Field(examples=[2])]
+PublicId = Annotated[int, Field(examples=[1])]
 
 
 class Problem(BaseModel):
@@ -196,165 +240,141 @@ class Problem(BaseModel):
 
 
 class FieldError(BaseModel):
-    loc: list[str | int]
-    msg: str
-    type: str
+    loc: list[str | int] = Field(examples=[["body", "title"]])
+    msg: str = Field(examples=["Field required"])
+    type: str = Field(examples=["missing"])
 
 
-def _no_encoded_word(email: str) -> str:
-    # Mail headers would decode it (RFC 2047): one mailbox would have endlessly many addresses.
-    if "=?" in email:
-        raise ValueError("must not contain =?")
-    return email
-
-
-USERNAME_PATTERN = pattern(
-    r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "must be of the letters A to Z, digits, '.', '_' and '-', a letter or digit first"
-)
-Username = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=2, max_length=50, pattern=USERNAME_PATTERN)
-]
-# The rule of HTML's <input type=email> (HTML Living Standard, "valid e-mail address"), with a dot in the domain.
-# Whether mail arrives there, only mail can tell.
-EmailAddress = Annotated[
-    str,
-    StringConstraints(
-        strip_whitespace=True,
-        to_lower=True,
-        max_length=254,
-        pattern=pattern(
-            r"^[a-zA-Z0-9.!#$%&'*+/=?^_`{|}~-]+@[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
-            r"(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+$",
-            "must be an e-mail address, like ada@example.com",
-        ),
-    ),
-    AfterValidator(_no_encoded_word),
-]
-Password = Annotated[str, StringConstraints(min_length=8, max_length=128), Storable]
+# --- users --------------------------------------------------------------------------------------------------------
 
 
 class UserCreate(RequestModel):
-    username: Username = Field(examples=["ada"])
-    email: EmailAddress = Field(examples=["ada@example.com"])
+    username: Username = Field(examples=["rita"])
+    email: EmailAddress = Field(examples=["rita@example.com"])
     password: Password = Field(examples=["a long way to Arrakis"])
-    full_name: Annotated[Word | None, BlankIsNull] = None
+    full_name: Annotated[Word | None, BlankIsNull] = Field(default=None, examples=["Rita Reader"])
 
 
 class AccountCreate(UserCreate):
-    role: Role = Role.reader
+    role: Role = Field(default=Role.reader, examples=["librarian"])
 
 
-class UserUpdate(RequestModel):
-    """A field that is left out stays; `full_name: null` clears it."""
+class UserUpdate(RequestModel, json_schema_extra=example(full_name="Rita R. Reader")):
+    """Fields that are left out stay as they are; `full_name: null` clears it."""
 
-    email: EmailAddress = Field(default="", examples=["rita@example.com"])
-    full_name: Annotated[Word | None, BlankIsNull] = Field(default=None, examples=["Rita R. Reader"])
+    email: EmailAddress = ""
+    full_name: Annotated[Word | None, BlankIsNull] = None
     current_password: Annotated[str, Field(max_length=1000), Storable] | None = Field(
-        default=None, description="Needed with a new `email`.", examples=["a long way to Arrakis"]
+        default=None, description="Needed with a new `email`."
     )
 
 
-class AccountUpdate(RequestModel):
-    """A field that is left out stays; `full_name: null` clears it."""
+class AccountUpdate(RequestModel, json_schema_extra=example(role="librarian")):
+    """Fields that are left out stay as they are; `full_name: null` clears it."""
 
-    email: EmailAddress = Field(default="", examples=["rita@example.com"])
-    full_name: Annotated[Word | None, BlankIsNull] = Field(default=None, examples=["Rita R. Reader"])
+    email: EmailAddress = ""
+    full_name: Annotated[Word | None, BlankIsNull] = None
     role: Role = Role.reader
-    is_active: StrictBool = Field(default=True, examples=[True])
+    is_active: StrictBool = True
 
 
 class UserPublic(BaseModel):
     model_config = {"from_attributes": True}
 
-    id: int
-    username: str
-    email: str
-    full_name: str | None
+    id: PublicId
+    username: str = Field(examples=["rita"])
+    email: str = Field(examples=["rita@example.com"])
+    full_name: str | None = Field(examples=["Rita Reader"])
     role: Role
-    is_active: bool
-    email_verified_at: datetime | None
-    pending_email: str | None = Field(description="A new address that waits to be confirmed.")
-    created_at: datetime
+    is_active: bool = Field(examples=[True])
+    email_verified_at: Moment | None
+    pending_email: str | None = Field(description="A new address that waits to be confirmed.", examples=[None])
+    created_at: Moment
 
 
 class SessionPublic(BaseModel):
-    id: int
-    user_agent: str | None
-    created_at: datetime
-    last_used_at: datetime
-    expires_at: datetime
-    current: bool = Field(description="Whether it is the one that asks.")
+    id: PublicId
+    user_agent: str | None = Field(examples=["Mozilla/5.0 (X11; Linux x86_64)"])
+    created_at: Moment
+    last_used_at: Moment
+    expires_at: Moment
+    current: bool = Field(description="Whether this request belongs to it.", examples=[True])
+
+
+# --- uploads and events -------------------------------------------------------------------------------------------
 
 
 class UploadPublic(BaseModel):
     model_config = {"from_attributes": True}
 
-    id: int
-    filename: str
+    id: PublicId
+    filename: str = Field(examples=["books.csv"])
     status: UploadStatus
-    rows: int = Field(description="Each is in exactly one of inserted, updated, skipped and failed.")
-    inserted: int
-    updated: int
-    skipped: int
-    failed: int
-    warnings: int = Field(description="Rows that went in without one bad value.")
-    progress: float = Field(description="From 0 to 1, by the bytes of the file.")
-    ignored_columns: list[str] = Field(description="Columns that the catalogue does not know.")
-    shelve: bool = Field(description="Whether the books go on your shelf, too.")
+    rows: int = Field(description="Each is in exactly one of inserted, updated, skipped and failed.", examples=[8])
+    inserted: Count
+    updated: Count
+    skipped: Count
+    failed: Count
+    warnings: int = Field(description="Rows that went in without one bad value.", examples=[1])
+    progress: float = Field(description="From 0 to 1, by the bytes of the file.", examples=[1.0])
+    ignored_columns: list[str] = Field(description="Columns that the catalogue does not have.", examples=[["shelf"]])
+    shelve: bool = Field(description="Whether the books go on your shelf, too.", examples=[False])
     on_duplicate: OnDuplicate
-    dry_run: bool = Field(description="Whether it only counts and explains.")
-    enrich: bool = Field(description="Whether Open Library fills in what the file does not say.")
-    format: str | None = Field(description="What was found: `books`, `books-api`, `goodreads` or `storygraph`.")
-    encoding: str | None = Field(description="What was found.", examples=["utf-8"])
-    delimiter: str | None = Field(description="What was found.", examples=[","])
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-    error: str | None = Field(description="Why the upload as a whole failed.")
+    dry_run: bool = Field(description="Whether it only counts and explains.", examples=[False])
+    enrich: bool = Field(description="Whether Open Library fills in what the file lacks.", examples=[False])
+    format: str | None = Field(
+        description="Detected: `books`, `books-api`, `goodreads` or `storygraph`.", examples=["books"]
+    )
+    encoding: str | None = Field(description="Detected.", examples=["utf-8"])
+    delimiter: str | None = Field(description="Detected.", examples=[","])
+    created_at: Moment
+    started_at: Moment | None
+    finished_at: Moment | None
+    error: str | None = Field(description="Why the upload as a whole failed.", examples=[None])
 
 
 class UploadErrorPublic(BaseModel):
     model_config = {"from_attributes": True}
 
-    row: int = Field(description="As a spreadsheet counts: the header is row 1.")
+    row: int = Field(description="As a spreadsheet counts: the header is row 1.", examples=[7])
     severity: Literal["error", "warning"]
-    field: str | None
-    value: str | None
-    message: str
+    field: str | None = Field(examples=["isbn"])
+    value: str | None = Field(examples=["978-0-441-17271-8"])
+    message: str = Field(examples=["is not an ISBN: the number's checksum or check digit is invalid"])
 
 
 class EventPublic(BaseModel):
     model_config = {"from_attributes": True}
 
-    id: int
-    at: datetime
-    type: str
-    data: dict[str, Any]
+    id: int = Field(examples=[1795254571301])
+    at: Moment
+    type: str = Field(examples=["book.deleted"])
+    data: dict[str, Any] = Field(examples=[{"id": 1, "title": "Dune", "author": "Frank Herbert"}])
 
 
 # --- books --------------------------------------------------------------------------------------------------------
 
 
 class BookBase(BaseModel):
-    """What people can say of a book."""
+    """What describes a book."""
 
-    title: Title = Field(examples=["Pride and Prejudice"])
-    author: Author = Field(description="One or several, separated by `, `.", examples=["Jane Austen"])
+    title: Title = Field(examples=["Dune"])
+    author: Author = Field(description="One or several, separated by `, `.", examples=["Frank Herbert"])
     isbn: Annotated[Isbn | None, BlankIsNull] = Field(
-        default=None,
-        description="ISBN-10 or 13; kept and shown as 13 digits.",
-        examples=["978-0-14-143951-8"],
+        default=None, description="ISBN-10 or 13; stored as 13 digits.", examples=["978-0-441-17271-9"]
     )
-    genre: Annotated[Word | None, BlankIsNull] = Field(default=None, examples=["Romance"])
-    description: Annotated[LongText | None, BlankIsNull] = None
-    publisher: Annotated[Name | None, BlankIsNull] = None
+    genre: Annotated[Word | None, BlankIsNull] = Field(default=None, examples=["Science fiction"])
+    description: Annotated[LongText | None, BlankIsNull] = Field(default=None, examples=["Spice and sandworms."])
+    publisher: Annotated[Name | None, BlankIsNull] = Field(default=None, examples=["Ace"])
     language: Annotated[Language | None, BlankIsNull] = Field(default=None, examples=["en"])
-    pages: Annotated[int, Number, Field(ge=1, le=100_000)] | None = None
-    price: Price | None = Field(default=None, examples=[7.99])
-    cover_url: Annotated[Url | None, BlankIsNull] = None
-    published_date: PublishedDate | None = Field(default=None, examples=["1813-01-28"])
+    pages: Annotated[int, Number, Field(ge=1, le=100_000)] | None = Field(default=None, examples=[535])
+    price: Price | None = Field(default=None, examples=[9.99])
+    cover_url: Annotated[Url | None, BlankIsNull] = Field(default=None, examples=["https://example.com/dune.jpg"])
+    published_date: PublishedDate | None = Field(default=None, examples=["1965-08-01"])
     publication_year: Year | None = Field(
-        default=None, description="Taken from `published_date` where it is left out; negative before the common era."
+        default=None,
+        description="Taken from `published_date` if left out; negative before the common era.",
+        examples=[1965],
     )
 
 
@@ -362,16 +382,14 @@ class BookCreate(BookBase):
     model_config = {"extra": "forbid"}
 
     @model_validator(mode="after")
-    def _a_date_fills_the_year(self) -> Self:
+    def _a_date_sets_the_year(self) -> Self:
         if self.published_date is not None and self.publication_year is None:
             self.publication_year = self.published_date.year
         return self
 
 
-class BookUpdate(BookBase):
-    """RFC 7396: a field that is left out stays as it is, null clears it."""
-
-    model_config = {"extra": "forbid"}
+class BookUpdate(BookBase, extra="forbid", json_schema_extra=example(price=8.5, publisher=None)):
+    """RFC 7396: fields that are left out stay as they are, null clears them."""
 
     title: Title = ""
     author: Author = ""
@@ -380,58 +398,57 @@ class BookUpdate(BookBase):
 class BookPublic(BaseModel):
     model_config = {"from_attributes": True}
 
-    id: int
-    title: str
-    author: str
-    isbn: str | None
-    genre: str | None
-    description: str | None
-    publisher: str | None
-    language: str | None
-    pages: int | None
-    price: Price | None
-    cover_url: str | None
-    published_date: date | None
-    publication_year: int | None
-    copies: int
-    available: int
-    rating: float | None = Field(description="The average of its ratings, 1 to 5, or null.")
-    rating_count: int
-    added_by: int | None
-    version: int
-    created_at: datetime
-    updated_at: datetime
+    id: PublicId
+    title: str = Field(examples=["Dune"])
+    author: str = Field(examples=["Frank Herbert"])
+    isbn: str | None = Field(examples=["9780441172719"])
+    genre: str | None = Field(examples=["Science fiction"])
+    description: str | None = Field(examples=["Spice and sandworms."])
+    publisher: str | None = Field(examples=["Ace"])
+    language: str | None = Field(examples=["en"])
+    pages: int | None = Field(examples=[535])
+    price: Price | None = Field(examples=[9.99])
+    cover_url: str | None = Field(examples=["https://example.com/dune.jpg"])
+    published_date: date | None = Field(examples=["1965-08-01"])
+    publication_year: int | None = Field(examples=[1965])
+    copies: int = Field(examples=[3])
+    available: Count
+    rating: float | None = Field(description="The average of its ratings, 1 to 5, or null.", examples=[4.5])
+    rating_count: Count
+    added_by: int | None = Field(examples=[2])
+    version: int = Field(examples=[7])
+    created_at: Moment
+    updated_at: Moment
 
 
 class GenreCount(BaseModel):
-    genre: str
-    count: int
-
-
-def _not_zero(number: int) -> int:
-    if number == 0:
-        raise ValueError("must not be 0")
-    return number
+    genre: str = Field(examples=["Science fiction"])
+    count: Count
 
 
 class StockChange(RequestModel):
     quantity: Annotated[int, Number, Field(ge=-MAX_COPIES, le=MAX_COPIES), AfterValidator(_not_zero)] = Field(
-        description="How many copies come; negative: how many go.", examples=[3]
+        description="How many copies to add; negative: to remove.", examples=[3]
     )
 
 
 class StockPublic(BaseModel):
-    copies: int
-    available: int
-    on_loan: int
+    copies: int = Field(examples=[3])
+    available: Count
+    on_loan: int = Field(examples=[1])
+
+
+# --- shelves and loans --------------------------------------------------------------------------------------------
 
 
 class EntryCreate(RequestModel):
-    status: ShelfStatus = ShelfStatus.wishlist
+    status: ShelfStatus = Field(default=ShelfStatus.wishlist, examples=["reading"])
 
 
-class EntryUpdate(RequestModel):
-    """RFC 7396: a field that is left out stays as it is, null clears it."""
+class EntryUpdate(
+    RequestModel, json_schema_extra=example(status="completed", rating=5, review="Sandy.", tags=["desert"])
+):
+    """RFC 7396: fields that are left out stay as they are, null clears them."""
 
     status: ShelfStatus = ShelfStatus.wishlist
     rating: Annotated[int, Number, Field(ge=1, le=5)] | None = None
@@ -444,48 +461,42 @@ class EntryUpdate(RequestModel):
 class EntryPublic(BaseModel):
     model_config = {"from_attributes": True}
 
-    book_id: int
+    book_id: PublicId
     status: ShelfStatus
-    rating: int | None
-    review: str | None
-    tags: list[str]
-    started_at: datetime | None
-    finished_at: datetime | None
-    added_at: datetime
-    updated_at: datetime
+    rating: int | None = Field(examples=[5])
+    review: str | None = Field(examples=["Sandy."])
+    tags: list[str] = Field(examples=[["desert"]])
+    started_at: Moment | None
+    finished_at: Moment | None
+    added_at: Moment
+    updated_at: Moment
     book: BookPublic
 
 
 class ReviewPublic(BaseModel):
-    username: str
-    rating: int | None
-    review: str | None
-    finished_at: datetime | None
-    updated_at: datetime
+    username: str = Field(examples=["rita"])
+    rating: int | None = Field(examples=[5])
+    review: str | None = Field(examples=["Sandy."])
+    finished_at: Moment | None
+    updated_at: Moment
 
 
-class LoanCreate(RequestModel):
+class LoanCreate(RequestModel, json_schema_extra=example(book_id=1)):
     book_id: BodyId
     quantity: Annotated[int, Number, Field(ge=1, le=MAX_COPIES)] = 1
-    due_at: Timestamp | None = Field(
-        default=None, description="`LOAN_DAYS` from now where it is left out; at most twice that."
-    )
-    user_id: BodyId | None = Field(default=None, description="Who borrows, where that is not me; for staff.")
+    due_at: Timestamp | None = Field(default=None, description="`LOAN_DAYS` from now if left out; at most twice that.")
+    user_id: BodyId | None = Field(default=None, description="The borrower, if that is not me; for staff.")
 
 
 class LoanPublic(BaseModel):
-    id: int
-    user_id: int
-    username: str
-    book_id: int
-    title: str
-    quantity: int
-    borrowed_at: datetime
-    due_at: datetime
-    returned_at: datetime | None
-    renewals: int
-    status: LoanStatus = Field(description="Exactly one of these; `overdue` is open and past `due_at`.")
-
-
-def invalid_body(field: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"loc": ("body", field), "msg": message, "type": "value_error"}])
+    id: PublicId
+    user_id: PublicId
+    username: str = Field(examples=["rita"])
+    book_id: PublicId
+    title: str = Field(examples=["Dune"])
+    quantity: int = Field(examples=[1])
+    borrowed_at: Moment
+    due_at: datetime = Field(examples=["2026-03-29T18:00:00Z"])
+    returned_at: datetime | None = Field(examples=[None])
+    renewals: int = Field(examples=[0])
+    status: LoanStatus = Field(description="`overdue`: open and past `due_at`.")

@@ -32,8 +32,8 @@ from sqlmodel import Session, col
 import database
 import models
 from database import CompiledQuery
-from models import LoginSession, Principal, Role, Setting, User
-from schemas import EmailAddress, Id, Username, invalid_body
+from models import InvalidField, LoginSession, Principal, Role, Setting, User
+from schemas import EmailAddress, Id, Username
 from settings import COMMON_PASSWORDS, settings
 
 T = TypeVar("T")
@@ -67,9 +67,9 @@ async def verify_password(password: str, password_hash: str) -> tuple[bool, str 
 def check_password_strength(field: str, password: str, *names: str) -> None:
     """422 for a password that is guessed first."""
     if password.lower() in [name.lower() for name in names]:
-        raise invalid_body(field, "must not be the user name or the e-mail address")
+        raise InvalidField(field, "must not be the user name or the e-mail address")
     if password.lower() in COMMON_PASSWORDS:
-        raise invalid_body(field, "is one of the most common passwords: choose another")
+        raise InvalidField(field, "is one of the most common passwords: choose another")
 
 
 async def reject_repeated_fields(request: Request) -> None:
@@ -77,7 +77,7 @@ async def reject_repeated_fields(request: Request) -> None:
     names = [name for name, _ in (await request.form()).multi_items()]
     for name in names:
         if names.count(name) > 1:
-            raise invalid_body(name, "is given more than once")
+            raise InvalidField(name, "is given more than once")
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------

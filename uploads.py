@@ -18,9 +18,9 @@ from csv_files import BOOK_COLUMNS, OUR_COLUMNS, REASON, SHELVES, printable, to_
 from database import readonly, transactional
 from imports import CHUNK, finish, run_upload
 from library import ENTRIES
-from models import OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus
+from models import InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus
 from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, json_response, page_response
-from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic, invalid_body
+from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic
 from security import Contributor, CurrentUser, Viewer, reject_repeated_fields
 from settings import settings
 
@@ -125,7 +125,7 @@ async def store_upload(
     form: ShelfForm, user: Principal, tasks: BackgroundTasks, response: Response, *, shelve: bool, enrich: bool
 ) -> UploadPublic:
     if not form.file.size:
-        raise invalid_body("file", "is empty")
+        raise InvalidField("file", "is empty")
     if form.file.size > settings.max_upload_mb << 20:
         raise HTTPException(413, f"Files have at most {settings.max_upload_mb} MiB.")
     upload = await database.write(insert_upload, form, user.id, shelve=shelve, enrich=enrich)

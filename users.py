@@ -185,7 +185,7 @@ async def export_me(user: CurrentUser) -> StreamingResponse:
 def export_account(user: Principal, account: UserPublic) -> Iterator[str]:
     """In batches: the errors of my uploads may be a million rows."""
     now = models.utcnow()
-    yield f'{{"exported_at": "{models.isoformat(now)}",\n"account": {account.model_dump_json()}'
+    yield f'{{"exported_at": "{now:%Y-%m-%dT%H:%M:%SZ}",\n"account": {account.model_dump_json()}'
     values = {"user_id": user.id, "session_id": user.session_id, "username": user.username, "now": now}
     for name, (listing, order) in PARTS.items():
         yield f',\n"{name}": ['
