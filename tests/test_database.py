@@ -1,13 +1,15 @@
-"""The file underneath: writers wait for each other, migrations make what the models say, failures are told apart."""
+"""The database: transactions, migrations, constraint violations, and routes that are one transaction."""
 
+import contextlib
 import hmac
+import inspect
 import multiprocessing
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from pathlib import Path as FilePath
+from typing import Annotated, Any
 
 import anyio
 import pytest
@@ -15,22 +17,25 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from fastapi import BackgroundTasks, FastAPI, HTTPException, Path, Response
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Session, SQLModel
+from sqlmodel import Session, SQLModel, col
 
 import database
-from database import Violation
+from api import HANDLERS
+from database import Violation, readonly, transactional
 from main import app
 from models import Setting
+from schemas import RequestModel, Word
 from settings import Settings, check_database_url, settings
-from tests.fixtures import PASSWORD_HASH, ROOT, Person, Server, url_of, wait_for
+from tests.fixtures import PASSWORD_HASH, ROOT, Person, Server, copy_of, url_of, wait_for
 
 PROCESSES, THREADS, STEPS = 2, 4, 60
 
 
 def count_up(url: str) -> None:
-    """In a process of its own: read, add one, write; many times, in many threads."""
+    """Read, add one and write, many times, in many threads of a process."""
 
     def step(session: Session) -> None:
         counter = session.get_one(Setting, "counter")
@@ -53,7 +58,7 @@ def count_up(url: str) -> None:
 
 
 @pytest.mark.slow
-def test_no_update_is_lost_between_threads_and_processes(tmp_path: Path) -> None:
+def test_no_update_is_lost_between_threads_and_processes(tmp_path: FilePath) -> None:
     url = Settings(database_url=url_of(tmp_path / "books.db")).database_url
     database.migrate(url)
     engine = sa.create_engine(url)
@@ -72,8 +77,8 @@ def test_no_update_is_lost_between_threads_and_processes(tmp_path: Path) -> None
     assert counter == str(PROCESSES * THREADS * STEPS)
 
 
-def schema_of(file: Path) -> dict[str, object]:
-    """Columns, constraints and indexes of every table, whatever order they were written in."""
+def schema_of(file: FilePath) -> dict[str, object]:
+    """Columns, constraints and indexes of every table, sorted."""
     engine = sa.create_engine(f"sqlite:///{file}")
     with engine.connect() as connection:
         inspector = sa.inspect(connection)
@@ -112,14 +117,14 @@ def uniques_of(connection: sa.Connection, table: str) -> list[list[str]]:
 
 
 @pytest.mark.postgresql
-def test_the_migrations_make_what_the_models_say_and_an_index_of_words(client: TestClient) -> None:
+def test_migrations_match_the_models_and_add_search_columns(client: TestClient) -> None:
     def differences(connection: sa.Connection) -> set[tuple[str, str]]:
         context = MigrationContext.configure(connection)
         found = compare_metadata(context, SQLModel.metadata)
         named = {(kind, thing.name) for kind, *rest in found for thing in rest[-1:]}
-        return {one for one in named if one[1] != "ix_book_score"}  # whose expression PostgreSQL spells its own way
+        return {one for one in named if one[1] != "ix_book_score"}  # PostgreSQL rewrites its expression
 
-    # Two columns and their indexes that only the search knows of.
+    # Columns and indexes for search, which are not in the models.
     assert database.read_sync(differences) == {
         ("remove_column", "words"),
         ("remove_column", "title_words"),
@@ -129,7 +134,7 @@ def test_the_migrations_make_what_the_models_say_and_an_index_of_words(client: T
 
 
 @pytest.mark.sqlite
-def test_the_migrations_make_what_the_models_say(tmp_path: Path) -> None:
+def test_migrations_match_the_models(tmp_path: FilePath) -> None:
     migrated, modelled = tmp_path / "migrated.db", tmp_path / "modelled.db"
     database.migrate(f"sqlite:///{migrated}")
     engine = sa.create_engine(f"sqlite:///{modelled}")
@@ -139,7 +144,7 @@ def test_the_migrations_make_what_the_models_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.sqlite
-def test_a_database_in_use_is_brought_up_to_date_with_all_that_it_holds(tmp_path: Path) -> None:
+def test_migrations_keep_existing_rows(tmp_path: FilePath) -> None:
     url = f"sqlite:///{tmp_path / 'old.db'}"
     engine = sa.create_engine(url)
     with engine.connect() as connection, connection.begin():
@@ -158,14 +163,14 @@ def test_a_database_in_use_is_brought_up_to_date_with_all_that_it_holds(tmp_path
     assert kept == [(7, "x", None)]
 
 
-def test_there_is_one_line_of_migrations() -> None:
+def test_migrations_have_one_head() -> None:
     texts = [path.read_text() for path in (ROOT / "migrations" / "versions").glob("*.py")]
     downs = [next(line for line in text.splitlines() if line.startswith("down_revision")) for text in texts]
     assert len(set(downs)) == len(downs)
 
 
 @pytest.mark.slow
-def test_several_processes_start_at_once_on_an_empty_file(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_several_processes_can_start_at_once_on_an_empty_file(serve: Callable[..., Server], tmp_path: FilePath) -> None:
     with ThreadPoolExecutor(4) as pool:
         servers = list(pool.map(lambda _: serve(SECRET_KEY=""), range(4)))
     admins = [Person(server.client, "admin", "admin") for server in servers]
@@ -176,7 +181,7 @@ def test_several_processes_start_at_once_on_an_empty_file(serve: Callable[..., S
 
 
 @pytest.mark.slow
-def test_workers_of_one_server_share_the_file(serve: Callable[..., Server]) -> None:
+def test_workers_share_the_file(serve: Callable[..., Server]) -> None:
     server = serve("--workers", "2")
     admin = Person(server.client, "admin", "admin")
     wait_for(lambda: server.log.read_text().count("Application startup complete") == 2 or None)
@@ -190,7 +195,7 @@ def test_workers_of_one_server_share_the_file(serve: Callable[..., Server]) -> N
 
 
 @pytest.mark.sqlite
-def test_the_pragmas_are_in_force(client: TestClient) -> None:
+def test_pragmas_are_set(client: TestClient) -> None:
     def pragmas(connection: sa.Connection) -> dict[str, object]:
         return {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in database.PRAGMAS}
 
@@ -202,7 +207,7 @@ def test_the_pragmas_are_in_force(client: TestClient) -> None:
 
 
 VIOLATIONS = {
-    "a taken name": (
+    "a taken username": (
         'INSERT INTO "user" (username, email, password_hash, role, is_active, created_at)'
         " VALUES ('ADMIN', 'x', 'x', 'admin', TRUE, '2020-01-01')",
         Violation("unique", "username"),
@@ -213,8 +218,8 @@ VIOLATIONS = {
         Violation("unique", "email"),
     ),
     "an unknown role": ("UPDATE \"user\" SET role = 'god'", Violation("check", "role")),
-    "no name": ('UPDATE "user" SET username = NULL', Violation("check", "username")),
-    "an entry of nobody": (
+    "null": ('UPDATE "user" SET username = NULL', Violation("check", "username")),
+    "a missing reference": (
         "INSERT INTO shelf_entry (user_id, book_id, status, tags, added_at, updated_at)"
         " VALUES (99, 99, 'reading', '[]', '2020-01-01', '2020-01-01')",
         Violation("reference", ""),
@@ -236,26 +241,26 @@ def test_violations_name_their_field(client: TestClient, statement: str, expecte
 
 
 @pytest.mark.sqlite
-@pytest.mark.parametrize("way", [database.write_inline, database.write], ids=["inline", "in a thread"])
-def test_a_change_that_fails_at_its_commit_is_over(client: TestClient, reader: Person, way: Any) -> None:
-    """As it does where the disk is full, or as here where a reference is looked at last."""
+@pytest.mark.parametrize("write", [database.write_inline, database.write], ids=["inline", "in a thread"])
+def test_a_write_that_fails_at_its_commit_releases_the_lock(client: TestClient, reader: Person, write: Any) -> None:
+    """As on a full disk, or here with a deferred constraint."""
 
-    def entry_of_nobody(session: Session) -> None:
+    def break_reference(session: Session) -> None:
         session.execute(sa.text("PRAGMA defer_foreign_keys=ON"))
-        session.execute(sa.text(VIOLATIONS["an entry of nobody"][0]))
+        session.execute(sa.text(VIOLATIONS["a missing reference"][0]))
 
     assert client.portal is not None
     for _ in range(2):
         with pytest.raises(IntegrityError, match="FOREIGN KEY"):
-            client.portal.call(way, entry_of_nobody)
+            client.portal.call(write, break_reference)
     assert reader.add_book(title="Dune")["id"] == 1
-    with sqlite3.connect(database.backend().engine.url.database, timeout=0) as stranger:  # type: ignore[arg-type]  # SQLite's is a path
-        stranger.execute("BEGIN IMMEDIATE")  # nobody is writing any more
-    stranger.close()
+    with sqlite3.connect(database.backend().engine.url.database, timeout=0) as other:  # type: ignore[arg-type]  # SQLite's is a path
+        other.execute("BEGIN IMMEDIATE")  # fails while another transaction is open
+    other.close()
 
 
-def test_a_read_sees_one_moment(client: TestClient, admin: Person) -> None:
-    """Between its statements another connection commits; the read does not see half of it."""
+def test_a_read_is_one_snapshot(client: TestClient, admin: Person) -> None:
+    """A commit of another connection between its statements is not visible."""
 
     def count_twice(connection: sa.Connection) -> tuple[int, int]:
         first = connection.exec_driver_sql("SELECT count(*) FROM book").scalar_one()
@@ -275,7 +280,7 @@ def test_a_read_sees_one_moment(client: TestClient, admin: Person) -> None:
 
 
 def test_a_database_of_revision_0006_loses_only_undo_links_and_unused_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "database_url", check_database_url(url_of(tmp_path / "old.db")))
     codes = {"link": "rita@example.com", "undo": "old@example.com", "link of revision 0001": None}
@@ -333,3 +338,118 @@ def test_a_database_of_revision_0006_loses_only_undo_links_and_unused_settings(
 def _contents(connection: sa.Connection, table: str) -> list[dict[str, Any]]:
     first = "key" if table == "setting" else "id"
     return [dict(row) for row in connection.execute(sa.text(f"SELECT * FROM {table} ORDER BY {first}")).mappings()]
+
+
+# --- routes that are one transaction ------------------------------------------------------------------------------
+
+stored_keys: list[str] = []
+
+
+class SettingBody(RequestModel):
+    value: Word
+
+
+@transactional
+def put_setting(
+    session: Session,
+    key: Annotated[str, Path(max_length=50)],
+    body: SettingBody,
+    response: Response,
+    tasks: BackgroundTasks,
+    fail: bool = False,
+) -> SettingBody:
+    """Store a setting."""
+    session.merge(Setting(key=key, value=body.value))
+    session.flush()
+    response.headers["Location"] = f"/settings/{key}"
+    tasks.add_task(stored_keys.append, key)
+    if fail:
+        raise HTTPException(409, "Refused.")
+    if body.value == "bug":
+        raise ZeroDivisionError
+    return body
+
+
+@readonly
+def read_setting(connection: sa.Connection, key: str) -> SettingBody:
+    """Read a setting."""
+    value = connection.execute(sa.select(col(Setting.value)).where(col(Setting.key) == key)).scalar()
+    if value is None:
+        raise HTTPException(404, "No such setting.")
+    return SettingBody(value=value)
+
+
+@pytest.fixture
+def small_app(first_start: FilePath, tmp_path: FilePath) -> Iterator[TestClient]:
+    url = Settings(database_url=copy_of(first_start, tmp_path / "small.db")).database_url
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        database.open_database(url)
+        yield
+        database.close_database()
+
+    app = FastAPI(lifespan=lifespan, exception_handlers=HANDLERS)
+    app.put("/settings/{key}", status_code=201)(put_setting)
+    app.get("/settings/{key}")(read_setting)
+    stored_keys.clear()
+    with TestClient(app) as client:
+        yield client
+
+
+def test_fastapi_does_not_see_the_session_of_a_transactional_route(small_app: TestClient) -> None:
+    assert [*inspect.signature(put_setting).parameters] == ["key", "body", "response", "tasks", "fail"]
+    assert [*inspect.signature(read_setting).parameters] == ["key"]
+    assert (put_setting.__name__, put_setting.__doc__) == ("put_setting", "Store a setting.")
+    operation = small_app.get("/openapi.json").json()["paths"]["/settings/{key}"]["put"]
+    assert [parameter["name"] for parameter in operation["parameters"]] == ["key", "fail"]
+    assert operation["description"] == "Store a setting."
+    schemas = [operation[part]["content"]["application/json"]["schema"] for part in ("requestBody",)]
+    schemas.append(operation["responses"]["201"]["content"]["application/json"]["schema"])
+    assert schemas == [{"$ref": "#/components/schemas/SettingBody"}] * 2
+
+
+def test_a_transactional_route_commits_and_then_runs_its_background_tasks(small_app: TestClient) -> None:
+    response = small_app.put("/settings/color", json={"value": " red "})
+    assert (response.status_code, response.json()) == (201, {"value": "red"})
+    assert response.headers["Location"] == "/settings/color"
+    assert stored_keys == ["color"]
+    assert small_app.get("/settings/color").json() == {"value": "red"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "loc"),
+    [
+        pytest.param("/settings/color", {"value": 1}, ["body", "value"], id="body"),
+        pytest.param("/settings/color", {"value": "red", "x": 1}, ["body", "x"], id="unknown field"),
+        pytest.param(f"/settings/{'x' * 51}", {"value": "red"}, ["path", "key"], id="path"),
+        pytest.param("/settings/color?fail=maybe", {"value": "red"}, ["query", "fail"], id="query"),
+    ],
+)
+def test_a_transactional_route_validates_its_parameters(
+    small_app: TestClient, path: str, body: dict[str, Any], loc: list[str]
+) -> None:
+    response = small_app.put(path, json=body)
+    assert (response.status_code, response.json()["errors"][0]["loc"]) == (422, loc)
+    assert small_app.get("/settings/color").status_code == 404
+
+
+def test_an_http_exception_rolls_a_transactional_route_back(small_app: TestClient) -> None:
+    response = small_app.put("/settings/color?fail=true", json={"value": "red"})
+    assert (response.status_code, response.json()["detail"]) == (409, "Refused.")
+    assert small_app.get("/settings/color").status_code == 404
+    assert stored_keys == []
+
+
+def test_an_unexpected_exception_rolls_a_transactional_route_back(small_app: TestClient) -> None:
+    small_app.put("/settings/color", json={"value": "red"})
+    with pytest.raises(ZeroDivisionError):
+        small_app.put("/settings/color", json={"value": "bug"})
+    assert small_app.get("/settings/color").json() == {"value": "red"}
+    assert small_app.put("/settings/color", json={"value": "blue"}).status_code == 201
+    assert stored_keys == ["color", "color"]
+
+
+def test_a_readonly_route_can_not_find_what_is_not_there(small_app: TestClient) -> None:
+    response = small_app.get("/settings/none")
+    assert (response.status_code, response.json()["detail"]) == (404, "No such setting.")
