@@ -525,8 +525,9 @@ class CompiledQuery:
 
     def execute_many(self, connection: Connection | Session, rows: Sequence[Mapping[str, Any]]) -> None:
         """For an INSERT without RETURNING. Ids are given out in the order of the rows, without gaps."""
-        if is_postgresql():
-            _core(connection).execute(self.statement, rows)
+        database = backend()
+        if not isinstance(database, Sqlite):
+            database.copy_rows(_core(connection), self.statement.table, rows)
             return
         _execute(_driver(connection).executemany, self._compiled[0], map(self._bind, rows))
 

@@ -458,6 +458,7 @@ def test_the_readme_tour_works_as_written(serve: Callable[..., Server], tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout.replace('" : ', '":')  # PostgreSQL's JSON has spaces
     for expected in (
         '"inserted":50',
         '"title":"Emma"',
@@ -469,8 +470,8 @@ def test_the_readme_tour_works_as_written(serve: Callable[..., Server], tmp_path
         "event: books.imported",
         "event: book.stock",
     ):
-        assert expected in done.stdout
-    assert '"status":4' not in done.stdout
+        assert expected in output
+    assert '"status":4' not in output
 
 
 @pytest.mark.slow

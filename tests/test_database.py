@@ -8,6 +8,8 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from decimal import Decimal
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -24,9 +26,9 @@ from sqlmodel import Session, SQLModel, col
 
 import database
 from api import HANDLERS
-from database import Violation, readonly, transactional
+from database import CompiledQuery, Violation, readonly, transactional
 from main import app
-from models import Setting
+from models import Book, Setting
 from schemas import RequestModel, Word
 from settings import Settings, check_database_url, settings
 from tests.fixtures import PASSWORD_HASH, ROOT, Person, Server, copy_of, url_of, wait_for
@@ -338,6 +340,21 @@ def test_a_database_of_revision_0006_loses_only_undo_links_and_unused_settings(
 def _contents(connection: sa.Connection, table: str) -> list[dict[str, Any]]:
     first = "key" if table == "setting" else "id"
     return [dict(row) for row in connection.execute(sa.text(f"SELECT * FROM {table} ORDER BY {first}")).mappings()]
+
+
+def test_execute_many_inserts_rows_in_order(client: TestClient) -> None:
+    columns = [name for name in Book.model_fields if name != "id"]
+    same = {**dict.fromkeys(columns), **Book.initial(1), "author": "a", "author_key": "a"}
+    typed = {"price": Decimal("7.10"), "published_date": date(1940, 1, 1), "description": "tab\t, \\N and\nline"}
+    rows = [{**same, "title": f"{n}", "title_key": f"{n}", **(typed if n == 1 else {})} for n in range(3)]
+
+    def insert(session: Session) -> list[Book]:
+        CompiledQuery(sa.insert(Book)).execute_many(session, rows)
+        return list(session.scalars(sa.select(Book).order_by(col(Book.id))))
+
+    books = database.write_sync(insert)
+    assert [book.id for book in books] == [1, 2, 3]
+    assert [book.model_dump(exclude={"id"}) for book in books] == rows
 
 
 # --- routes that are one transaction ------------------------------------------------------------------------------
