@@ -1,4 +1,4 @@
-"""A disk that is full: what was kept is kept and can be read, writing is refused, and goes on when there is room."""
+"""A full disk: reads work, writes are 507, and both work again once there is room."""
 
 import os
 import sqlite3
@@ -19,16 +19,16 @@ FILE = "title,author\n" + "".join(f"Book {number},Somebody\n" for number in rang
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 12 MiB. To make one takes root."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", place], check=True)
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
+    """A file system of 12 MiB. Needs root."""
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", mount_point], check=True)
+    yield mount_point
+    subprocess.run(["umount", "--lazy", mount_point], check=True)
 
 
 def fill(disk: Path, leave: int = 0) -> Path:
-    """With a file of no use, but for so many bytes."""
+    """Fill the disk with a file, except for `leave` bytes."""
     ballast = disk / "ballast"
     room = os.statvfs(disk)
     with ballast.open("wb") as file:
@@ -36,47 +36,47 @@ def fill(disk: Path, leave: int = 0) -> Path:
     return ballast
 
 
-def is_well(file: Path) -> bool:
+def is_consistent(file: Path) -> bool:
     with sqlite3.connect(file) as connection:
         return bool(connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)])
 
 
-def test_a_full_disk_stops_writing_and_nothing_else(serve: Callable[..., Server], disk: Path) -> None:
+def test_a_full_disk_refuses_writes_and_allows_reads(serve: Callable[..., Server], disk: Path) -> None:
     server = serve(file=disk / "books.db")
     admin = Person(server.client, "admin", "admin")
     book = admin.add_book(**DUNE)
     ballast = fill(disk)
-    kept, refusals = 1, 0
-    while refusals < 5:  # the log of the file may still have room for some
+    count, refusals = 1, 0
+    while refusals < 5:  # the write-ahead log may still have room for some
         answer = admin.post("/books", json={"title": "Emma", "author": "Jane Austen", "description": "x" * 4000})
-        kept += answer.status_code == 201
+        count += answer.status_code == 201
         refusals += answer.status_code != 201
     assert answer.status_code == 507, answer.text
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert answer.json()["detail"].startswith("The disk is full")
-    ways: dict[tuple[str, str], dict[str, Any]] = {
+    requests: dict[tuple[str, str], dict[str, Any]] = {
         ("PATCH", "/books/1"): {"json": {"pages": 3}},
         ("POST", "/books/upload"): {"files": {"file": ("books.csv", FILE)}},
         ("GET", "/admin/backup"): {},
     }
-    for (method, path), options in ways.items():
+    for (method, path), options in requests.items():
         assert admin.request(method, path, **options).status_code == 507, path
     assert wait_for(lambda: server.client.get("/health").status_code == 503 or None)
     assert admin.get("/books/1").json() == book
-    assert server.client.get("/books", params={"search": "emma"}).json()["total"] == kept - 1
+    assert server.client.get("/books", params={"search": "emma"}).json()["total"] == count - 1
     assert [event["type"] for event in admin.get("/events").json()["items"]][1] == "book.created"
 
     ballast.unlink()
     assert admin.patch("/books/1", json={"pages": 412}).status_code == 200
     assert server.client.get("/health").status_code == 200
-    assert server.client.get("/books").json()["total"] == kept
-    told = admin.get("/events?limit=100&types=book.*").json()["items"]
-    assert len(told) == kept + 1
+    assert server.client.get("/books").json()["total"] == count
+    events = admin.get("/events?limit=100&types=book.*").json()["items"]
+    assert len(events) == count + 1
     server.stop()
-    assert is_well(disk / "books.db")
+    assert is_consistent(disk / "books.db")
 
 
-def test_an_import_waits_for_room(serve: Callable[..., Server], disk: Path) -> None:
+def test_an_import_continues_once_there_is_room(serve: Callable[..., Server], disk: Path) -> None:
     server = serve(file=disk / "books.db")
     admin = Person(server.client, "admin", "admin")
     ballast = fill(disk, leave=3 << 20)
@@ -91,4 +91,4 @@ def test_an_import_waits_for_room(serve: Callable[..., Server], disk: Path) -> N
     assert (after["rows"], after["inserted"]) == (ROWS, ROWS)
     assert server.client.get("/books").json()["total"] == ROWS
     server.stop()
-    assert is_well(disk / "books.db")
+    assert is_consistent(disk / "books.db")

@@ -1,4 +1,4 @@
-"""The lending desk: nobody gets a copy that is not there, and none is ever lost."""
+"""Stock and loans, also with concurrent borrowers."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +43,7 @@ def iso(moment: datetime) -> str:
 
 
 def later(clock: Clock, *people: Person, **span: float) -> None:
-    """Time passes, and they sign in again."""
+    """Advance the clock, and sign them in again."""
     clock.advance(**span)
     for person in people:
         person.tokens = Person(person.client, person.username).tokens
@@ -58,7 +58,7 @@ def loan_ids(person: Person, **query: Any) -> list[int]:
 # --- stock --------------------------------------------------------------------------------------------------------
 
 
-def test_copies_come_and_go(client: TestClient, librarian: Person) -> None:
+def test_copies_can_be_added_and_removed(client: TestClient, librarian: Person) -> None:
     book = librarian.add_book()["id"]
     assert stock_of(client, book) == (0, 0, 0)
     for quantity, left in ((5, 5), (-2, 3), (-3, 0), (1, 1)):
@@ -72,18 +72,18 @@ def test_copies_come_and_go(client: TestClient, librarian: Person) -> None:
 @pytest.mark.parametrize(
     ("quantity", "status"),
     [
-        pytest.param(-3, 409, id="one that is on loan"),
-        pytest.param(-MAX_COPIES, 409, id="far more than there are"),
-        pytest.param(0, 422, id="none"),
-        pytest.param(-MAX_COPIES - 1, 422, id="too few for any shelf"),
-        pytest.param(MAX_COPIES, 422, id="too many together"),
-        pytest.param(10**30, 422, id="more than a database can count"),
-        pytest.param(1.5, 422, id="half a copy"),
+        pytest.param(-3, 409, id="copies on loan"),
+        pytest.param(-MAX_COPIES, 409, id="more than all"),
+        pytest.param(0, 422, id="zero"),
+        pytest.param(-MAX_COPIES - 1, 422, id="below the minimum"),
+        pytest.param(MAX_COPIES, 422, id="sum above the maximum"),
+        pytest.param(10**30, 422, id="out of range"),
+        pytest.param(1.5, 422, id="fraction"),
         pytest.param(None, 422, id="null"),
-        pytest.param("many", 422, id="a word"),
+        pytest.param("many", 422, id="word"),
     ],
 )
-def test_copies_do_not_change_by(librarian: Person, book: int, quantity: Any, status: int) -> None:
+def test_invalid_changes_of_stock_are_refused(librarian: Person, book: int, quantity: Any, status: int) -> None:
     lend(librarian, book)
     answer = librarian.post(f"/books/{book}/stock", json={"quantity": quantity})
     assert answer.status_code == status
@@ -94,24 +94,23 @@ def test_copies_do_not_change_by(librarian: Person, book: int, quantity: Any, st
     assert stock_of(librarian, book) == (3, 2, 1)
 
 
-def test_what_a_book_shows_of_its_copies_has_its_version(client: TestClient, reader: Person, librarian: Person) -> None:
-    """Otherwise whoever keeps the book by its ETag would never hear of it."""
+def test_changes_of_stock_change_the_etag(client: TestClient, reader: Person, librarian: Person) -> None:
     book = stocked(librarian, 2)
     path = f"/books/{book}"
-    for person, where, body in (
+    for person, address, body in (
         (librarian, f"{path}/stock", {"quantity": 1}),
         (reader, "/loans", {"book_id": book}),
         (reader, "/loans/1/return", None),
     ):
         before = client.get(path)
-        person.post(where, json=body)
+        person.post(address, json=body)
         after = client.get(path, headers={"If-None-Match": before.headers["ETag"]})
         assert after.status_code == 200
         assert after.json()["version"] == before.json()["version"] + 1
     assert (after.json()["copies"], after.json()["available"]) == (3, 3)
 
 
-def test_only_books_with_a_copy_here_are_available(client: TestClient, reader: Person, librarian: Person) -> None:
+def test_available_lists_only_books_with_a_copy_to_lend(client: TestClient, reader: Person, librarian: Person) -> None:
     book = stocked(librarian, 1)
     librarian.add_book()
     here = {"available": True}
@@ -123,7 +122,7 @@ def test_only_books_with_a_copy_here_are_available(client: TestClient, reader: P
 # --- borrowing ----------------------------------------------------------------------------------------------------
 
 
-def test_a_loan_is_for_three_weeks(client: TestClient, clock: Clock, reader: Person, book: int) -> None:
+def test_a_loan_is_due_in_21_days(client: TestClient, clock: Clock, reader: Person, book: int) -> None:
     answer = reader.post("/loans", json={"book_id": book, "quantity": 2})
     assert (answer.status_code, answer.headers["Location"]) == (201, "/loans/1")
     assert (
@@ -146,7 +145,7 @@ def test_a_loan_is_for_three_weeks(client: TestClient, clock: Clock, reader: Per
     assert stock_of(client, book) == (3, 1, 2)
 
 
-def test_how_long_a_loan_is_can_be_set(
+def test_loan_days_sets_the_default_and_the_maximum(
     clock: Clock, reader: Person, book: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "loan_days", 7)
@@ -158,27 +157,29 @@ def test_how_long_a_loan_is_can_be_set(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int]] = {
-    "more than there are": ({"quantity": 4}, 409),
-    "none": ({"quantity": 0}, 422),
-    "minus ten": ({"quantity": -10}, 422),
-    "more than a database can count": ({"quantity": 10**30}, 422),
+    "more than available": ({"quantity": 4}, 409),
+    "quantity 0": ({"quantity": 0}, 422),
+    "negative quantity": ({"quantity": -10}, 422),
+    "quantity out of range": ({"quantity": 10**30}, 422),
     "due now": ({"due_at": timedelta()}, 422),
     "due yesterday": ({"due_at": timedelta(days=-1)}, 422),
     "due too late": ({"due_at": timedelta(days=42, seconds=1)}, 422),
-    "due at the end of time": ({"due_at": "9999-12-31T23:59:59Z"}, 422),
-    "due at no time": ({"due_at": "soon"}, 422),
-    "an unknown book": ({"book_id": 999}, 404),
-    "no book": ({"book_id": None}, 422),
-    "for somebody else": ({"user_id": 1}, 403),
-    "returned already": ({"returned_at": "2026-01-01"}, 422),
+    "due in the year 9999": ({"due_at": "9999-12-31T23:59:59Z"}, 422),
+    "word as time": ({"due_at": "soon"}, 422),
+    "unknown book": ({"book_id": 999}, 404),
+    "null book": ({"book_id": None}, 422),
+    "for another user": ({"user_id": 1}, 403),
+    "unknown field": ({"returned_at": "2026-01-01"}, 422),
 }
 
 
 @pytest.mark.parametrize(("fields", "status"), REFUSED.values(), ids=REFUSED)
-def test_nothing_is_lent(clock: Clock, reader: Person, book: int, fields: dict[str, Any], status: int) -> None:
+def test_invalid_loans_are_refused(
+    clock: Clock, reader: Person, book: int, fields: dict[str, Any], status: int
+) -> None:
     ((name, value),) = fields.items()
-    asked = {name: iso(clock.now + value) if isinstance(value, timedelta) else value}
-    answer = reader.post("/loans", json={"book_id": book, **asked})
+    body = {name: iso(clock.now + value) if isinstance(value, timedelta) else value}
+    answer = reader.post("/loans", json={"book_id": book, **body})
     assert answer.status_code == status, answer.text
     if status == 422:
         assert answer.json()["errors"][0]["loc"][:2] == ["body", name]
@@ -186,12 +187,12 @@ def test_nothing_is_lent(clock: Clock, reader: Person, book: int, fields: dict[s
     assert loan_ids(reader) == []
 
 
-def test_staff_lend_to_a_reader(admin: Person, reader: Person, librarian: Person, book: int) -> None:
+def test_staff_can_lend_to_a_reader(admin: Person, reader: Person, librarian: Person, book: int) -> None:
     rita = reader.get("/users/me").json()["id"]
     loan = lend(librarian, book, user_id=rita)
     assert (loan["user_id"], loan["username"]) == (rita, "Rita")
     assert loan_ids(reader) == [loan["id"]]
-    assert lend(reader, book, user_id=rita)["username"] == "Rita", "who says that it is for themselves is right"
+    assert lend(reader, book, user_id=rita)["username"] == "Rita", "a reader may name themselves"
     for person in (librarian, admin):
         assert person.post(f"/loans/{loan['id']}/renew").json()["renewals"] in (1, 2)
     assert librarian.post(f"/loans/{loan['id']}/return").json()["status"] == "returned"
@@ -204,22 +205,24 @@ def test_staff_lend_to_a_reader(admin: Person, reader: Person, librarian: Person
 # --- lists --------------------------------------------------------------------------------------------------------
 
 
-def test_the_loans_of_others_are_not_there(
+def test_loans_of_others_are_404(
     reader: Person, other_reader: Person, librarian: Person, book: int, client: TestClient
 ) -> None:
     loan = lend(reader, book)
     path = f"/loans/{loan['id']}"
-    for method, where in (("GET", path), ("POST", f"{path}/return"), ("POST", f"{path}/renew")):
-        mine, unknown = (other_reader.request(method, where.replace(path, asked)) for asked in (path, "/loans/999"))
-        assert mine.status_code == unknown.status_code == 404
-        assert mine.json() == unknown.json()
-        assert client.request(method, where).status_code == 401
+    for method, address in (("GET", path), ("POST", f"{path}/return"), ("POST", f"{path}/renew")):
+        existing, unknown = (
+            other_reader.request(method, address.replace(path, other)) for other in (path, "/loans/999")
+        )
+        assert existing.status_code == unknown.status_code == 404
+        assert existing.json() == unknown.json()
+        assert client.request(method, address).status_code == 401
     assert loan_ids(other_reader) == []
     assert other_reader.get("/loans", params={"user_id": loan["user_id"]}).status_code == 403
     assert loan_ids(librarian) == loan_ids(reader, user_id=loan["user_id"]) == [loan["id"]]
 
 
-def test_loans_by_status_borrower_and_page(
+def test_loans_can_be_filtered_by_status_and_borrower_and_paged(
     clock: Clock, reader: Person, other_reader: Person, librarian: Person
 ) -> None:
     book = stocked(librarian, 9)
@@ -231,7 +234,7 @@ def test_loans_by_status_borrower_and_page(
     reader.post(f"/loans/{back}/return")
     assert loan_ids(librarian, status="active") == [others, out, late]
     clock.advance(minutes=5)
-    assert loan_ids(librarian, status="overdue") == [], "until its moment has passed"
+    assert loan_ids(librarian, status="overdue") == [], "not yet at due_at itself"
     clock.advance(seconds=1)
     found = {"active": [others, out], "overdue": [late], "returned": [back]}
     for status, ids in found.items():
@@ -254,12 +257,12 @@ def test_loans_by_status_borrower_and_page(
 # --- returning, renewing ------------------------------------------------------------------------------------------
 
 
-def test_a_loan_is_returned_once(client: TestClient, clock: Clock, reader: Person, book: int) -> None:
+def test_a_loan_can_be_returned_once(client: TestClient, clock: Clock, reader: Person, book: int) -> None:
     loan = f"/loans/{lend(reader, book, quantity=3)['id']}"
     later(clock, reader, days=30)
     assert reader.get(loan).json()["status"] == "overdue"
     returned = reader.post(f"{loan}/return")
-    assert returned.status_code == 200, "late is better than never"
+    assert returned.status_code == 200, "also when it is overdue"
     assert returned.json().items() >= {"status": "returned", "returned_at": iso(clock.now)}.items()
     assert reader.get(loan).json() == returned.json()
     for what in ("return", "renew"):
@@ -267,7 +270,7 @@ def test_a_loan_is_returned_once(client: TestClient, clock: Clock, reader: Perso
     assert stock_of(client, book) == (3, 3, 0)
 
 
-def test_a_loan_is_renewed_twice_from_the_day_it_is_due(clock: Clock, reader: Person, book: int) -> None:
+def test_a_loan_can_be_renewed_twice_from_its_due_date(clock: Clock, reader: Person, book: int) -> None:
     start = clock.now
     loan = f"/loans/{lend(reader, book)['id']}"
     for number in (1, 2):
@@ -281,7 +284,7 @@ def test_a_loan_is_renewed_twice_from_the_day_it_is_due(clock: Clock, reader: Pe
     assert reader.get(loan).json() == renewed.json()
 
 
-def test_an_overdue_loan_is_not_renewed(clock: Clock, reader: Person, librarian: Person, book: int) -> None:
+def test_an_overdue_loan_can_not_be_renewed(clock: Clock, reader: Person, librarian: Person, book: int) -> None:
     loan = f"/loans/{lend(reader, book)['id']}"
     later(clock, reader, librarian, days=21, seconds=1)
     for person in (reader, librarian):
@@ -289,7 +292,7 @@ def test_an_overdue_loan_is_not_renewed(clock: Clock, reader: Person, librarian:
         assert (answer.status_code, answer.json()["detail"]) == (409, "This loan is overdue: it can't be renewed.")
 
 
-def test_what_a_loan_tells(client: TestClient, reader: Person, other_reader: Person, book: int) -> None:
+def test_events_of_a_loan(client: TestClient, reader: Person, other_reader: Person, book: int) -> None:
     start = client.get("/events").json()["next"]
     loan = lend(reader, book)
     for what in ("renew", "return", "return"):
@@ -313,10 +316,10 @@ def test_what_a_loan_tells(client: TestClient, reader: Person, other_reader: Per
     ]
 
 
-# --- what can't go while it is lent -------------------------------------------------------------------------------
+# --- deleting -------------------------------------------------------------------------------
 
 
-def test_a_book_that_is_lent_can_not_be_deleted(reader: Person, librarian: Person, book: int) -> None:
+def test_a_book_on_loan_can_not_be_deleted(reader: Person, librarian: Person, book: int) -> None:
     first, second = (lend(reader, book)["id"] for _ in range(2))
     reader.post(f"/loans/{first}/return")
     answer = librarian.delete(f"/books/{book}")
@@ -324,26 +327,26 @@ def test_a_book_that_is_lent_can_not_be_deleted(reader: Person, librarian: Perso
     assert answer.json()["detail"] == "1 of its copies are on loan: have them returned first."
     reader.post(f"/loans/{second}/return")
     assert librarian.delete(f"/books/{book}").status_code == 204
-    assert loan_ids(librarian) == [], "closed loans go with the book"
+    assert loan_ids(librarian) == [], "its returned loans are deleted with it"
 
 
-def test_an_account_that_has_copies_can_not_be_deleted(
+def test_an_account_with_open_loans_can_not_be_deleted(
     client: TestClient, admin: Person, reader: Person, book: int
 ) -> None:
     rita = reader.get("/users/me").json()["id"]
-    returned, kept = (lend(reader, book)["id"] for _ in range(2))
+    returned, unreturned = (lend(reader, book)["id"] for _ in range(2))
     reader.post(f"/loans/{returned}/return")
     for answer in (reader.delete("/users/me", json={"password": PASSWORD}), admin.delete(f"/users/{rita}")):
         assert answer.status_code == 409
-        assert answer.json()["detail"] == f"Return what is on loan first: loan {kept} (Dune)."
+        assert answer.json()["detail"] == f"Return what is on loan first: loan {unreturned} (Dune)."
     assert reader.get("/users/me").status_code == 200
-    admin.post(f"/loans/{kept}/return")
+    admin.post(f"/loans/{unreturned}/return")
     assert reader.delete("/users/me", json={"password": PASSWORD}).status_code == 204
     assert loan_ids(admin) == []
     assert stock_of(client, book) == (3, 3, 0)
 
 
-def test_no_more_than_ten_open_loans_are_named(reader: Person, librarian: Person) -> None:
+def test_at_most_ten_open_loans_are_named(reader: Person, librarian: Person) -> None:
     book = stocked(librarian, 12)
     for _ in range(12):
         lend(reader, book)
@@ -352,21 +355,21 @@ def test_no_more_than_ten_open_loans_are_named(reader: Person, librarian: Person
     assert detail.endswith("loan 10 (Dune), ….")
 
 
-def test_my_loans_are_in_my_export(reader: Person, other_reader: Person, book: int) -> None:
+def test_the_account_export_has_my_loans(reader: Person, other_reader: Person, book: int) -> None:
     for person in (reader, other_reader, reader):
         lend(person, book)
     reader.post("/loans/1/return")
     assert reader.get("/users/me/export").json()["loans"] == reader.get("/loans").json()["items"][::-1]
 
 
-# --- all at once --------------------------------------------------------------------------------------------------
+# --- concurrency --------------------------------------------------------------------------------------------------
 
 Crowd = Callable[[int], list[Person]]
 
 
 @pytest.fixture
 def crowd(client: TestClient, serve: Callable[..., Server]) -> Crowd:
-    """So many readers, who ask two processes on one database file in turn."""
+    """That many readers, in turn on two servers with one database."""
 
     def gather(count: int) -> list[Person]:
         people = [make(client, f"reader{number}") for number in range(count)]
@@ -385,16 +388,18 @@ def at_once(people: list[Person], path: str, **options: Any) -> list[int]:
 
 
 def on_loan(book: int) -> int:
-    """By the loans themselves."""
     query = sa.text("SELECT coalesce(sum(quantity), 0) FROM loan WHERE book_id = :book AND returned_at IS NULL")
     return int(database.read_sync(lambda connection: connection.execute(query, {"book": book}).scalar_one()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("borrowers", "copies"), [pytest.param(50, 3, id="fifty for three"), pytest.param(30, 10, id="thirty for ten")]
+    ("borrowers", "copies"),
+    [pytest.param(50, 3, id="50 borrowers of 3 copies"), pytest.param(30, 10, id="30 borrowers of 10 copies")],
 )
-def test_no_copy_is_lent_twice(crowd: Crowd, librarian: Person, borrowers: int, copies: int) -> None:
+def test_concurrent_borrowers_never_get_more_than_all_copies(
+    crowd: Crowd, librarian: Person, borrowers: int, copies: int
+) -> None:
     book = stocked(librarian, copies)
     answers = at_once(crowd(borrowers), "/loans", json={"book_id": book})
     assert answers == [201] * copies + [409] * (borrowers - copies)
@@ -404,7 +409,7 @@ def test_no_copy_is_lent_twice(crowd: Crowd, librarian: Person, borrowers: int, 
 
 
 @pytest.mark.slow
-def test_at_many_desks_at_once_a_loan_is_renewed_twice_and_returned_once(crowd: Crowd, librarian: Person) -> None:
+def test_concurrent_requests_renew_a_loan_twice_and_return_it_once(crowd: Crowd, librarian: Person) -> None:
     book = stocked(librarian, 10)
     desks = crowd(4)
     for desk in desks[1:]:
@@ -419,7 +424,7 @@ def test_at_many_desks_at_once_a_loan_is_renewed_twice_and_returned_once(crowd: 
 
 
 @pytest.mark.slow
-def test_copies_are_not_removed_while_they_are_taken(crowd: Crowd, librarian: Person) -> None:
+def test_concurrent_borrowing_and_removal_keep_the_stock_consistent(crowd: Crowd, librarian: Person) -> None:
     book = stocked(librarian, 10)
     people = crowd(16)
     desk = Person(people[0].client, "", tokens=librarian.tokens)

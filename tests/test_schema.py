@@ -1,4 +1,4 @@
-"""The service against its own description: thousands of requests made from /openapi.json, by schemathesis."""
+"""Thousands of requests generated from /openapi.json, by schemathesis."""
 
 import os
 import re
@@ -12,18 +12,18 @@ import pytest
 from tests.fixtures import ROOT, Catalogues, Person, Server, sign_up
 
 SEED = int(os.environ.get("SCHEMA_SEED", "20260301"))
-CASES = int(os.environ.get("SCHEMA_CASES", "4"))  # of each operation, in each phase that draws by chance
-# Walks along the links, of up to ten steps. What a walk finds changes how the next is drawn, which Hypothesis takes for
-# an inconsistency sooner or later, and ends its round: so there are several.
+CASES = int(os.environ.get("SCHEMA_CASES", "4"))  # of each operation, in each random phase
+# Walks are sequences of up to ten linked requests. Responses change what Hypothesis draws next, which ends a round early
+# as inconsistent: hence several rounds.
 WALKS, ROUNDS = 25 * CASES, CASES
-LASTING = {"ACCESS_TOKEN_EXPIRE_MINUTES": "1440"}  # for a run of many cases
-# These would end the login that the run goes by.
-LEFT_OUT = ("/auth/logout", "/auth/logout-all")
-# What a schema can't say, so that a request that follows it may still be refused, and with what.
-CURSORS = "422: a cursor is one that the service gave, for a list in this order, and goes with no offset"
-RULES = "422: check digits, NUL characters, dates to come, passwords that are too common, fields that need each other"
-VERSIONS = "412: only the present version is good. " + RULES
-CODES = "400: a code that was not mailed. " + RULES
+LONG_SESSION = {"ACCESS_TOKEN_EXPIRE_MINUTES": "1440"}
+# These would end the session of the run.
+EXCLUDED = ("/auth/logout", "/auth/logout-all")
+# Rules that a schema can't express: with which status a request that is valid by its schema may be refused.
+CURSORS = "422: a cursor belongs to a list and its order, and excludes an offset"
+RULES = "422: check digits, NUL characters, future dates, common passwords, fields that need each other"
+VERSIONS = "412: only the current version. " + RULES
+CODES = "400: unknown code. " + RULES
 REFUSALS = {
     CURSORS: (
         *("GET /auth/sessions", "GET /users", "GET /books", "GET /books/{book_id}/reviews", "GET /books/upload"),
@@ -31,15 +31,22 @@ REFUSALS = {
     ),
     RULES: (
         *("POST /login", "POST /auth/token", "POST /auth/refresh", "POST /auth/register", "POST /auth/change-password"),
-        *("GET /auth/verify-email/{token}", "PATCH /users/me", "DELETE /users/me", "POST /users"),
-        *("POST /auth/forgot-password", "PATCH /users/{user_id}", "GET /books/export", "POST /books"),
+        *("GET /auth/verify-email/{token}", "POST /auth/verify-email/{token}", "PATCH /users/me", "DELETE /users/me"),
+        *(
+            "POST /auth/forgot-password",
+            "POST /auth/verify-email",
+            "POST /users",
+            "PATCH /users/{user_id}",
+            "GET /books/export",
+            "POST /books",
+        ),
         *("POST /books/upload", "POST /my-library/import", "GET /books/external", "POST /books/external"),
         *("PATCH /my-library/{book_id}", "POST /books/{book_id}/stock", "POST /loans"),
     ),
     VERSIONS: ("PUT /books/{book_id}", "PATCH /books/{book_id}", "DELETE /books/{book_id}"),
     CODES: ("POST /auth/reset-password",),
 }
-# To delete an upload is to cancel it: what became of it can still be read, which a walk takes for a fault.
+# DELETE cancels an upload, which can still be read: a walk would report it as an error.
 NOT_WALKED = "DELETE /books/upload/{upload_id}"
 ALWAYS = ["2xx", "3xx", "401", "403", "404", "409", "429"]
 
@@ -47,8 +54,8 @@ ALWAYS = ["2xx", "3xx", "401", "403", "404", "409", "429"]
 def configuration() -> str:
     lines = [f'hooks = "{ROOT / "tests" / "data" / "schema_hooks.py"}"']
     lines += ["[phases.stateful]", "max-steps = 10", f"generation.max-examples = {WALKS}"]
-    for why, operations in REFUSALS.items():
-        allowed = [*ALWAYS, "422", why[:3]]
+    for reason, operations in REFUSALS.items():
+        allowed = [*ALWAYS, "422", reason[:3]]
         for operation in operations:
             lines += ["[[operations]]", f'include-name = "{operation}"']
             lines += [f"checks.positive_data_acceptance.expected-statuses = {list(dict.fromkeys(allowed))}"]
@@ -57,10 +64,10 @@ def configuration() -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["reader", "admin"])
-def test_every_answer_is_one_that_the_docs_tell_of(
+def test_every_response_is_documented(
     serve: Callable[..., Server], others: Catalogues, tmp_path: Path, role: str
 ) -> None:
-    server = serve(GOOGLE_BOOKS_URL=others.url, OPEN_LIBRARY_URL=others.url, LOG_LEVEL="WARNING", **LASTING)
+    server = serve(GOOGLE_BOOKS_URL=others.url, OPEN_LIBRARY_URL=others.url, LOG_LEVEL="WARNING", **LONG_SESSION)
     admin = Person(server.client, "admin", "admin")
     rita = sign_up(server.client, "rita")
     admin.patch("/users/2", json={"role": role})
@@ -77,9 +84,9 @@ def test_every_answer_is_one_that_the_docs_tell_of(
     command += [f"{server.client.base_url}/openapi.json", "--checks", "all", "-n", str(CASES)]
     command += ["--header", f"Authorization: Bearer {rita.tokens['access_token']}", "--request-timeout", "20"]
     command += ["--continue-on-failure", "--generation-database", "none", "--no-color", "--report", "ndjson"]
-    command += [part for path in LEFT_OUT for part in ("--exclude-path", path)]
+    command += [part for path in EXCLUDED for part in ("--exclude-path", path)]
     own = {"MY_USER_ID": "2", "MY_SESSION_ID": str(session)}
-    followed = 0
+    links = 0
     for number in range(1 + ROUNDS):
         walk = ["--phases", "stateful", "--exclude-name", NOT_WALKED]
         phases = walk if number else ["--phases", "examples,coverage,fuzzing"]
@@ -94,6 +101,6 @@ def test_every_answer_is_one_that_the_docs_tell_of(
         )
         print(run.stdout[-20_000:], run.stderr[-5000:])
         assert run.returncode == 0, f"seed {SEED + number}"
-        followed += sum(map(int, re.findall(r"API Links: +(\d+) covered", run.stdout)))
-    assert followed > 10 * ROUNDS
+        links += sum(map(int, re.findall(r"API Links: +(\d+) covered", run.stdout)))
+    assert links > 10 * ROUNDS
     assert "Traceback" not in server.log.read_text()

@@ -1,18 +1,18 @@
-"""What schemathesis, as test_schema.py runs it, must know of this service."""
+"""Hooks of schemathesis for test_schema.py."""
 
 import os
 from typing import Any
 
 import schemathesis
 
-# Who signs in for the run must not be made an outlaw in the middle of it.
+# The run must not change or delete its own user and session.
 MINE = {"user_id": os.environ["MY_USER_ID"], "session_id": os.environ["MY_SESSION_ID"]}
-A_STREAM = 0.05  # seconds
+STREAM_SECONDS = 0.05
 
 
 @schemathesis.hook
 def filter_case(_context: Any, case: Any) -> bool:
-    return not (_ends_the_run(case) or _is_no_fault(case))
+    return not (_ends_the_run(case) or _is_valid_after_all(case))
 
 
 def _ends_the_run(case: Any) -> bool:
@@ -21,22 +21,22 @@ def _ends_the_run(case: Any) -> bool:
     return changes and any(str(case.path_parameters.get(name)).lstrip("0") == mine for name, mine in MINE.items())
 
 
-def _is_no_fault(case: Any) -> bool:
-    """A file that is a number is, once it is sent, a file of digits like any other."""
+def _is_valid_after_all(case: Any) -> bool:
+    """A number as `file` is sent as a file of digits, which is valid."""
     is_form = case.media_type == "multipart/form-data" and isinstance(case.body, dict)
     return is_form and not isinstance(case.body.get("file", ""), str | bytes)
 
 
 @schemathesis.hook
 def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
-    """A stream ends by itself only if it is told when."""
+    """Without `seconds`, a stream does not end."""
     if case.path != "/stream":
         return
     query = dict(case.query or {})
     try:
-        soon = float(query["seconds"]) <= A_STREAM
+        ends_soon = float(query["seconds"]) <= STREAM_SECONDS
     except (KeyError, TypeError, ValueError):
-        soon = "seconds" in query  # and not a number: to be refused
-    if not soon:
-        query["seconds"] = A_STREAM
+        ends_soon = "seconds" in query  # not a number: 422
+    if not ends_soon:
+        query["seconds"] = STREAM_SECONDS
     case.query = query
