@@ -160,9 +160,9 @@ def test_migrations_keep_existing_rows(tmp_path: FilePath) -> None:
             connection.exec_driver_sql(statement)
     database.migrate(url)
     with engine.connect() as connection:
-        kept = connection.exec_driver_sql("SELECT user_id, refresh_hash, previous_hash FROM login_session").all()
+        sessions = connection.exec_driver_sql("SELECT user_id, refresh_hash, previous_hash FROM login_session").all()
     engine.dispose()
-    assert kept == [(7, "x", None)]
+    assert sessions == [(7, "x", None)]
 
 
 def test_migrations_have_one_head() -> None:

@@ -134,7 +134,7 @@ def test_shelf_is_exported_and_imported(serve: Callable[..., Server], tmp_path: 
     assert without_ids(again.get("/my-library", params=shelf).json()["items"]) == without_ids(
         rita.get("/my-library", params=shelf).json()["items"]
     )
-    # Here, too, for somebody whose shelf is empty; and again, which changes nothing.
+    # Also on the same service, into an empty shelf; a second import changes nothing.
     oskar = sign_up(here.client, "oskar")
     for expected in ((4, 0), (0, 4)):
         upload = oskar.upload(exported.content, path="/my-library/import")

@@ -258,24 +258,24 @@ def test_every_part_of_the_account_export_is_what_its_response_model_says(
     assert exact(as_declared(response_model("/users/me/export"), body)) == exact(body)
 
 
-# --- what is counted as it changes ------------------------------------------------------------------------------
+# --- counts by genre and language -----------------------------------------------------------------------------
 
 
-def counted(connection: sa.Connection) -> tuple[set[Any], set[Any]]:
-    kept = connection.execute(sa.text("SELECT kind, name, count FROM facet")).all()
-    found: set[Any] = set()
+def facets(connection: sa.Connection) -> tuple[set[Any], set[Any]]:
+    stored = connection.execute(sa.text("SELECT kind, name, count FROM facet")).all()
+    counted: set[Any] = set()
     for kind in ("genre", "language"):
         rows = connection.execute(
             sa.text(f"SELECT '{kind}', {kind}, count(*) FROM book WHERE {kind} IS NOT NULL GROUP BY {kind}")
         )
-        found |= {tuple(row) for row in rows}
-    return {tuple(row) for row in kept}, found
+        counted |= {tuple(row) for row in rows}
+    return {tuple(row) for row in stored}, counted
 
 
 def test_genres_and_languages_are_counted_as_they_change(client: TestClient, admin: Person) -> None:
-    """However books come, change and go: by themselves, many in one file, or as one statement."""
+    """By single requests, by an import and by statements for many rows."""
     chance = random.Random(5)
-    told: list[dict[str, Any]] = [
+    kinds: list[dict[str, Any]] = [
         {"genre": genre, "language": language}
         for genre in ("Novel", "novel", "Poetry", None)
         for language in ("en", None)
@@ -284,18 +284,18 @@ def test_genres_and_languages_are_counted_as_they_change(client: TestClient, adm
     for number in range(40):
         what = chance.choice(["add", "add", "patch", "put", "delete"])
         if what == "add" or not ids:
-            ids.append(admin.add_book(title=f"{number}", **chance.choice(told))["id"])
+            ids.append(admin.add_book(title=f"{number}", **chance.choice(kinds))["id"])
         elif what == "delete":
             admin.delete(f"/books/{ids.pop(chance.randrange(len(ids)))}")
         else:
-            body = chance.choice(told) | ({"title": "T", "author": "A"} if what == "put" else {})
+            body = chance.choice(kinds) | ({"title": "T", "author": "A"} if what == "put" else {})
             assert admin.request(what.upper(), f"/books/{chance.choice(ids)}", json=body).status_code == 200
-        kept, found = database.read_sync(counted)
-        assert kept == found
+        stored, counted = database.read_sync(facets)
+        assert stored == counted
     rows = "".join(f"Book {n},Somebody,{chance.choice(['Novel', 'NOVEL', 'Poetry', ''])},de\n" for n in range(300))
     assert admin.upload(f"title,author,genre,language\n{rows}")["status"] == "completed"
-    kept, found = database.read_sync(counted)
-    assert kept == found
+    stored, counted = database.read_sync(facets)
+    assert stored == counted
     for genre in client.get("/books/genres").json():
         assert client.get("/books", params={"genre": genre["genre"].upper()}).json()["total"] == genre["count"]
     assert client.get("/books", params={"genre": "none such"}).json()["total"] == 0
@@ -306,8 +306,8 @@ def test_genres_and_languages_are_counted_as_they_change(client: TestClient, adm
         session.execute(sa.text("DELETE FROM book WHERE id % 3 = 0"))
 
     database.write_sync(clear)
-    kept, found = database.read_sync(counted)
-    assert kept == found
+    stored, counted = database.read_sync(facets)
+    assert stored == counted
 
 
 # --- how much is read ---------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from tests.fixtures import ROOT, Catalogues, Person, Server, sign_up
 
 SEED = int(os.environ.get("SCHEMA_SEED", "20260301"))
 CASES = int(os.environ.get("SCHEMA_CASES", "4"))  # of each operation, in each random phase
-# Walks are sequences of up to ten linked requests. Responses change what Hypothesis draws next, which ends a round early
-# as inconsistent: hence several rounds.
+# Walks are sequences of up to ten linked requests. Responses change what Hypothesis draws next, which ends a round
+# early as inconsistent: hence several rounds.
 WALKS, ROUNDS = 25 * CASES, CASES
 LONG_SESSION = {"ACCESS_TOKEN_EXPIRE_MINUTES": "1440"}
 # These would end the session of the run.
