@@ -149,7 +149,8 @@ class BlankIsNull:
     @staticmethod
     def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         described = handler(schema)
-        return {**described, "anyOf": [*described.get("anyOf", ()), {"type": "string", "pattern": r"^\s*$"}]}
+        blank = [{"type": "string", "pattern": r"^\s*$"}] if handler.mode == "validation" else []
+        return {**described, "anyOf": [*described.get("anyOf", ()), *blank]}
 
 
 Title = Annotated[str, length(500), Stripped, Storable, NotBlank]
