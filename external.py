@@ -27,7 +27,7 @@ import models
 import schemas
 from api import Router, errors
 from books import add_book, etag_of
-from csv_files import LOOKED_UP, ImportRow, InvalidCell, RowIssue, from_html, read_date, repair_isbn
+from csv_files import LOOKED_UP, ImportRow, InvalidCell, from_html, read_date, repair_isbn
 from models import Role, User, claim_job, schedule_job
 from pagination import invalid_query
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, Isbn, Price, RequestModel, Title, invalid_body
@@ -474,9 +474,7 @@ def complete(row: ImportRow, found: Candidate | None, problem: str | None) -> No
         row.looked_up = {name for name, value in values.items() if value is not None} - row.values.keys()
         row.values |= {name: values[name] for name in row.looked_up}
     elif problem is not None:
-        row.issues.append(
-            RowIssue("isbn", isbn, f"could not be looked up, the book was imported without it: {problem}")
-        )
+        row.warn("isbn", isbn, f"could not be looked up, the book was imported without it: {problem}")
     row.book, row.lookup_isbn = BookCreate.model_validate(row.values, context=schemas.CSV_CONTEXT), None
 
 
