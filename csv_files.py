@@ -338,9 +338,9 @@ def column_keys(cells: Sequence[str]) -> list[str]:
     return [re.sub(r"[\s_-]", "", cell).casefold() for cell in cells]
 
 
-def read_header(cells: Sequence[str], *, enrich: bool = False) -> ColumnMapping:
-    """Which column is which. With `enrich`, an ISBN will do."""
-    shown = describe_header(cells)
+def read_header(cells: Sequence[str], *, enrich: bool, shelve: bool) -> ColumnMapping:
+    """Which column is which. With `enrich`, an ISBN will do; `shelve` needs the format of a shelf."""
+    shown = f"It has: {', '.join(repr(printable(cell, 40)) for cell in cells[:20])}."
     if len(cells) > MAX_COLUMNS:
         raise UnreadableFile(f"The first row has {len(cells):,} columns, more than {MAX_COLUMNS}. {shown}")
     has_reason, keys = cells[-1:] == [REASON], column_keys(cells)
@@ -354,14 +354,12 @@ def read_header(cells: Sequence[str], *, enrich: bool = False) -> ColumnMapping:
     missing = [name for name in ("title", "author") if name not in fields]
     if missing and not (enrich and "isbn" in fields):
         raise UnreadableFile(f"The first row has no column for {' and '.join(missing)}. {shown}")
+    if shelve and kind not in SHELF_FORMATS:
+        raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {shown}")
     mapped = {i for found in fields.values() for i in found}
     ignored = [printable(cell, 100) for i, cell in enumerate(cells) if i not in mapped]
     ours = kind == "books-api" or (kind == "goodreads" and set(column_keys(OUR_COLUMNS)) <= set(keys))
     return ColumnMapping(kind, list(cells), fields, ignored, ours, has_reason or ours)
-
-
-def describe_header(cells: Sequence[str]) -> str:
-    return f"It has: {', '.join(repr(printable(cell, 40)) for cell in cells[:20])}."
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------

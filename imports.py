@@ -18,8 +18,6 @@ from typing import Any, TextIO
 
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement, Connection
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session, col
 
 import csv_files
@@ -47,7 +45,7 @@ LEASE = timedelta(seconds=15)  # a job that has not renewed it for so long has d
 PROGRESS_INTERVAL = 0.34  # seconds between two events of one upload: with the last, at most four in a second
 
 INSERT_BOOKS = CompiledQuery(sa.insert(Book))
-INTERRUPTIONS = (OperationalError, PoolTimeout)
+INTERRUPTIONS = (sa.exc.OperationalError, sa.exc.TimeoutError)  # the second: of the pool of connections
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -233,6 +231,7 @@ class ImportJob:
     worker: str  # as long as the upload names it, the upload is this job's
     done: int  # rows
     enrich: bool
+    shelve: bool
     renewed_at: datetime
     progress_at: float = 0
 
@@ -274,7 +273,7 @@ class CsvUpload:
         self.job = job
         self.encoding = csv_files.detect_encoding(io.BufferedReader(ChunkReader(job), CHUNK))
         self.dialect = csv_files.detect_dialect(self._open(ChunkReader(job)))
-        self.position = 0  # bytes that were read of the rows
+        self.file = ChunkReader(job)  # for the rows
         _, header = next(self._records(ChunkReader(job)), (0, None))
         if header is None:
             raise UnreadableFile("The file is empty: it has no header.")
@@ -282,7 +281,7 @@ class CsvUpload:
             raise UnreadableFile(f"The first row can't be read: {header.reason}.")
         if any("\x00" in cell for cell in header):
             raise UnreadableFile("This is not a text file.")
-        self.columns = csv_files.read_header(header, enrich=job.enrich)
+        self.columns = csv_files.read_header(header, enrich=job.enrich, shelve=job.shelve)
         if self.columns.ours:  # and not a dialect that some text in it looks like
             self.dialect = csv_files.Dialect()
 
@@ -297,10 +296,8 @@ class CsvUpload:
                 yield number, record
 
     def rows(self) -> Iterator[ImportRow]:
-        file = ChunkReader(self.job)
         parser = RowParser(self.columns, lambda: self.day_first, enrich=self.job.enrich)
-        for number, record in islice(self._records(file), 1, None):
-            self.position = file.position
+        for number, record in islice(self._records(self.file), 1, None):
             if isinstance(record, BrokenRecord):
                 yield ImportRow(number, [record.line]).refuse(None, record.line, record.reason)
             else:
@@ -311,11 +308,7 @@ class CsvUpload:
         """Whether 03/04/2008 is in April, if other dates of the file show it. Read only where a row needs it."""
         names = ("published_date", "added_at", "started_at", "finished_at")
         columns, width = [i for name in names for i in self.columns.fields.get(name, ())], len(self.columns.header)
-        rows = (
-            row
-            for _, row in self._records(ChunkReader(self.job))
-            if not isinstance(row, BrokenRecord) and len(row) == width
-        )
+        rows = (row for _, row in self._records(ChunkReader(self.job)) if isinstance(row, list) and len(row) == width)
         orders = {csv_files.day_comes_first(row[i].strip()) for row in rows for i in columns} - {None}
         return orders.pop() if len(orders) == 1 else None
 
@@ -352,7 +345,7 @@ def _run_job(job: ImportJob) -> None:
         while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
             is_ready = enricher is None or enricher.look_up_isbns(batch)
             if is_ready:
-                database.write_sync(_store_batch, job, tracker, batch, file.position)
+                database.write_sync(_store_batch, job, tracker, batch, file.file.position)
             if not is_ready or database.server_is_stopping():
                 database.write_sync(_release, job)
                 return
@@ -369,25 +362,17 @@ def _run_job(job: ImportJob) -> None:
 
 def _claim(session: Session, upload_id: int) -> ImportJob | None:
     """Take the upload; None where another job has it."""
-    now, worker = models.utcnow(), secrets.token_hex(8)
-    claimed = session.execute(
-        sa.update(Upload)
-        .where(col(Upload.id) == upload_id, claimable())
-        .values(
-            status=UploadStatus.processing,
-            started_at=sa.func.coalesce(col(Upload.started_at), now),
-            worker=worker,
-            lease_until=now + LEASE,
-        )
-        .returning(col(Upload.rows), col(Upload.dry_run), col(Upload.enrich))
-    ).first()
-    if claimed is None:
+    upload = session.scalars(sa.select(Upload).where(col(Upload.id) == upload_id, claimable())).first()
+    if upload is None:
         return None
-    if claimed.dry_run and claimed.rows:  # its DuplicateTracker is lost: begin again
-        zeros = dict.fromkeys(("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"), 0)
-        session.execute(sa.update(Upload).where(col(Upload.id) == upload_id).values(zeros))
+    now = models.utcnow()
+    upload.status, upload.worker, upload.lease_until = UploadStatus.processing, secrets.token_hex(8), now + LEASE
+    upload.started_at = upload.started_at or now
+    if upload.dry_run:  # its DuplicateTracker is lost: begin again
+        for name in ("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"):
+            setattr(upload, name, 0)
         session.execute(sa.delete(UploadError).where(col(UploadError.upload_id) == upload_id))
-    return ImportJob(upload_id, worker, 0 if claimed.dry_run else claimed.rows, claimed.enrich, now)
+    return ImportJob(upload_id, upload.worker, upload.rows, upload.enrich, upload.shelve, now)
 
 
 def claimable() -> ColumnElement[bool]:
@@ -414,9 +399,6 @@ def lock_upload(session: Session, job: ImportJob) -> Upload:
 
 def _describe(session: Session, job: ImportJob, file: CsvUpload) -> None:
     upload, columns = lock_upload(session, job), file.columns
-    if upload.shelve and columns.format not in csv_files.SHELF_FORMATS:
-        header = csv_files.describe_header(columns.header)
-        raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {header}")
     upload.format, upload.encoding, upload.delimiter = columns.format, file.encoding, file.dialect.delimiter
     upload.header = [strip_invalid(cell[:MAX_CELL]) for cell in columns.header]
     upload.ignored_columns = columns.ignored
@@ -469,8 +451,7 @@ def _release(session: Session, job: ImportJob) -> None:
 
 def _finish_job(session: Session, job: ImportJob, error: str | None) -> None:
     upload = lock_upload(session, job)
-    upload.progress = upload.progress if error else 1
-    upload.error = error
+    upload.error, upload.progress = error, upload.progress if error else 1
     finish(session, upload, UploadStatus.failed if error else UploadStatus.completed)
 
 
