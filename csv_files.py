@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import islice, takewhile
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from pydantic import ValidationError
 from stdnum import isbn as isbn_numbers
@@ -21,7 +21,6 @@ from schemas import CSV_CONTEXT, BookBase, BookCreate, EntryUpdate, Timestamp, d
 MAX_RECORD = 2_000_000  # characters of a record; a longer one is mostly due to a quote that never closes
 MAX_REREAD = 200_000_000  # characters of lines that are parsed again, with 20 more for each line: some two seconds
 SAMPLE = 256 * 1024  # bytes of a file that are examined
-DELIMITERS = ",;\t|"
 # In Windows-1252, with what it leaves undefined.
 CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d]")
 UTF8_SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
@@ -76,7 +75,7 @@ def detect_encoding(file: io.BufferedReader) -> str:
 
 def detect_dialect(text: TextIO) -> Dialect:
     """By the most known columns in the first row, then the most rows of its width, then the most columns."""
-    head, delimiters = text.read(SAMPLE), DELIMITERS
+    head, delimiters = text.read(SAMPLE), ",;\t|"
     if excel := re.match(r"sep=([^\x00\r\n])\r?\n", head):
         delimiters, head = excel[1], head[excel.end() :]
     quotes = '"' if '"' in head else "\"'"
@@ -160,7 +159,7 @@ def records(text: TextIO, dialect: Dialect) -> Iterator[list[str] | BrokenRecord
 # --- writing ------------------------------------------------------------------------------------------------------
 
 # What a spreadsheet would run (OWASP, "CSV Injection"). An apostrophe before it makes it text; reading removes one.
-FORMULA, ESCAPED_FORMULA = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"''*[=+\-@\t\r]")
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
 FORMULA_STARTS = frozenset("'=+-@\t\r")  # a look at the first character saves most calls
 
 
@@ -169,7 +168,7 @@ def escape_formula(text: str) -> str:
 
 
 def unescape_formula(text: str) -> str:
-    return text[1:] if ESCAPED_FORMULA.match(text) else text
+    return text[1:] if text[:1] == "'" and FORMULA.match(text) else text
 
 
 def to_csv(rows: Iterable[Sequence[object]]) -> str:
@@ -317,16 +316,12 @@ SHELVES = {
 }
 
 
-Format = Literal["books", "books-api", "goodreads", "storygraph"]  # books-api: our own export of the catalogue
 # By columns that only they have.
-SHELF_FORMATS: dict[Format, set[str]] = {
-    "goodreads": {"exclusiveshelf", "myrating"},
-    "storygraph": {"readstatus", "starrating"},
-}
+SHELF_FORMATS = {"goodreads": {"exclusiveshelf", "myrating"}, "storygraph": {"readstatus", "starrating"}}
 
 
 class ColumnMapping(NamedTuple):
-    format: Format
+    format: str  # books, books-api (our own export of the catalogue), goodreads or storygraph
     header: list[str]
     fields: dict[str, list[int]]  # the columns of each field, the one that counts first
     ignored: list[str]
@@ -344,7 +339,7 @@ def read_header(cells: Sequence[str], *, enrich: bool, shelve: bool) -> ColumnMa
     if len(cells) > MAX_COLUMNS:
         raise UnreadableFile(f"The first row has {len(cells):,} columns, more than {MAX_COLUMNS}. {shown}")
     has_reason, keys = cells[-1:] == [REASON], column_keys(cells)
-    kind: Format = next((name for name, columns in SHELF_FORMATS.items() if columns <= set(keys)), "books")
+    kind = next((name for name, columns in SHELF_FORMATS.items() if columns <= set(keys)), "books")
     if list(cells[:-1] if has_reason else cells) == BOOK_COLUMNS:
         kind = "books-api"
     fields: dict[str, list[int]] = {}

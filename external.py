@@ -66,8 +66,8 @@ class ExternalRef(BaseModel):
     ref: str = Field(max_length=40, examples=["zyTCAlFPjgYC"])
 
 
-class ExternalBook(ExternalRef):
-    model_config = {"extra": "forbid"}
+class ExternalBook(ExternalRef, extra="forbid"):
+    """A book of Google Books or Open Library to add."""
 
 
 class Candidate(BookBase, ExternalRef):
@@ -495,13 +495,12 @@ async def harvest() -> None:
         data |= await add_newest_books(query)
         log.info("harvested %s", data)
     except HTTPException as error:
+        log.error("the harvest failed, and is tried again in an hour: %s", error.detail)
         data["error"] = str(error.detail)
     except Exception:
         # Whatever it is, admins must find it in the event log.
-        log.exception("the harvest failed")
+        log.exception("the harvest failed, and is tried again in an hour")
         data["error"] = "Something went wrong here; it is in the server's log."
-    if "error" in data:
-        log.error("the harvest failed, and is tried again in an hour: %s", data["error"])
     await database.write(record_harvest, data)
 
 
