@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from enum import StrEnum
 from itertools import islice, takewhile
 from typing import Any, NamedTuple, TextIO
 
@@ -22,11 +21,8 @@ from schemas import CSV_CONTEXT, BookBase, BookCreate, EntryUpdate, Timestamp, d
 MAX_RECORD = 2_000_000  # characters of a record; a longer one is mostly due to a quote that never closes
 MAX_REREAD = 200_000_000  # characters of lines that are parsed again, with 20 more for each line: some two seconds
 SAMPLE = 256 * 1024  # bytes of a file that are examined
-DELIMITERS = ",;\t|"
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-CONTROLS = re.compile(
-    rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d]"
-)  # in Windows-1252, with what it leaves undefined
+# In Windows-1252, with what it leaves undefined.
+CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d]")
 UTF8_SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 csv.field_size_limit(MAX_RECORD)  # 128 KB by default
 
@@ -58,9 +54,10 @@ class Dialect(NamedTuple):
 def detect_encoding(file: io.BufferedReader) -> str:
     """By the byte order mark; else UTF-8, unless most of what is not ASCII is invalid in it; else Windows-1252."""
     head = file.peek(3)
-    for mark, encoding in BYTE_ORDER_MARKS.items():
-        if head.startswith(mark):
-            return encoding
+    if head.startswith(codecs.BOM_UTF8):
+        return "utf-8-sig"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
     if 0 in head[:2]:  # UTF-16 without its mark, with an ASCII character first
         return "utf-16-le" if head[0] else "utf-16-be"
     sample = bytearray()  # lines that are not ASCII
@@ -78,7 +75,7 @@ def detect_encoding(file: io.BufferedReader) -> str:
 
 def detect_dialect(text: TextIO) -> Dialect:
     """By the most known columns in the first row, then the most rows of its width, then the most columns."""
-    head, delimiters = text.read(SAMPLE), DELIMITERS
+    head, delimiters = text.read(SAMPLE), ",;\t|"
     if excel := re.match(r"sep=([^\x00\r\n])\r?\n", head):
         delimiters, head = excel[1], head[excel.end() :]
     quotes = '"' if '"' in head else "\"'"
@@ -110,20 +107,16 @@ class LineReader:
         self.again: list[str] = []  # lines to parse again, the next one last
         self.size, self.reread = 0, 0  # characters of the record, and of all lines that were parsed again
 
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
+    def next_line(self) -> str:
+        """Empty at the end of the file."""
         if self.again:
             line = self.again.pop()
         else:
             line = rest = self.text.readline(MAX_RECORD)
             while len(rest) == MAX_RECORD and rest[-1] not in "\r\n":  # the rest of such a line is dropped
                 rest = self.text.readline(MAX_RECORD)
-        if not line:
-            if self.record:
-                raise csv.Error("a quote opens in this row and never closes")
-            raise StopIteration
+        if not line and self.record:
+            raise csv.Error("a quote opens in this row and never closes")
         self.record.append(line)
         self.size += len(line)
         if self.size >= MAX_RECORD:
@@ -145,7 +138,7 @@ class LineReader:
 def records(text: TextIO, dialect: Dialect) -> Iterator[list[str] | BrokenRecord]:
     """The records of a CSV file (RFC 4180). Of one that can't be parsed only the first line is lost."""
     lines = LineReader(text, dialect)
-    reader = csv.reader(lines, delimiter=dialect.delimiter, quotechar=dialect.quote)
+    reader = csv.reader(iter(lines.next_line, ""), delimiter=dialect.delimiter, quotechar=dialect.quote)
     width = 0
     while True:
         lines.record, lines.size = [], 0
@@ -166,7 +159,7 @@ def records(text: TextIO, dialect: Dialect) -> Iterator[list[str] | BrokenRecord
 # --- writing ------------------------------------------------------------------------------------------------------
 
 # What a spreadsheet would run (OWASP, "CSV Injection"). An apostrophe before it makes it text; reading removes one.
-FORMULA, ESCAPED_FORMULA = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"''*[=+\-@\t\r]")
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
 FORMULA_STARTS = frozenset("'=+-@\t\r")  # a look at the first character saves most calls
 
 
@@ -175,7 +168,7 @@ def escape_formula(text: str) -> str:
 
 
 def unescape_formula(text: str) -> str:
-    return text[1:] if ESCAPED_FORMULA.match(text) else text
+    return text[1:] if text[:1] == "'" and FORMULA.match(text) else text
 
 
 def to_csv(rows: Iterable[Sequence[object]]) -> str:
@@ -323,18 +316,12 @@ SHELVES = {
 }
 
 
-class Format(StrEnum):
-    books = "books"
-    own = "books-api"  # our own export of the catalogue
-    goodreads = "goodreads"
-    storygraph = "storygraph"
-
-
-SHELF_FORMATS = {Format.goodreads, Format.storygraph}
+# By columns that only they have.
+SHELF_FORMATS = {"goodreads": {"exclusiveshelf", "myrating"}, "storygraph": {"readstatus", "starrating"}}
 
 
 class ColumnMapping(NamedTuple):
-    format: Format
+    format: str  # books, books-api (our own export of the catalogue), goodreads or storygraph
     header: list[str]
     fields: dict[str, list[int]]  # the columns of each field, the one that counts first
     ignored: list[str]
@@ -346,34 +333,28 @@ def column_keys(cells: Sequence[str]) -> list[str]:
     return [re.sub(r"[\s_-]", "", cell).casefold() for cell in cells]
 
 
-def read_header(cells: Sequence[str], *, enrich: bool = False) -> ColumnMapping:
-    """Which column is which. With `enrich`, an ISBN will do."""
+def read_header(cells: Sequence[str], *, enrich: bool, shelve: bool) -> ColumnMapping:
+    """Which column is which. With `enrich`, an ISBN will do; `shelve` needs the format of a shelf."""
+    shown = f"It has: {', '.join(repr(printable(cell, 40)) for cell in cells[:20])}."
     if len(cells) > MAX_COLUMNS:
-        raise UnreadableFile(
-            f"The first row has {len(cells):,} columns, more than {MAX_COLUMNS}. {describe_header(cells)}"
-        )
+        raise UnreadableFile(f"The first row has {len(cells):,} columns, more than {MAX_COLUMNS}. {shown}")
     has_reason, keys = cells[-1:] == [REASON], column_keys(cells)
+    kind = next((name for name, columns in SHELF_FORMATS.items() if columns <= set(keys)), "books")
     if list(cells[:-1] if has_reason else cells) == BOOK_COLUMNS:
-        kind = Format.own
-    elif {"exclusiveshelf", "myrating"} <= set(keys):
-        kind = Format.goodreads
-    else:
-        kind = Format.storygraph if {"readstatus", "starrating"} <= set(keys) else Format.books
+        kind = "books-api"
     fields: dict[str, list[int]] = {}
     for name, names in (ALIASES | SHELF_ALIASES if kind in SHELF_FORMATS else ALIASES).items():
         if found := [i for alias in names for i, key in enumerate(keys) if key == alias]:
             fields[name] = found
     missing = [name for name in ("title", "author") if name not in fields]
     if missing and not (enrich and "isbn" in fields):
-        raise UnreadableFile(f"The first row has no column for {' and '.join(missing)}. {describe_header(cells)}")
+        raise UnreadableFile(f"The first row has no column for {' and '.join(missing)}. {shown}")
+    if shelve and kind not in SHELF_FORMATS:
+        raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {shown}")
     mapped = {i for found in fields.values() for i in found}
     ignored = [printable(cell, 100) for i, cell in enumerate(cells) if i not in mapped]
-    ours = kind == Format.own or (kind == Format.goodreads and set(column_keys(OUR_COLUMNS)) <= set(keys))
+    ours = kind == "books-api" or (kind == "goodreads" and set(column_keys(OUR_COLUMNS)) <= set(keys))
     return ColumnMapping(kind, list(cells), fields, ignored, ours, has_reason or ours)
-
-
-def describe_header(cells: Sequence[str]) -> str:
-    return f"It has: {', '.join(repr(printable(cell, 40)) for cell in cells[:20])}."
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -410,6 +391,9 @@ class ImportRow:
     def refuse(self, field_name: str | None, value: str, message: str) -> "ImportRow":
         if self.outcome != "failed":  # an earlier warning does not matter any more
             self.book, self.lookup_isbn, self.issues, self.outcome = None, None, [], "failed"
+        return self.warn(field_name, value, message)
+
+    def warn(self, field_name: str | None, value: str, message: str) -> "ImportRow":
         self.issues.append(RowIssue(field_name, value, message))
         return self
 
@@ -445,7 +429,10 @@ class RowParser:
             for e in error.errors(include_url=False):
                 name = str(e["loc"][0])
                 value = texts.get(name, str(e["input"]))
-                row.refuse(name, value, _describe_cell_error(e, value))
+                if any("\udc80" <= c <= "\udcff" for c in value):
+                    row.refuse(name, value, "has bytes that the encoding of the file does not have")
+                else:
+                    row.refuse(name, value, "is missing" if e["type"] == "string_too_short" else describe_error(e))
         return row
 
     def _clean(self, cells: Sequence[str]) -> list[str]:
@@ -464,9 +451,8 @@ class RowParser:
             row.values["isbn"] = isbn
         elif self.enrich and not {"title", "author"} <= row.values.keys():
             raise InvalidCell("isbn", found[0], "is not an ISBN, and can't be repaired; this row needs one")
-        elif self.columns.format != Format.storygraph:  # whose column has ids of its own, too
-            message = "is not an ISBN, and can't be repaired; the book was imported without it"
-            row.issues.append(RowIssue("isbn", found[0], message))
+        elif self.columns.format != "storygraph":  # whose column has ids of its own, too
+            row.warn("isbn", found[0], "is not an ISBN, and can't be repaired; the book was imported without it")
 
     def _read_book(self, row: ImportRow, texts: dict[str, str]) -> None:
         values = row.values
@@ -496,7 +482,7 @@ class RowParser:
             tags.remove(shelf)  # Goodreads has the exclusive shelf among the others
         if shelf and shelf.lower() not in SHELVES:
             tags.insert(0, shelf)
-        rating, review = _read_rating(row, texts.get("rating")), from_html(texts.get("review", "")) or None
+        rating, review = _read_rating(row, texts.get("rating", "0")), from_html(texts.get("review", "")) or None
         if status not in (ShelfStatus.completed, ShelfStatus.abandoned):
             message = f"was left out: it needs a book that was read; this one is on {shelf.lower() or 'no shelf'}"
             opinion = (("rating", rating), ("review", review))
@@ -506,9 +492,8 @@ class RowParser:
         if periods := re.findall(r"([\d/.-]{8,10})-([\d/.-]{8,10})", texts.get("dates_read", "").replace(" ", "")):
             started, finished = periods[-1][0], finished or periods[-1][1]
         moments = {"started_at": started, "finished_at": finished, "added_at": texts.get("added_at")}
-        values: dict[str, Any] = {name: self._read_moment(name, text) for name, text in moments.items() if text}
-        values |= {"status": status, "rating": rating, "review": review, "tags": list(dict.fromkeys(tags))}
-        row.entry = ShelfData.model_validate(values)
+        dates: dict[str, Any] = {name: self._read_moment(name, text) for name, text in moments.items() if text}
+        row.entry = ShelfData(status=status, rating=rating, review=review, tags=list(dict.fromkeys(tags)), **dates)
 
     def _read_moment(self, name: str, text: str) -> str | date:
         if re.match(r"\d{4}-\d\d-\d\d[T ]", text):
@@ -527,19 +512,11 @@ def _plain(value: str) -> str:
     return value
 
 
-def _read_rating(row: ImportRow, text: str | None) -> int | None:
-    if not text:
-        return None
+def _read_rating(row: ImportRow, text: str) -> int | None:
     stars = float(text.replace(",", ".")) if re.fullmatch(r"\d+([.,]\d*)?", text) else -1
     if not 0 <= stars <= 5:
         raise InvalidCell("rating", text, "must be a number from 0, for none, to 5")
     rounded = max(1, int(stars + 0.5)) if stars else None
     if rounded not in (stars, None):
-        row.issues.append(RowIssue("rating", text, f"is not a whole star: rounded to {rounded}"))
+        row.warn("rating", text, f"is not a whole star: rounded to {rounded}")
     return rounded
-
-
-def _describe_cell_error(error: Any, value: str) -> str:
-    if any("\udc80" <= c <= "\udcff" for c in value):
-        return "has bytes that the encoding of the file does not have"
-    return "is missing" if error["type"] == "string_too_short" else describe_error(error)

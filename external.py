@@ -6,7 +6,7 @@ import logging
 import random
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -27,14 +27,13 @@ import models
 import schemas
 from api import Router, errors
 from books import add_book, etag_of
-from csv_files import LOOKED_UP, ImportRow, InvalidCell, RowIssue, from_html, read_date, repair_isbn
+from csv_files import LOOKED_UP, ImportRow, InvalidCell, from_html, read_date, repair_isbn
 from models import InvalidField, Role, User, claim_job, schedule_job
-from schemas import BlankIsNull, BookCreate, BookPublic, BookUpdate, Isbn, RequestModel, Title
+from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, Isbn, Price, RequestModel, Title
 from security import Contributor, CurrentUser
 from settings import VERSION, settings
 
 T = TypeVar("T")
-Params = dict[str, Any]
 Parser = Callable[[Any], T]
 log = logging.getLogger("books.external")
 MAX_RESPONSE = 4 << 20  # bytes; forty books with long descriptions have some 400,000
@@ -61,26 +60,22 @@ class Source(StrEnum):
 REFS = {Source.google: re.compile(r"[A-Za-z0-9_-]{1,40}"), Source.openlibrary: re.compile(r"OL[1-9][0-9]{0,11}[MW]")}
 
 
-class Candidate(BaseModel):
+class ExternalRef(BaseModel):
+    source: Source
+    ref: str = Field(max_length=40, examples=["zyTCAlFPjgYC"])
+
+
+class ExternalBook(ExternalRef, extra="forbid"):
+    """A book of Google Books or Open Library to add."""
+
+
+class Candidate(BookBase, ExternalRef):
     """A book of another catalogue. `POST /books/external` takes its `source` and `ref`."""
 
-    source: Source
-    ref: str = Field(examples=["zyTCAlFPjgYC"])
-    title: str
-    author: str
-    isbn: str | None = None
-    genre: str | None = None
-    description: str | None = None
-    publisher: str | None = None
-    language: str | None = None
-    pages: int | None = None
-    price: float | None = Field(default=None, description="Always null: their prices are of one country and one day.")
-    cover_url: str | None = None
-    published_date: date | None = None
-    publication_year: int | None = None
+    price: Price | None = Field(default=None, description="Always null: their prices are of one country and one day.")
 
     def book(self) -> BookCreate:
-        return BookCreate.model_validate(self.model_dump(exclude={"source", "ref"}))
+        return BookCreate.model_validate(self.model_dump(include=set(BookBase.model_fields)))
 
 
 class Candidates(BaseModel):
@@ -90,14 +85,16 @@ class Candidates(BaseModel):
 
 def make_candidate(source: Source, ref: Any, **fields: Any) -> Candidate | None:
     """A candidate of the fields that are valid for a book. None without a title or a valid `ref`."""
+    values = {"source": source, "ref": ref, **fields}
     try:
-        book = BookUpdate.model_validate(fields)
+        candidate = Candidate.model_validate(values)
     except ValidationError as error:
         invalid = {e["loc"][0] for e in error.errors()}
-        book = BookUpdate.model_validate({name: value for name, value in fields.items() if name not in invalid})
-    if not book.title or not isinstance(ref, str) or not REFS[source].fullmatch(ref):
-        return None
-    return Candidate(source=source, ref=ref, **{**vars(book), "author": book.author or "Unknown"})
+        if invalid & {"title", "ref"}:
+            return None
+        valid = {name: value for name, value in values.items() if name not in invalid}
+        candidate = Candidate.model_validate({"author": "Unknown", **valid})
+    return candidate if REFS[source].fullmatch(candidate.ref) else None
 
 
 def as_dict(value: Any) -> dict[str, Any]:  # this and the next three take any JSON, and leave out other types
@@ -229,7 +226,7 @@ class SourceError(HTTPException):
         self.pause = pause
 
 
-async def request(source: Source, path: str, params: Params, parse: Parser[T], policy: RetryPolicy) -> T | None:
+async def request(source: Source, path: str, params: dict[str, Any], parse: Parser[T], policy: RetryPolicy) -> T | None:
     """What `parse` makes of the JSON (ValueError: it is of another shape); None for 404. Raises SourceError."""
     base = settings.google_books_url if source is Source.google else settings.open_library_url
     url = httpx2.URL(base + path, params=params)
@@ -315,10 +312,9 @@ SEARCH_FIELDS = ",".join([WORK_FIELDS, "editions", *(f"editions.{name}" for name
 
 
 async def search(source: Source, query: str, start: int, limit: int, policy: RetryPolicy, **options: str) -> Candidates:
-    params: Params
     if source is Source.google:
         path, total, items = "/volumes", "totalItems", "items"
-        params = {"q": query, "startIndex": start, "maxResults": limit, "printType": "books", **options}
+        params: dict[str, Any] = {"q": query, "startIndex": start, "maxResults": limit, "printType": "books", **options}
     else:
         path, total, items = "/search.json", "numFound", "docs"
         params = {"q": query, "offset": start, "limit": limit, "fields": SEARCH_FIELDS, **options}
@@ -405,11 +401,6 @@ async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: C
     return Response(body, media_type="application/json")
 
 
-class ExternalBook(RequestModel):
-    source: Source
-    ref: str = Field(max_length=40, examples=["zyTCAlFPjgYC"])
-
-
 CREATED = errors(403, 404, 409, 502, 504, sends={201: "Location ETag"})
 
 
@@ -430,7 +421,6 @@ async def add_external_book(payload: ExternalBook, user: Contributor, response: 
 
 LOOKUP_PAUSE = 1.0  # seconds between two requests of a job: Open Library asks for it
 STOP_CHECK_INTERVAL = 0.5
-LEASE_RENEWAL_INTERVAL = 4.0  # well under a job's LEASE
 
 
 class Enricher:
@@ -460,14 +450,10 @@ class Enricher:
         await asyncio.sleep(self.pause)
         self.pause = LOOKUP_PAUSE
         task = asyncio.create_task(fetch_editions(keys, self.policy))
-        clock = asyncio.get_running_loop().time
-        renewed_at = clock()
         while not (await asyncio.wait({task}, timeout=STOP_CHECK_INTERVAL))[0]:
             if database.server_is_stopping():
                 return None  # and asyncio.run cancels the task
-            if clock() - renewed_at >= LEASE_RENEWAL_INTERVAL:
-                renewed_at = clock()
-                await asyncio.to_thread(self.renew_lease)
+            await asyncio.to_thread(self.renew_lease)
         return task.result()
 
 
@@ -487,9 +473,7 @@ def complete(row: ImportRow, found: Candidate | None, problem: str | None) -> No
         row.looked_up = {name for name, value in values.items() if value is not None} - row.values.keys()
         row.values |= {name: values[name] for name in row.looked_up}
     elif problem is not None:
-        row.issues.append(
-            RowIssue("isbn", isbn, f"could not be looked up, the book was imported without it: {problem}")
-        )
+        row.warn("isbn", isbn, f"could not be looked up, the book was imported without it: {problem}")
     row.book, row.lookup_isbn = BookCreate.model_validate(row.values, context=schemas.CSV_CONTEXT), None
 
 
@@ -510,13 +494,12 @@ async def harvest() -> None:
         data |= await add_newest_books(query)
         log.info("harvested %s", data)
     except HTTPException as error:
+        log.error("the harvest failed, and is tried again in an hour: %s", error.detail)
         data["error"] = str(error.detail)
     except Exception:
         # Whatever it is, admins must find it in the event log.
-        log.exception("the harvest failed")
+        log.exception("the harvest failed, and is tried again in an hour")
         data["error"] = "Something went wrong here; it is in the server's log."
-    if "error" in data:
-        log.error("the harvest failed, and is tried again in an hour: %s", data["error"])
     await database.write(record_harvest, data)
 
 

@@ -11,7 +11,6 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import islice
@@ -19,8 +18,6 @@ from typing import Any, TextIO
 
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement, Connection
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session, col
 
 import csv_files
@@ -30,7 +27,7 @@ import external
 import library
 import models
 from books import revise_book
-from csv_files import BrokenRecord, ImportRow, RowIssue, RowParser, ShelfData, UnreadableFile, printable, strip_invalid
+from csv_files import BrokenRecord, ImportRow, RowParser, ShelfData, UnreadableFile, printable, strip_invalid
 from database import CompiledQuery
 from models import Book, InvalidField, Principal, ShelfEntry, Upload, UploadChunk, UploadError, UploadStatus, User
 from schemas import BookBase, BookUpdate, UploadPublic
@@ -48,7 +45,7 @@ LEASE = timedelta(seconds=15)  # a job that has not renewed it for so long has d
 PROGRESS_INTERVAL = 0.34  # seconds between two events of one upload: with the last, at most four in a second
 
 INSERT_BOOKS = CompiledQuery(sa.insert(Book))
-INTERRUPTIONS = (OperationalError, PoolTimeout)
+INTERRUPTIONS = (sa.exc.OperationalError, sa.exc.TimeoutError)  # the second: of the pool of connections
 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -149,15 +146,17 @@ class BatchImporter:
         data = {"upload_id": self.upload.id, "count": len(new), "first_id": first, "last_id": last}
         events.record(self.session, "books.imported", data)
 
-    def _books(self, rows: Sequence[ImportRow]) -> dict[int, Book]:
-        ids = {self.ids[row.key] for row in rows if row.key in self.ids}
-        return {book.id: book for book in self.session.scalars(sa.select(Book).where(col(Book.id).in_(ids)))}
+    def _books(self, rows: Sequence[ImportRow]) -> dict[Key, Book]:
+        ids = {row.key: self.ids[row.key] for row in rows if row.key in self.ids}
+        books = self.session.scalars(sa.select(Book).where(col(Book.id).in_(set(ids.values()))))
+        by_id = {book.id: book for book in books}
+        return {key: by_id[book_id] for key, book_id in ids.items()}
 
     def _update_books(self, rows: Sequence[ImportRow]) -> None:
         books = self._books(rows)
         for row in rows:
-            changed = row.key in self.ids and self._update_book(row, books[self.ids[row.key]])
-            if changed and row.outcome == "skipped":
+            book = books.get(row.key)
+            if book is not None and self._update_book(row, book) and row.outcome == "skipped":
                 row.outcome = "updated"
 
     def _update_book(self, row: ImportRow, book: Book) -> bool:
@@ -169,32 +168,32 @@ class BatchImporter:
         if all(getattr(book, name) == value for name, value in data.items()):
             return False
         if row.key[:2] in self.ambiguous:
-            message = "several books have this title and author, and the file does not show which of them is meant"
-            row.issues.append(RowIssue(None, "", message))
-            return False
-        if not (self.owner.is_staff or book.added_by == self.owner.id):
-            if not self.upload.shelve:
-                message = "this book was added by somebody else; only they, librarians and admins change it"
-                row.issues.append(RowIssue(None, "", message))
-            return False
-        revise_book(self.session, book, BookUpdate.model_validate(data))
-        return True
+            row.warn(None, "", "several books have this title and author; the file does not show which one is meant")
+        elif self.owner.is_staff or book.added_by == self.owner.id:
+            revise_book(self.session, book, BookUpdate.model_validate(data))
+            return True
+        elif not self.upload.shelve:
+            row.warn(None, "", "this book was added by somebody else; only they, librarians and admins change it")
+        return False
 
     # --- the shelf ---
 
     def _shelve(self, rows: Sequence[ImportRow]) -> None:
         books = self._books(rows)
         entries_of_owner = sa.select(ShelfEntry).where(col(ShelfEntry.user_id) == self.owner.id)
-        found = self.session.scalars(entries_of_owner.where(col(ShelfEntry.book_id).in_([*books])))
+        book_ids = {book.id for book in books.values()}
+        found = self.session.scalars(entries_of_owner.where(col(ShelfEntry.book_id).in_(book_ids)))
         entries, count = {entry.book_id: entry for entry in found}, 0
         for row in rows:
-            if row.entry is None or row.key not in self.ids or hash(("shelf", row.key)) in self.tracker.dry_run:
+            book = books.get(row.key)
+            if row.entry is None or book is None or hash(("shelf", row.key)) in self.tracker.dry_run:
                 continue
-            book = books[self.ids[row.key]]
             if book.id not in entries:
-                entries[book.id] = self._add_entry(row.entry, book)
-                row.outcome = "inserted"
-            elif self.updating and self._update_entry(row, row.entry, entries[book.id], book):
+                entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, status="", added_at=models.utcnow())
+                self._revise_entry(row, row.entry, entry, book)
+                self.session.add(entry)
+                entries[book.id], row.outcome = entry, "inserted"
+            elif self.updating and self._revise_entry(row, row.entry, entries[book.id], book):
                 row.outcome = "updated"
             else:
                 continue
@@ -203,16 +202,8 @@ class BatchImporter:
             data = {"upload_id": self.upload.id, "count": count}
             events.record(self.session, "shelf.imported", data, owner=self.owner.id)
 
-    def _add_entry(self, data: ShelfData, book: Book) -> ShelfEntry:
-        values = dict(data) | {"added_at": data.added_at or models.utcnow()}
-        entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, **values)
-        self.session.add(entry)
-        library.count_rating(book, None, entry.rating)
-        if entry.is_review:
-            library.record_review(self.session, "review.created", book, entry, self.owner.username)
-        return entry
-
-    def _update_entry(self, row: ImportRow, new: ShelfData, entry: ShelfEntry, book: Book) -> bool:
+    def _revise_entry(self, row: ImportRow, new: ShelfData, entry: ShelfEntry, book: Book) -> bool:
+        """Whether the file changes the entry."""
         data = {name: value for name, value in new if value not in (None, []) and getattr(entry, name) != value}
         if not data:
             return False
@@ -240,14 +231,14 @@ class ImportJob:
     worker: str  # as long as the upload names it, the upload is this job's
     done: int  # rows
     enrich: bool
+    shelve: bool
+    renewed_at: datetime
     progress_at: float = 0
-    renewed_at: datetime | None = None
 
     def renew_lease(self) -> None:
         """Now and then, while the job reads or waits for others."""
-        if self.renewed_at is None or models.utcnow() - self.renewed_at > LEASE / 5:
+        if models.utcnow() - self.renewed_at > LEASE / 5:
             database.write_sync(lock_upload, self)
-            self.renewed_at = models.utcnow()
 
 
 class ChunkReader(io.RawIOBase):
@@ -271,10 +262,8 @@ class ChunkReader(io.RawIOBase):
 
 
 def _find_chunk(connection: Connection, upload_id: int, number: int) -> bytes | None:
-    chunk = sa.select(col(UploadChunk.data)).where(
-        col(UploadChunk.upload_id) == upload_id, col(UploadChunk.number) == number
-    )
-    return connection.execute(chunk).scalar()
+    of_upload = sa.select(col(UploadChunk.data)).where(col(UploadChunk.upload_id) == upload_id)
+    return connection.execute(of_upload.where(col(UploadChunk.number) == number)).scalar()
 
 
 class CsvUpload:
@@ -284,14 +273,15 @@ class CsvUpload:
         self.job = job
         self.encoding = csv_files.detect_encoding(io.BufferedReader(ChunkReader(job), CHUNK))
         self.dialect = csv_files.detect_dialect(self._open(ChunkReader(job)))
-        _, header, _ = next(self._records(), (0, None, 0))
+        self.file = ChunkReader(job)  # for the rows
+        _, header = next(self._records(ChunkReader(job)), (0, None))
         if header is None:
             raise UnreadableFile("The file is empty: it has no header.")
         if isinstance(header, BrokenRecord):
             raise UnreadableFile(f"The first row can't be read: {header.reason}.")
         if any("\x00" in cell for cell in header):
             raise UnreadableFile("This is not a text file.")
-        self.columns = csv_files.read_header(header, enrich=job.enrich)
+        self.columns = csv_files.read_header(header, enrich=job.enrich, shelve=job.shelve)
         if self.columns.ours:  # and not a dialect that some text in it looks like
             self.dialect = csv_files.Dialect()
 
@@ -299,29 +289,26 @@ class CsvUpload:
         buffered = io.BufferedReader(file, CHUNK)
         return io.TextIOWrapper(buffered, encoding=self.encoding, errors=csv_files.UNDECODABLE, newline="")
 
-    def _records(self) -> Iterator[tuple[int, list[str] | BrokenRecord, int]]:
-        """With their numbers, as a spreadsheet counts, and how many bytes were read. Blank lines and Excel's `sep=;`
-        are left out."""
-        file = ChunkReader(self.job)
+    def _records(self, file: ChunkReader) -> Iterator[tuple[int, list[str] | BrokenRecord]]:
+        """With their numbers, as a spreadsheet counts. Blank lines and Excel's `sep=;` are left out."""
         for number, record in enumerate(csv_files.records(self._open(file), self.dialect), start=1):
             if record and not (number == 1 and len(record) <= 2 and record[0] == "sep="):
-                yield number, record, file.position
+                yield number, record
 
-    def rows(self, skip: int) -> Iterator[tuple[ImportRow, int]]:
-        """The rows after the first `skip`, each with how many bytes were read."""
+    def rows(self) -> Iterator[ImportRow]:
         parser = RowParser(self.columns, lambda: self.day_first, enrich=self.job.enrich)
-        for number, record, position in islice(self._records(), 1 + skip, None):
+        for number, record in islice(self._records(self.file), 1, None):
             if isinstance(record, BrokenRecord):
-                yield ImportRow(number, [record.line]).refuse(None, record.line, record.reason), position
+                yield ImportRow(number, [record.line]).refuse(None, record.line, record.reason)
             else:
-                yield parser.parse(number, record), position
+                yield parser.parse(number, record)
 
     @functools.cached_property
     def day_first(self) -> bool | None:
         """Whether 03/04/2008 is in April, if other dates of the file show it. Read only where a row needs it."""
         names = ("published_date", "added_at", "started_at", "finished_at")
         columns, width = [i for name in names for i in self.columns.fields.get(name, ())], len(self.columns.header)
-        rows = (row for _, row, _ in self._records() if not isinstance(row, BrokenRecord) and len(row) == width)
+        rows = (row for _, row in self._records(ChunkReader(self.job)) if isinstance(row, list) and len(row) == width)
         orders = {csv_files.day_comes_first(row[i].strip()) for row in rows for i in columns} - {None}
         return orders.pop() if len(orders) == 1 else None
 
@@ -350,16 +337,15 @@ def _run_job(job: ImportJob) -> None:
     try:
         file = CsvUpload(job)
         database.write_sync(_describe, job, file)
-        tracker, rows = DuplicateTracker(file.columns.ours), file.rows(job.done)
-        if tracker.ours:
-            for row, _ in islice(file.rows(0), job.done):  # what this job did before it was interrupted
-                if row.book is not None:
-                    tracker.key(row.book)
+        tracker, rows = DuplicateTracker(file.columns.ours), file.rows()
+        for row in islice(rows, job.done):  # those that it did before it was interrupted
+            if row.book is not None:
+                tracker.key(row.book)
         enricher = external.Enricher(job.renew_lease) if job.enrich else None
         while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
-            is_ready = enricher is None or enricher.look_up_isbns([row for row, _ in batch])
+            is_ready = enricher is None or enricher.look_up_isbns(batch)
             if is_ready:
-                database.write_sync(_store_batch, job, tracker, batch)
+                database.write_sync(_store_batch, job, tracker, batch, file.file.position)
             if not is_ready or database.server_is_stopping():
                 database.write_sync(_release, job)
                 return
@@ -376,25 +362,17 @@ def _run_job(job: ImportJob) -> None:
 
 def _claim(session: Session, upload_id: int) -> ImportJob | None:
     """Take the upload; None where another job has it."""
-    now, worker = models.utcnow(), secrets.token_hex(8)
-    claimed = session.execute(
-        sa.update(Upload)
-        .where(col(Upload.id) == upload_id, claimable())
-        .values(
-            status=UploadStatus.processing,
-            started_at=sa.func.coalesce(col(Upload.started_at), now),
-            worker=worker,
-            lease_until=now + LEASE,
-        )
-        .returning(col(Upload.rows), col(Upload.dry_run), col(Upload.enrich))
-    ).first()
-    if claimed is None:
+    upload = session.scalars(sa.select(Upload).where(col(Upload.id) == upload_id, claimable())).first()
+    if upload is None:
         return None
-    if claimed.dry_run and claimed.rows:  # its DuplicateTracker is lost: begin again
-        zeros = dict.fromkeys(("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"), 0)
-        session.execute(sa.update(Upload).where(col(Upload.id) == upload_id).values(zeros))
+    now = models.utcnow()
+    upload.status, upload.worker, upload.lease_until = UploadStatus.processing, secrets.token_hex(8), now + LEASE
+    upload.started_at = upload.started_at or now
+    if upload.dry_run:  # its DuplicateTracker is lost: begin again
+        for name in ("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"):
+            setattr(upload, name, 0)
         session.execute(sa.delete(UploadError).where(col(UploadError.upload_id) == upload_id))
-    return ImportJob(upload_id, worker, 0 if claimed.dry_run else claimed.rows, claimed.enrich)
+    return ImportJob(upload_id, upload.worker, upload.rows, upload.enrich, upload.shelve, now)
 
 
 def claimable() -> ColumnElement[bool]:
@@ -414,35 +392,33 @@ def lock_upload(session: Session, job: ImportJob) -> Upload:
         raise JobCancelled("it was deleted with its owner")
     if upload.worker != job.worker:
         raise JobCancelled(f"it is {upload.status}, not by this job")
-    upload.lease_until = models.utcnow() + LEASE
+    job.renewed_at = models.utcnow()
+    upload.lease_until = job.renewed_at + LEASE
     return upload
 
 
 def _describe(session: Session, job: ImportJob, file: CsvUpload) -> None:
     upload, columns = lock_upload(session, job), file.columns
-    if upload.shelve and columns.format not in csv_files.SHELF_FORMATS:
-        header = csv_files.describe_header(columns.header)
-        raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {header}")
     upload.format, upload.encoding, upload.delimiter = columns.format, file.encoding, file.dialect.delimiter
     upload.header = [strip_invalid(cell[:MAX_CELL]) for cell in columns.header]
     upload.ignored_columns = columns.ignored
 
 
 def _store_batch(
-    session: Session, job: ImportJob, tracker: DuplicateTracker, batch: list[tuple[ImportRow, int]]
+    session: Session, job: ImportJob, tracker: DuplicateTracker, rows: Sequence[ImportRow], position: int
 ) -> None:
-    upload, rows = lock_upload(session, job), [row for row, _ in batch]
+    upload = lock_upload(session, job)
     owner = session.get_one(User, upload.user_id)
     importer = BatchImporter(session, upload, Principal(owner.id, owner.username, owner.role, 0), tracker)
-    with session.begin_nested() if upload.dry_run else nullcontext() as savepoint:
-        importer.import_rows(rows)
-        if savepoint:
-            savepoint.rollback()
+    savepoint = session.begin_nested() if upload.dry_run else None
+    importer.import_rows(rows)
+    if savepoint is not None:
+        savepoint.rollback()
     upload.rows += len(rows)
     for name, count in Counter(row.outcome for row in rows).items():
         setattr(upload, name, getattr(upload, name) + count)
     upload.warnings += sum(row.book is not None and bool(row.issues) for row in rows)
-    upload.progress = min(batch[-1][1] / upload.size, 1)
+    upload.progress = min(position / upload.size, 1)
     _store_issues(session, upload.id, rows)
     if time.monotonic() - job.progress_at >= PROGRESS_INTERVAL:
         job.progress_at = time.monotonic()
@@ -450,28 +426,22 @@ def _store_batch(
 
 
 def _store_issues(session: Session, upload_id: int, rows: Sequence[ImportRow]) -> None:
-    errors = [
-        UploadError(
-            upload_id=upload_id,
-            row=row.number,
-            severity="error" if row.book is None else "warning",
-            field=issue.field,
-            value=printable(issue.value),
-            message=issue.message,
-            # Once for each refused row, which can be downloaded.
-            cells=[strip_invalid(cell[:MAX_CELL]) for cell in row.cells] if row.book is None and index == 0 else None,
-        )
-        for row in rows
-        for index, issue in enumerate(row.issues)
-    ]
-    if errors:
-        severity = col(UploadError.severity)
-        stored = sa.select(severity, sa.func.count()).where(col(UploadError.upload_id) == upload_id).group_by(severity)
-        counts = Counter(dict(session.execute(stored).all()))
-        for error in errors:
-            counts[error.severity] += 1
-            if counts[error.severity] <= MAX_ERRORS:
-                session.add(error)
+    rows = [row for row in rows if row.issues]
+    if not rows:
+        return
+    severity = col(UploadError.severity)
+    stored = sa.select(severity, sa.func.count()).where(col(UploadError.upload_id) == upload_id).group_by(severity)
+    counts = Counter(dict(session.execute(stored).all()))
+    for row in rows:
+        kind = "error" if row.book is None else "warning"
+        # Once for each refused row, which can be downloaded.
+        cells = [strip_invalid(cell[:MAX_CELL]) for cell in row.cells] if row.book is None else None
+        for issue in row.issues:
+            counts[kind] += 1
+            if counts[kind] <= MAX_ERRORS:
+                issue_data = issue._asdict() | {"value": printable(issue.value)}
+                session.add(UploadError(upload_id=upload_id, row=row.number, severity=kind, cells=cells, **issue_data))
+            cells = None
 
 
 def _release(session: Session, job: ImportJob) -> None:
@@ -481,8 +451,7 @@ def _release(session: Session, job: ImportJob) -> None:
 
 def _finish_job(session: Session, job: ImportJob, error: str | None) -> None:
     upload = lock_upload(session, job)
-    upload.progress = upload.progress if error else 1
-    upload.error = error
+    upload.error, upload.progress = error, upload.progress if error else 1
     finish(session, upload, UploadStatus.failed if error else UploadStatus.completed)
 
 

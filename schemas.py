@@ -156,8 +156,9 @@ class BlankIsNull:
 
     @staticmethod
     def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        documented = handler(schema)
-        return {**documented, "anyOf": [*documented.get("anyOf", ()), {"type": "string", "pattern": r"^\s*$"}]}
+        described = handler(schema)
+        blank = [{"type": "string", "pattern": r"^\s*$"}] if handler.mode == "validation" else []
+        return {**described, "anyOf": [*described.get("anyOf", ()), *blank]}
 
 
 # By Python's definition of white space, not pydantic's, so that models, CSV cells and sort keys agree on what is blank.

@@ -665,7 +665,6 @@ def test_waiting_job_keeps_its_lease_and_blocks_no_writer(
 ) -> None:
     monkeypatch.setattr(imports, "LEASE", timedelta(seconds=1))
     monkeypatch.setattr(external, "STOP_CHECK_INTERVAL", 0.05)
-    monkeypatch.setattr(external, "LEASE_RENEWAL_INTERVAL", 0.1)
     asked = threading.Event()
 
     def slow(handler: BaseHTTPRequestHandler) -> None:
@@ -693,7 +692,6 @@ def test_waiting_job_can_be_cancelled(
     client: TestClient, reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(external, "STOP_CHECK_INTERVAL", 0.05)
-    monkeypatch.setattr(external, "LEASE_RENEWAL_INTERVAL", 0.1)
     others.always = hang
     with ThreadPoolExecutor() as threads:
         upload = threads.submit(reader.upload, f"isbn\n{EMMA}\n", enrich="true")

@@ -277,14 +277,14 @@ def test_refused_rows_are_stored_uncut_and_beside_any_number_of_warnings(
 
 def test_rereading_of_broken_records_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(csv_files, "MAX_REREAD", 100_000)
-    lines, read = csv_files.LineReader.__next__, 0
+    lines, read = csv_files.LineReader.next_line, 0
 
     def count(self: csv_files.LineReader) -> str:
         nonlocal read
         read += 1
         return lines(self)
 
-    monkeypatch.setattr(csv_files.LineReader, "__next__", count)
+    monkeypatch.setattr(csv_files.LineReader, "next_line", count)
     text = io.StringIO("title,author\n" + 'x","\n' * 1000, newline="")
     with pytest.raises(csv_files.UnreadableFile, match="does not close"):
         list(csv_files.records(text, csv_files.Dialect()))
