@@ -119,8 +119,8 @@ def verify_token(kind: str, token: str) -> Claims | None:
     except (JWTError, ValidationError, RecursionError):
         return None
     now = models.utcnow().timestamp()
-    is_from_the_future = claims.iat > now + 60  # clocks of several machines differ
-    return None if claims.typ != kind or is_from_the_future or claims.exp <= now else claims
+    is_valid = claims.typ == kind and claims.iat <= now + 60 and now < claims.exp  # clocks differ by some seconds
+    return claims if is_valid else None
 
 
 def sha256(secret: str) -> str:
@@ -166,9 +166,7 @@ async def get_principal(token: Annotated[str | None, Depends(bearer)]) -> Princi
     if token is None:
         return None
     claims = verify_token("access", token)
-    principal = None
-    if claims is not None:
-        principal = await database.read(_find_principal, claims.sub, claims.sid, claims.exp)
+    principal = await database.read(_find_principal, claims.sub, claims.sid, claims.exp) if claims else None
     if principal is None:
         raise unauthorized()
     return principal
@@ -335,14 +333,13 @@ async def reset_rate_limit(action: str, request: Request, account: object) -> No
 def _limits(action: str, request: Request, account: object) -> list[tuple[limits.RateLimitItem, str]]:
     if not settings.rate_limits:
         return []
-    rate, address = RATE_LIMITS[action], client_address(request)
-    keys = [(limits.parse(rate.address), f"{action} from {address}")]
+    address = client_address(request)
+    keys = [f"{action} from {address}"]
     if account is not None:
         # A hash: names may be long, and addresses do not belong into a shared storage.
         name = hashlib.blake2b(str(account).encode(), digest_size=16).hexdigest()
-        keys.append((limits.parse(rate.together), f"{action} of {name} from {address}"))
-        keys.append((limits.parse(rate.account), f"{action} of {name}"))
-    return keys
+        keys += [f"{action} of {name} from {address}", f"{action} of {name}"]
+    return [(limits.parse(rate), key) for rate, key in zip(RATE_LIMITS[action], keys, strict=False)]
 
 
 def client_address(request: Request) -> str:
