@@ -126,8 +126,8 @@ async def store_upload(form: ShelfForm, user: Principal, tasks: BackgroundTasks,
 
 def insert_upload(session: Session, form: ShelfForm, user_id: int) -> UploadPublic:
     filename = printable(form.file.filename or "", 255) or "upload.csv"
-    options = form.model_dump(exclude={"file"})
-    upload = Upload(**{"shelve": True, **options}, user_id=user_id, filename=filename, size=form.file.size or 0)
+    options = {"shelve": True} | form.model_dump(exclude={"file"})  # a ShelfForm does not have `shelve`
+    upload = Upload(**options, user_id=user_id, filename=filename, size=form.file.size or 0)
     session.add(upload)
     session.flush()
     for number, piece in enumerate(iter(lambda: form.file.file.read(CHUNK), b"")):
