@@ -443,15 +443,13 @@ def _read_events(connection: Connection, event_filter: EventFilter, query: Event
         .order_by(col(Event.id))
         .limit(query.limit)
     ).all()
-    items = [EventPublic.model_validate(row, from_attributes=True) for row in rows]
+    items = [EventPublic.model_validate(row) for row in rows]
     return EventPage(items=items, next=items[-1].id if len(items) == query.limit else last_event_id(connection))
 
 
 @router.get("/stream", summary="Follow changes live", response_class=EventSourceResponse, responses=STREAM_RESPONSES)
 async def stream(
-    query: Annotated[StreamQuery, Query()],
-    viewer: Viewer,
-    last_event_id: Annotated[EventId | None, Header()] = None,
+    query: Annotated[StreamQuery, Query()], viewer: Viewer, last_event_id: Annotated[EventId | None, Header()] = None
 ) -> EventSourceResponse:
     """Every change as it is committed, as Server-Sent Events.
 
