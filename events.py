@@ -14,12 +14,13 @@ import socket
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
 
 import anyio
 import sqlalchemy as sa
 from fastapi import Header, HTTPException, Query, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, FiniteFloat
 from sqlalchemy import Connection
 from sqlalchemy import event as orm_event
 from sqlalchemy.exc import OperationalError
@@ -65,12 +66,7 @@ INSERT_EVENT = CompiledQuery(sa.insert(Event))
 
 
 def record(
-    session: Session,
-    type: str,  # noqa: A002  # as in the table
-    data: dict[str, Any],
-    owner: int | None = None,
-    *,
-    private: bool = False,
+    session: Session, event_type: str, data: dict[str, Any], owner: int | None = None, *, private: bool = False
 ) -> None:
     """Log a change, in its transaction. With `owner` it is private: visible to that user only.
 
@@ -78,17 +74,17 @@ def record(
     existed), and `harvest.*`, which has none.
     """
     visibility = {"user_id": owner, "private": private or owner is not None}
-    INSERT_EVENT.all(session, {"at": models.utcnow(), "type": type, "data": data, **visibility})
+    INSERT_EVENT.all(session, {"at": models.utcnow(), "type": event_type, "data": data, **visibility})
     session.info["recorded"] = True
 
 
-def record_each(session: Session, type: str, rows: sa.Select[Any]) -> None:  # noqa: A002  # as in the table
+def record_each(session: Session, event_type: str, rows: sa.Select[Any]) -> None:
     """Log a public change for each row of a SELECT whose only column is the event's data as JSON."""
     data: Any = rows.selected_columns[0]
     if database.is_postgresql():
         data = sa.cast(data, sa.JSON)
     now = sa.literal(models.utcnow(), models.UtcDateTime)
-    values = rows.with_only_columns(now, sa.literal(type), data, sa.false(), maintain_column_froms=True)
+    values = rows.with_only_columns(now, sa.literal(event_type), data, sa.false(), maintain_column_froms=True)
     session.execute(sa.insert(Event).from_select(("at", "type", "data", "private"), values))
     session.info["recorded"] = True
 
@@ -185,31 +181,21 @@ class EventFilter:
 
     def __init__(self, viewer: Principal | None, types: str | None = None) -> None:
         self.viewer = viewer
-        self.sees_admin_types = viewer is not None and viewer.role == Role.admin
-        self.types = types.split(",") if types else []
+        self.owner = viewer.id if viewer else 0  # no user has this id; private events without an owner have None
+        self.admin_types = ADMIN_TYPES if viewer and viewer.role == Role.admin else ()
+        self.types = [type_ for type_ in (types or "*").split(",") if not type_.endswith("*")]
+        self.prefixes = tuple(type_[:-1] for type_ in (types or "*").split(",") if type_.endswith("*"))
 
     def matches(self, event: LoggedEvent) -> bool:
-        if event.private and not (
-            (self.viewer is not None and event.user_id == self.viewer.id)
-            or (self.sees_admin_types and event.type.startswith(ADMIN_TYPES))
-        ):
-            return False
-        return not self.types or any(
-            event.type.startswith(type_[:-1]) if type_.endswith("*") else event.type == type_ for type_ in self.types
-        )
+        is_visible = not event.private or event.user_id == self.owner or event.type.startswith(self.admin_types)
+        return is_visible and (event.type in self.types or event.type.startswith(self.prefixes))
 
     def condition(self) -> sa.ColumnElement[bool]:
         """`matches` in SQL."""
-        visible = sa.not_(col(Event.private))
-        if self.viewer is not None:
-            visible |= col(Event.user_id) == self.viewer.id
-        if self.sees_admin_types:
-            visible |= sa.or_(*(col(Event.type).startswith(prefix) for prefix in ADMIN_TYPES))
-        types = [
-            col(Event.type).startswith(type_[:-1], autoescape=True) if type_.endswith("*") else col(Event.type) == type_
-            for type_ in self.types
-        ]
-        return sa.and_(visible, sa.or_(*types)) if types else visible
+        is_visible = [sa.not_(col(Event.private)), col(Event.user_id) == self.owner]
+        is_visible += [col(Event.type).startswith(prefix) for prefix in self.admin_types]
+        prefixes = [col(Event.type).startswith(prefix, autoescape=True) for prefix in self.prefixes]
+        return sa.and_(sa.or_(*is_visible), sa.or_(col(Event.type).in_(self.types), *prefixes))
 
     async def is_viewer_authorized(self) -> bool:
         """Whether the viewer's token is still valid, and the account has the same role."""
@@ -235,7 +221,7 @@ class EventTail:
     buffer: deque[LoggedEvent] = field(default_factory=lambda: deque(maxlen=BUFFER_SIZE))
     start: int = 0  # the buffer holds all events after this id, up to `last_event_id`
     last_event_id: int = 0
-    closing: anyio.Event | None = None  # set by sse-starlette at SIGTERM
+    closing: anyio.Event = field(default_factory=anyio.Event)  # set by sse-starlette at SIGTERM
     streams: Counter[str] = field(default_factory=Counter)  # open streams by address
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _notified: asyncio.Event = field(default_factory=asyncio.Event)
@@ -258,11 +244,8 @@ class EventTail:
             tasks.start_soon(self._read_log)
             tasks.start_soon(self._notify_streams_at_shutdown)
             tasks.start_soon(database.backend().listen, self._notified.set)
-            try:
-                yield
-            finally:
-                self._loop = None
-                tasks.cancel_scope.cancel()
+            yield
+            tasks.cancel_scope.cancel()
 
     async def _read_log(self) -> None:
         while True:
@@ -306,7 +289,6 @@ class EventTail:
         self._changed = asyncio.Event()
 
     async def _notify_streams_at_shutdown(self) -> None:
-        assert self.closing is not None
         await self.closing.wait()
         self._notify_streams()
 
@@ -317,12 +299,7 @@ class EventTail:
         if cursor < self.start:
             return await database.read(events_after, cursor)
         # From the newest: a stream that keeps up looks only at the events that it has not sent.
-        events: deque[LoggedEvent] = deque()
-        for event in reversed(self.buffer):
-            if event.id <= cursor:
-                break
-            events.appendleft(event)
-        return events
+        return list(takewhile(lambda event: event.id > cursor, reversed(self.buffer)))[::-1]
 
     @contextlib.contextmanager
     def stream_slot(self, address: str) -> Iterator[None]:
@@ -343,7 +320,6 @@ class EventTail:
         self, event_filter: EventFilter, cursor: int | None, limit: int | None, seconds: float | None
     ) -> AsyncIterator[bytes]:
         """The frames of one stream. It ends at its limits, at shutdown, and when its token is no longer valid."""
-        assert self.closing is not None
         last, reset = await retry_until_available(database.read, check_cursor, cursor)
         retry = random.randint(1500, 2500)  # noqa: S311  # so that clients do not all reconnect at once after a restart
         yield control_frame("ready", {"head": last}, retry=retry)
@@ -351,34 +327,30 @@ class EventTail:
             yield control_frame("reset", reset)
         position = last if cursor is None or reset is not None else cursor
         clock = asyncio.get_running_loop().time
-        deadline = math.inf if seconds is None else clock() + seconds
-        remaining = MAX_EVENT_ID if limit is None else limit
         checked_at = clock()
+        deadline, remaining = checked_at + (seconds or math.inf), limit or MAX_EVENT_ID
         while not self.closing.is_set():
             changed = self._changed  # before reading, so that no change in between is missed
             events = await retry_until_available(self.since, position)
             if events is None:
                 return  # pruned: the client gets a `reset` when it reconnects
-            chunk, size = [], 0
+            chunk, needs_check = bytearray(), clock() - checked_at >= HEARTBEAT_INTERVAL
             for event in events:
                 position = event.id
                 if event_filter.matches(event):
-                    if event.private and not await event_filter.is_viewer_authorized():
-                        remaining = 0
-                        break
-                    chunk.append(event.frame)
-                    size += len(event.frame)
+                    chunk += event.frame
+                    needs_check |= event.private
                     remaining -= 1
-                    if not remaining or size >= MAX_CHUNK:
+                    if not remaining or len(chunk) >= MAX_CHUNK:
                         break
-            if chunk:
-                yield b"".join(chunk)
-            if not remaining or clock() >= deadline:
-                return
-            if clock() - checked_at >= HEARTBEAT_INTERVAL:
+            if needs_check:
                 checked_at = clock()
                 if not await event_filter.is_viewer_authorized():
                     return
+            if chunk:
+                yield bytes(chunk)
+            if not remaining or clock() >= deadline:
+                return
             if not events:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(min(deadline, checked_at + HEARTBEAT_INTERVAL)):
@@ -424,6 +396,7 @@ TypesParameter = Annotated[
     Field(description="Only these types, separated by commas; `book.*` is all types that begin with `book.`."),
 ]
 EventId = Annotated[int, Field(ge=0, le=MAX_EVENT_ID)]
+Seconds = Annotated[FiniteFloat, Field(gt=0, le=86_400)]
 
 
 class EventsQuery(RequestModel):
@@ -436,9 +409,7 @@ class StreamQuery(RequestModel):
     types: TypesParameter = None
     since: EventId | None = Field(default=None, description="Resume after this id. `Last-Event-ID` takes precedence.")
     limit: Annotated[int | None, Field(ge=1, le=10_000, description="End after this many events.")] = None
-    seconds: Annotated[
-        float | None, Field(gt=0, le=86_400, allow_inf_nan=False, description="End after this many seconds.")
-    ] = None
+    seconds: Seconds | None = Field(default=None, description="End after this many seconds.")
 
 
 class EventPage(BaseModel):
@@ -472,15 +443,13 @@ def _read_events(connection: Connection, event_filter: EventFilter, query: Event
         .order_by(col(Event.id))
         .limit(query.limit)
     ).all()
-    items = [EventPublic.model_validate(row, from_attributes=True) for row in rows]
+    items = [EventPublic.model_validate(row) for row in rows]
     return EventPage(items=items, next=items[-1].id if len(items) == query.limit else last_event_id(connection))
 
 
 @router.get("/stream", summary="Follow changes live", response_class=EventSourceResponse, responses=STREAM_RESPONSES)
 async def stream(
-    query: Annotated[StreamQuery, Query()],
-    viewer: Viewer,
-    last_event_id: Annotated[EventId | None, Header()] = None,
+    query: Annotated[StreamQuery, Query()], viewer: Viewer, last_event_id: Annotated[EventId | None, Header()] = None
 ) -> EventSourceResponse:
     """Every change as it is committed, as Server-Sent Events.
 

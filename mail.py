@@ -1,6 +1,7 @@
 """Plain-text e-mail: sent by SMTP, or logged if no server is configured."""
 
 import asyncio
+import functools
 import logging
 import smtplib
 import ssl
@@ -52,14 +53,11 @@ async def send(email: Email) -> None:
 
 
 def _deliver(email: Email) -> None:
-    host, port = settings.smtp_host or "", settings.smtp_port
     context = ssl.create_default_context()
-    if settings.smtp_tls and port == IMPLICIT_TLS_PORT:
-        server: smtplib.SMTP = smtplib.SMTP_SSL(host, port, timeout=SMTP_TIMEOUT, context=context)
-    else:
-        server = smtplib.SMTP(host, port, timeout=SMTP_TIMEOUT)
-    with server:
-        if settings.smtp_tls and port != IMPLICIT_TLS_PORT:
+    is_implicit = settings.smtp_tls and settings.smtp_port == IMPLICIT_TLS_PORT
+    connect = functools.partial(smtplib.SMTP_SSL, context=context) if is_implicit else smtplib.SMTP
+    with connect(settings.smtp_host or "", settings.smtp_port, timeout=SMTP_TIMEOUT) as server:
+        if settings.smtp_tls and not is_implicit:
             server.starttls(context=context)
         if settings.smtp_username and settings.smtp_password:
             server.login(settings.smtp_username, settings.smtp_password.get_secret_value())
@@ -84,9 +82,7 @@ def _is_permanent(error: OSError | ValueError) -> bool:
     """Whether a retry can't succeed. SMTP replies from 500 on are permanent (RFC 5321, 4.2.1)."""
     if isinstance(error, smtplib.SMTPRecipientsRefused):
         return all(code >= 500 for code, _ in error.recipients.values())
-    if isinstance(error, smtplib.SMTPResponseException):
-        return error.smtp_code >= 500
-    return isinstance(error, ValueError)
+    return isinstance(error, ValueError) or getattr(error, "smtp_code", 0) >= 500
 
 
 # --- texts --------------------------------------------------------------------------------------------------------
@@ -95,26 +91,24 @@ def _is_permanent(error: OSError | ValueError) -> bool:
 
 
 def confirm_address(to: str, username: str, token: str) -> Email:
-    return Email(
-        to,
-        "Confirm your e-mail address",
+    text = (
         f'This address was given for the account "{username}" at Books API.\n'
         "If that was you, open this link within 24 hours to confirm it:\n\n"
         f"{settings.public_url}/auth/verify-email/{token}\n\n"
-        "If it was not you, do nothing: nobody can confirm the address without this link.\n",
+        "If it was not you, do nothing: nobody can confirm the address without this link.\n"
     )
+    return Email(to, "Confirm your e-mail address", text)
 
 
 def reset_code(to: str, username: str, code: str) -> Email:
-    return Email(
-        to,
-        "Your code for a new password",
+    text = (
         f'A new password was requested for the account "{username}" at Books API\n'
         f"({settings.public_url}). If that was you, this is your code:\n\n"
         f"    {code}\n\n"
         "It is valid for 10 minutes and can be used once. Do not share it: we never ask for it.\n"
-        "If it was not you, do nothing: your password stays as it is.\n",
+        "If it was not you, do nothing: your password stays as it is.\n"
     )
+    return Email(to, "Your code for a new password", text)
 
 
 def password_changed(to: str, username: str) -> Email:

@@ -126,10 +126,8 @@ async def recurring_jobs() -> AsyncIterator[None]:
         jobs.start_soon(run_every, 600, sweep_logins)
         if settings.harvest_query is not None:
             jobs.start_soon(run_every, external.HARVEST_POLL_INTERVAL, external.harvest)
-        try:
-            yield
-        finally:
-            jobs.cancel_scope.cancel()
+        yield
+        jobs.cancel_scope.cancel()
 
 
 async def run_every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
@@ -180,33 +178,24 @@ class Health(BaseModel):
 @router.get("/health", summary="Ask whether the service is well")
 async def health() -> Health:
     """Whether the service can read and write its database: 200, or 503 with what is wrong."""
+    verb, reason = "read", f"another writer holds the lock for {PROBE_TIMEOUT} s"
     try:
         await database.read(pagination.last_event_id)
-    except DBAPIError as error:
-        raise unhealthy("read", error.orig) from None
-    if time.monotonic() - _Probe.at > PROBE_INTERVAL:
-        # One for all requests; whoever holds the lock, the answer must come.
-        if _Probe.running is None or _Probe.running.done():
-            _Probe.running = asyncio.create_task(database.write(write_probe))
-        probe = _Probe.running
-        done, _ = await asyncio.wait([probe], timeout=PROBE_TIMEOUT)
-        if not done:
-            raise unhealthy("written", TimeoutError(f"another writer holds the lock for {PROBE_TIMEOUT} s"))
-        try:
-            probe.result()
-        except DBAPIError as error:
-            raise unhealthy("written", error.orig) from None
-        _Probe.at = time.monotonic()
+        if time.monotonic() - _Probe.at > PROBE_INTERVAL:
+            verb = "written"
+            # One for all requests; whoever holds the lock, the answer must come.
+            if _Probe.running is None or _Probe.running.done():
+                _Probe.running = asyncio.create_task(database.write(write_probe))
+            await asyncio.wait_for(asyncio.shield(_Probe.running), PROBE_TIMEOUT)
+            _Probe.at = time.monotonic()
+    except (DBAPIError, TimeoutError) as error:
+        log.error("the database can't be %s: %s", verb, getattr(error, "orig", reason))
+        raise HTTPException(503, f"The database can't be {verb}.", {"Retry-After": "5"}) from None
     return Health(status="ok", version=VERSION, database=database.backend().kind)
 
 
 def write_probe(session: Session) -> None:
     session.merge(Setting(key="probed", value=models.utcnow().isoformat()))
-
-
-def unhealthy(verb: str, error: BaseException | None) -> HTTPException:
-    log.error("the database can't be %s: %s", verb, error)
-    return HTTPException(503, f"The database can't be {verb}.", {"Retry-After": "5"})
 
 
 # --- backup -------------------------------------------------------------------------------------------------------
@@ -227,11 +216,8 @@ async def back_up(admin: Admin) -> StreamingResponse:
         copy = await anyio.to_thread.run_sync(open_copy, str(backend.engine.url.database))
     except OSError as error:
         raise disk_full(error) from None
-    name = f"books-{models.utcnow():%Y%m%d-%H%M%S}.db"
-    headers = {
-        "Content-Disposition": f'attachment; filename="{name}"',
-        "Content-Length": str(os.fstat(copy.fileno()).st_size),
-    }
+    name = {"Content-Disposition": f'attachment; filename="books-{models.utcnow():%Y%m%d-%H%M%S}.db"'}
+    headers = name | {"Content-Length": str(os.fstat(copy.fileno()).st_size)}
     return StreamingResponse(read_copy(copy), media_type="application/vnd.sqlite3", headers=headers)
 
 
@@ -321,21 +307,9 @@ if settings.cors_origins:
         expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Event-Cursor", "X-Request-ID"],
     )
 app.add_middleware(RequestMiddleware)  # outermost, so that its headers are on errors of the others, too
-ROUTERS = (  # the most frequent first, even before /docs: Starlette tries routes in turn
-    books.hot,
-    library.hot,
-    books.router,
-    library.router,
-    auth.router,
-    accounts.router,
-    users.router,
-    library.reviews_router,
-    uploads.router,
-    external.router,
-    loans.router,
-    events.router,
-    router,
-)
+NOUNS = (books, library, auth, accounts, users, uploads, external, loans, events)
+# The most frequent first, even before /docs: Starlette tries routes in turn.
+ROUTERS = (books.hot, library.hot, *(noun.router for noun in NOUNS), library.reviews_router, router)
 app.router.routes[:0] = [route for each in ROUTERS for route in each.routes]
 
 

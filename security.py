@@ -119,8 +119,8 @@ def verify_token(kind: str, token: str) -> Claims | None:
     except (JWTError, ValidationError, RecursionError):
         return None
     now = models.utcnow().timestamp()
-    is_from_the_future = claims.iat > now + 60  # clocks of several machines differ
-    return None if claims.typ != kind or is_from_the_future or claims.exp <= now else claims
+    is_valid = claims.typ == kind and claims.iat <= now + 60 and now < claims.exp  # clocks differ by some seconds
+    return claims if is_valid else None
 
 
 def sha256(secret: str) -> str:
@@ -166,9 +166,7 @@ async def get_principal(token: Annotated[str | None, Depends(bearer)]) -> Princi
     if token is None:
         return None
     claims = verify_token("access", token)
-    principal = None
-    if claims is not None:
-        principal = await database.read(_find_principal, claims.sub, claims.sid, claims.exp)
+    principal = await database.read(_find_principal, claims.sub, claims.sid, claims.exp) if claims else None
     if principal is None:
         raise unauthorized()
     return principal
@@ -226,19 +224,18 @@ Contributor = Annotated[Principal, Depends(get_contributor)]
 def prepare() -> None:
     """Set the signing key and, on the first start, make the first admin. Safe in several processes at once."""
     database.write_sync(_prepare)
-    if settings.development:
+    if settings.secret_key is None:
         hint = " The first account is admin / admin." if settings.makes_admin_admin else ""
         log.warning("Development mode: SECRET_KEY is not set.%s", hint)
 
 
 def _prepare(session: Session) -> None:
-    password = settings.admin_password.get_secret_value() if settings.admin_password else None
+    password = settings.first_password
     admins = session.scalars(sa.select(User).where(col(User.role) == Role.admin)).all()
     if settings.secret_key is None:
         stored = session.get(Setting, "secret_key") or Setting(key="secret_key", value=secrets.token_hex(32))
         session.add(stored)
         _SigningKey.value = stored.value
-        password = password or "admin"
     else:
         _SigningKey.value = settings.secret_key.get_secret_value()
         _refuse_default_password(session)
@@ -301,20 +298,17 @@ RATE_LIMITS = {
 
 
 class _Limiters:
-    """This process's counters and, with RATE_LIMIT_STORAGE, those that processes share."""
+    """The counters in RATE_LIMIT_STORAGE, and those of this process for while it does not answer."""
 
+    stored: FixedWindowRateLimiter
     local: FixedWindowRateLimiter
-    shared: FixedWindowRateLimiter | None = None
 
 
 def open_rate_limits() -> None:
     """Call it on the event loop: the memory storage belongs to the one that first uses it."""
-    _Limiters.local, _Limiters.shared = FixedWindowRateLimiter(MemoryStorage()), None
-    if not settings.rate_limit_storage.startswith("memory:"):
-        timeouts = {"socket_timeout": 1, "socket_connect_timeout": 1}
-        url = f"async+{settings.rate_limit_storage}"
-        storage: Any = storage_from_string(url, wrap_exceptions=True, implementation="redispy", **timeouts)
-        _Limiters.shared = FixedWindowRateLimiter(storage)
+    options: Any = {"socket_timeout": 1, "socket_connect_timeout": 1, "implementation": "redispy"}  # for Redis
+    storage: Any = storage_from_string(f"async+{settings.rate_limit_storage}", wrap_exceptions=True, **options)
+    _Limiters.stored, _Limiters.local = FixedWindowRateLimiter(storage), FixedWindowRateLimiter(MemoryStorage())
 
 
 async def check_rate_limit(action: str, request: Request, account: object = None) -> None:
@@ -335,14 +329,13 @@ async def reset_rate_limit(action: str, request: Request, account: object) -> No
 def _limits(action: str, request: Request, account: object) -> list[tuple[limits.RateLimitItem, str]]:
     if not settings.rate_limits:
         return []
-    rate, address = RATE_LIMITS[action], client_address(request)
-    keys = [(limits.parse(rate.address), f"{action} from {address}")]
+    address = client_address(request)
+    keys = [f"{action} from {address}"]
     if account is not None:
         # A hash: names may be long, and addresses do not belong into a shared storage.
         name = hashlib.blake2b(str(account).encode(), digest_size=16).hexdigest()
-        keys.append((limits.parse(rate.together), f"{action} of {name} from {address}"))
-        keys.append((limits.parse(rate.account), f"{action} of {name}"))
-    return keys
+        keys += [f"{action} of {name} from {address}", f"{action} of {name}"]
+    return [(limits.parse(rate), key) for rate, key in zip(RATE_LIMITS[action], keys, strict=False)]
 
 
 def client_address(request: Request) -> str:
@@ -361,10 +354,8 @@ def client_address(request: Request) -> str:
 
 
 async def _use(call: Callable[..., Awaitable[T]], limit: limits.RateLimitItem, key: str) -> T:
-    """With the shared counters, or this process's while they do not answer."""
-    if _Limiters.shared is not None:
-        try:
-            return await call(_Limiters.shared, limit, key)
-        except StorageError as error:
-            log.error("RATE_LIMIT_STORAGE does not answer; counting in this process: %s", error)
-    return await call(_Limiters.local, limit, key)
+    try:
+        return await call(_Limiters.stored, limit, key)
+    except StorageError as error:
+        log.error("RATE_LIMIT_STORAGE does not answer; counting in this process: %s", error)
+        return await call(_Limiters.local, limit, key)

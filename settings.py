@@ -113,7 +113,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def check_unsafe(self) -> Self:
-        password = self.admin_password and self.admin_password.get_secret_value()
+        password = self.first_password
         if self.secret_key is not None:
             if len(self.secret_key.get_secret_value().strip()) < 32:
                 raise ValueError("SECRET_KEY must have at least 32 characters; try: openssl rand -hex 32")
@@ -123,21 +123,23 @@ class Settings(BaseSettings):
                 raise ValueError("ADMIN_PASSWORD must not be ADMIN_USERNAME or ADMIN_EMAIL")
             if password and password.lower() in COMMON_PASSWORDS:
                 raise ValueError("ADMIN_PASSWORD is one of the most common passwords: choose another")
-        if password is not None and password != "admin" and not 8 <= len(password) <= 128:
+        if password not in (None, "admin") and not 8 <= len(password) <= 128:
             raise ValueError("ADMIN_PASSWORD must have 8 to 128 characters")
         if (self.smtp_username is None) != (self.smtp_password is None):
             raise ValueError("SMTP_USERNAME and SMTP_PASSWORD go together")
         return self
 
     @property
-    def development(self) -> bool:
-        return self.secret_key is None
+    def first_password(self) -> str | None:
+        """The first admin's; in development mode it is `admin` by default."""
+        if self.admin_password is not None:
+            return self.admin_password.get_secret_value()
+        return "admin" if self.secret_key is None else None
 
     @property
     def makes_admin_admin(self) -> bool:
         """Whether the first account is `admin` / `admin`."""
-        password = self.admin_password.get_secret_value() if self.admin_password else "admin"
-        return self.development and (self.admin_username, password) == ("admin", "admin")
+        return (self.admin_username, self.first_password) == ("admin", "admin")
 
 
 settings = Settings()

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
@@ -19,7 +21,7 @@ from database import readonly, transactional
 from imports import CHUNK, finish, run_upload
 from library import ENTRIES
 from models import InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus
-from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, json_response, page_response
+from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
 from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic
 from security import Contributor, CurrentUser, Viewer, reject_repeated_fields
 from settings import settings
@@ -41,7 +43,8 @@ ERRORS = Listing(
 # --- taking a file ------------------------------------------------------------------------------------------------
 
 MAX_UPLOAD = (settings.max_upload_mb << 20) + 64 * 1024  # bytes of a request with a file
-ACCEPTED = errors(sends={202: "Location"})
+ACCEPTED: Any = {"status_code": 202, "max_body_size": MAX_UPLOAD}
+LOCATION = errors(sends={202: "Location"})
 
 
 def _is_file(part: object) -> object:
@@ -74,13 +77,7 @@ class NoQuery(RequestModel):
 NoRepeatedFields = Annotated[None, Depends(reject_repeated_fields)]
 
 
-@router.post(
-    "/books/upload",
-    status_code=202,
-    max_body_size=MAX_UPLOAD,
-    summary="Upload a file of books",
-    responses=errors(403) | ACCEPTED,
-)
+@router.post("/books/upload", summary="Upload a file of books", responses=errors(403) | LOCATION, **ACCEPTED)
 async def upload_books(
     form: Annotated[UploadForm, Form(media_type="multipart/form-data")],
     _query: Annotated[NoQuery, Query()],
@@ -95,16 +92,11 @@ async def upload_books(
     Delimiter, quotes and encoding are detected. A book is here already if its ISBN is, or without one, its title and
     author.
     """
-    return await store_upload(form, user, tasks, response, shelve=form.shelve, enrich=form.enrich)
+    return await store_upload(form, user, tasks, response)
 
 
 @router.post(
-    "/my-library/import",
-    status_code=202,
-    max_body_size=MAX_UPLOAD,
-    tags=["My library"],
-    summary="Import my shelf from a file",
-    responses=ACCEPTED,
+    "/my-library/import", tags=["My library"], summary="Import my shelf from a file", responses=LOCATION, **ACCEPTED
 )
 async def import_library(
     form: Annotated[ShelfForm, Form(media_type="multipart/form-data")],
@@ -118,37 +110,27 @@ async def import_library(
 
     The answer is 202, as that of `/books/upload`. Books that are not in the catalogue are added to it.
     """
-    return await store_upload(form, user, tasks, response, shelve=True, enrich=False)
+    return await store_upload(form, user, tasks, response)
 
 
-async def store_upload(
-    form: ShelfForm, user: Principal, tasks: BackgroundTasks, response: Response, *, shelve: bool, enrich: bool
-) -> UploadPublic:
+async def store_upload(form: ShelfForm, user: Principal, tasks: BackgroundTasks, response: Response) -> UploadPublic:
     if not form.file.size:
         raise InvalidField("file", "is empty")
     if form.file.size > settings.max_upload_mb << 20:
         raise HTTPException(413, f"Files have at most {settings.max_upload_mb} MiB.")
-    upload = await database.write(insert_upload, form, user.id, shelve=shelve, enrich=enrich)
+    upload = await database.write(insert_upload, form, user.id)
     tasks.add_task(database.run_job, run_upload, upload.id)
     response.headers["Location"] = f"/books/upload/{upload.id}"
     return upload
 
 
-def insert_upload(session: Session, form: ShelfForm, user_id: int, *, shelve: bool, enrich: bool) -> UploadPublic:
-    file = form.file.file
-    assert form.file.size is not None
-    upload = Upload(
-        user_id=user_id,
-        filename=printable(form.file.filename or "", 255) or "upload.csv",
-        size=form.file.size,
-        shelve=shelve,
-        on_duplicate=form.on_duplicate,
-        dry_run=form.dry_run,
-        enrich=enrich,
-    )
+def insert_upload(session: Session, form: ShelfForm, user_id: int) -> UploadPublic:
+    filename = printable(form.file.filename or "", 255) or "upload.csv"
+    options = {"shelve": True} | form.model_dump(exclude={"file"})  # a ShelfForm does not have `shelve`
+    upload = Upload(**options, user_id=user_id, filename=filename, size=form.file.size or 0)
     session.add(upload)
     session.flush()
-    for number, piece in enumerate(iter(lambda: file.read(CHUNK), b"")):
+    for number, piece in enumerate(iter(lambda: form.file.file.read(CHUNK), b"")):
         session.execute(sa.insert(UploadChunk), [{"upload_id": upload.id, "number": number, "data": piece}])
     return UploadPublic.model_validate(upload)
 
@@ -172,24 +154,19 @@ def read_upload(connection: Connection, upload_id: UploadId, user: CurrentUser) 
     return json_response(find_upload(connection, upload_id, user))
 
 
-def find_upload(connection: Connection, upload_id: int, user: Principal) -> str:
+def find_upload(connection: Connection | Session, upload_id: int, user: Principal) -> str:
     upload = UPLOADS.first(connection, visible_to(user) | {"id": upload_id})
     if upload is None:
-        raise no_such_upload()
+        raise HTTPException(404, "No such upload.")
     return upload
-
-
-def no_such_upload() -> HTTPException:
-    return HTTPException(404, "No such upload.")
 
 
 @router.delete("/books/upload/{upload_id:id}", summary="Cancel an upload", responses=errors(404, 409))
 @transactional
 def cancel_upload(session: Session, upload_id: UploadId, user: CurrentUser) -> UploadPublic:
     """Cancel a queued or running upload. What is counted as inserted or updated stays. 409 if it has ended."""
-    upload = session.get(Upload, upload_id)
-    if upload is None or not (user.is_staff or upload.user_id == user.id):
-        raise no_such_upload()
+    find_upload(session, upload_id, user)
+    upload = session.get_one(Upload, upload_id)
     if upload.status not in (UploadStatus.queued, UploadStatus.processing):
         raise HTTPException(409, f"This upload is {upload.status} already.")
     finish(session, upload, UploadStatus.cancelled)
@@ -214,38 +191,38 @@ CSV_FILE = {"content": {"text/csv": {"schema": {"type": "string"}}}}
     summary="List the rows that were refused",
     responses=errors(404) | {200: CSV_FILE},
 )
-async def list_upload_errors(
-    upload_id: UploadId, query: Annotated[ErrorsQuery, Query()], user: CurrentUser, request: Request
+@readonly
+def list_upload_errors(
+    connection: Connection,
+    upload_id: UploadId,
+    query: Annotated[ErrorsQuery, Query()],
+    user: CurrentUser,
+    request: Request,
 ) -> Response:
     """Why rows were refused, and which values others went in without."""
-    if query.format == "csv":
-        header = await database.read(find_header, upload_id, user)
-        name = {"Content-Disposition": f'attachment; filename="upload-{upload_id}-refused.csv"'}
-        return StreamingResponse(refused_rows(upload_id, header), media_type="text/csv", headers=name)
-    return page_response(request, await database.read(find_errors, upload_id, user, query))
-
-
-def find_errors(connection: Connection, upload_id: int, user: Principal, query: PageQuery) -> JsonPage:
     find_upload(connection, upload_id, user)
-    return ERRORS.page(connection, {"upload_id": upload_id}, "id", query)
+    if query.format == "json":
+        return page_response(request, ERRORS.page(connection, {"upload_id": upload_id}, "id", query))
+    header = connection.execute(sa.select(col(Upload.header)).where(col(Upload.id) == upload_id)).scalar_one() or []
+    return file_response(refused_rows(upload_id, header), f"upload-{upload_id}-refused.csv")
 
 
-def find_header(connection: Connection, upload_id: int, user: Principal) -> list[str]:
-    find_upload(connection, upload_id, user)
-    return connection.execute(sa.select(col(Upload.header)).where(col(Upload.id) == upload_id)).scalar_one() or []
+def file_response(pieces: Iterator[str], name: str) -> StreamingResponse:
+    media_type = "text/csv" if name.endswith(".csv") else "application/x-ndjson"
+    return StreamingResponse(pieces, 200, {"Content-Disposition": f'attachment; filename="{name}"'}, media_type)
 
 
 def refused_rows(upload_id: int, header: list[str]) -> Iterator[str]:
     yield to_csv([[*header, REASON]])
     last = 0
     while refused := database.read_sync(next_refused, upload_id, last):
-        cells: dict[int, list[str]] = {}
-        reasons: dict[int, list[str]] = {}
-        for error in refused:
-            cells.setdefault(error.row, error.cells)
-            reasons.setdefault(error.row, []).append(" ".join(filter(None, (error.field, error.message))))
-        yield to_csv([*row, "; ".join(reasons[number])] for number, row in cells.items())
+        yield to_csv(cells_and_reasons(list(of_row)) for _, of_row in groupby(refused, attrgetter("row")))
         last = refused[-1].row
+
+
+def cells_and_reasons(of_row: list[Any]) -> list[str]:
+    reasons = (" ".join(filter(None, (error.field, error.message))) for error in of_row)
+    return [*of_row[0].cells, "; ".join(reasons)]
 
 
 def next_refused(connection: Connection, upload_id: int, last: int) -> Sequence[Any]:
@@ -278,12 +255,9 @@ async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -
     before it, which an import removes.
     """
     batches = BOOKS.batches(query.filters(viewer), query.sort or "id")
-    name = {"Content-Disposition": f'attachment; filename="books.{query.format}"'}
     if query.format == "csv":
-        rows = as_csv(BOOK_COLUMNS, batches, lambda book: [book[name] for name in BOOK_COLUMNS])
-        return StreamingResponse(rows, 200, name, "text/csv")
-    lines = ("".join(f"{book}\n" for book in batch) for batch in batches)
-    return StreamingResponse(lines, 200, name, "application/x-ndjson")
+        return file_response(as_csv(BOOK_COLUMNS, batches, itemgetter(*BOOK_COLUMNS)), "books.csv")
+    return file_response(("".join(f"{book}\n" for book in batch) for batch in batches), "books.ndjson")
 
 
 @router.get(
@@ -295,9 +269,8 @@ async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -
 )
 async def export_library(user: CurrentUser) -> StreamingResponse:
     """My shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""
-    name = {"Content-Disposition": 'attachment; filename="my-library.csv"'}
-    rows = as_csv(SHELF_COLUMNS, ENTRIES.batches({"user_id": user.id}, "added"), shelf_cells)
-    return StreamingResponse(rows, 200, name, "text/csv")
+    batches = ENTRIES.batches({"user_id": user.id}, "added")
+    return file_response(as_csv(SHELF_COLUMNS, batches, shelf_cells), "my-library.csv")
 
 
 def as_csv(

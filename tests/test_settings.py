@@ -84,7 +84,7 @@ def test_errors_contain_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_empty_key_means_development_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "")
-    assert Settings(_env_file=None).development
+    assert Settings(_env_file=None).secret_key is None
 
 
 def test_repr_contains_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
