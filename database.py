@@ -505,11 +505,8 @@ class CompiledQuery:
 
     def _bind(self, values: Mapping[str, Any]) -> dict[str, Any]:
         _, constants, processors = self._compiled
-        return {
-            **constants,
-            **values,
-            **{name: process(values[name]) for name, process in processors if name in values},
-        }
+        converted = {name: process(values[name]) for name, process in processors if name in values}
+        return {**constants, **values, **converted}
 
     def all(self, connection: Connection | Session, values: Mapping[str, Any] = MappingProxyType({})) -> Sequence[Any]:
         if is_postgresql():
