@@ -446,9 +446,7 @@ class EntryCreate(RequestModel):
     status: ShelfStatus = Field(default=ShelfStatus.wishlist, examples=["reading"])
 
 
-class EntryUpdate(
-    RequestModel, json_schema_extra=example(status="completed", rating=5, review="Sandy.", tags=["desert"])
-):
+class EntryUpdate(RequestModel, json_schema_extra=example(status="completed", rating=5, tags=["desert"])):
     """RFC 7396: fields that are left out stay as they are, null clears them."""
 
     status: ShelfStatus = ShelfStatus.wishlist
