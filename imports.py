@@ -189,11 +189,8 @@ class BatchImporter:
             if row.entry is None or book is None or hash(("shelf", row.key)) in self.tracker.dry_run:
                 continue
             if book.id not in entries:
-                entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, status="", added_at=models.utcnow())
-                self._revise_entry(row, row.entry, entry, book)
-                self.session.add(entry)
-                entries[book.id], row.outcome = entry, "inserted"
-            elif self.updating and self._revise_entry(row, row.entry, entries[book.id], book):
+                entries[book.id], row.outcome = self._add_entry(row.entry, book), "inserted"
+            elif self.updating and self._update_entry(row, row.entry, entries[book.id], book):
                 row.outcome = "updated"
             else:
                 continue
@@ -202,8 +199,16 @@ class BatchImporter:
             data = {"upload_id": self.upload.id, "count": count}
             events.record(self.session, "shelf.imported", data, owner=self.owner.id)
 
-    def _revise_entry(self, row: ImportRow, new: ShelfData, entry: ShelfEntry, book: Book) -> bool:
-        """Whether the file changes the entry."""
+    def _add_entry(self, data: ShelfData, book: Book) -> ShelfEntry:
+        values = dict(data) | {"added_at": data.added_at or models.utcnow()}
+        entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, **values)
+        self.session.add(entry)
+        library.count_rating(book, None, entry.rating)
+        if entry.is_review:
+            library.record_review(self.session, "review.created", book, entry, self.owner.username)
+        return entry
+
+    def _update_entry(self, row: ImportRow, new: ShelfData, entry: ShelfEntry, book: Book) -> bool:
         data = {name: value for name, value in new if value not in (None, []) and getattr(entry, name) != value}
         if not data:
             return False
