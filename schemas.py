@@ -483,7 +483,7 @@ class ReviewPublic(BaseModel):
 class LoanCreate(RequestModel, json_schema_extra=example(book_id=1)):
     book_id: BodyId
     quantity: Annotated[int, Number, Field(ge=1, le=MAX_COPIES)] = 1
-    due_at: Timestamp | None = Field(default=None, description="`LOAN_DAYS` from now if left out; at most twice that.")
+    due_at: Timestamp | None = Field(default=None, description="`LOAN_DAYS` from now by default; at most twice that.")
     user_id: BodyId | None = Field(default=None, description="The borrower, if that is not me; for staff.")
 
 
