@@ -323,9 +323,7 @@ class UploadPublic(BaseModel):
     on_duplicate: OnDuplicate
     dry_run: bool = Field(description="Whether it only counts and explains.", examples=[False])
     enrich: bool = Field(description="Whether Open Library fills in what the file lacks.", examples=[False])
-    format: str | None = Field(
-        description="Detected: `books`, `books-api`, `goodreads` or `storygraph`.", examples=["books"]
-    )
+    format: str | None = Field(description="`books`, `books-api`, `goodreads` or `storygraph`.", examples=["books"])
     encoding: str | None = Field(description="Detected.", examples=["utf-8"])
     delimiter: str | None = Field(description="Detected.", examples=[","])
     created_at: Moment
