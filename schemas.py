@@ -323,9 +323,7 @@ class UploadPublic(BaseModel):
     on_duplicate: OnDuplicate
     dry_run: bool = Field(description="Whether it only counts and explains.", examples=[False])
     enrich: bool = Field(description="Whether Open Library fills in what the file lacks.", examples=[False])
-    format: str | None = Field(
-        description="Detected: `books`, `books-api`, `goodreads` or `storygraph`.", examples=["books"]
-    )
+    format: str | None = Field(description="`books`, `books-api`, `goodreads` or `storygraph`.", examples=["books"])
     encoding: str | None = Field(description="Detected.", examples=["utf-8"])
     delimiter: str | None = Field(description="Detected.", examples=[","])
     created_at: Moment
@@ -483,7 +481,7 @@ class ReviewPublic(BaseModel):
 class LoanCreate(RequestModel, json_schema_extra=example(book_id=1)):
     book_id: BodyId
     quantity: Annotated[int, Number, Field(ge=1, le=MAX_COPIES)] = 1
-    due_at: Timestamp | None = Field(default=None, description="`LOAN_DAYS` from now if left out; at most twice that.")
+    due_at: Timestamp | None = Field(default=None, description="`LOAN_DAYS` from now by default; at most twice that.")
     user_id: BodyId | None = Field(default=None, description="The borrower, if that is not me; for staff.")
 
 
