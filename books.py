@@ -161,13 +161,15 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
 def best_matches(connection: Connection, filters: dict[str, Any], query: BookQuery) -> JsonPage:
     tier, last = query.keys(BEST_MATCH) or (0, 0)
     limit = query.start + query.limit + 1
+    total = BOOKS.total(connection, filters)
     others = tuple(name for name in BOOKS.names(filters) if name != "words")
-    found = best_first(connection, others, BOOKS.conditions, filters, (int(tier), int(last)), limit)
+    # With all matches found, the tiers that are left need not be searched.
+    found = best_first(connection, others, BOOKS.conditions, filters, (int(tier), int(last)), min(limit, total))
     rows = found[query.start : query.start + query.limit]
     texts = books_by_id(connection, [book_id for _, book_id in rows])
     following = BEST_MATCH.encode(rows[-1]) if rows and len(found) == limit else None
     items = [texts[book_id] for _, book_id in rows]
-    return JsonPage(items, BOOKS.total(connection, filters), following, last_event_id(connection))
+    return JsonPage(items, total, following, last_event_id(connection))
 
 
 SELECT_BY_ID = SELECT_BOOKS.add_columns(col(Book.id))

@@ -106,6 +106,8 @@ def best_first(  # a page's place and size
     for number, statement in enumerate(_tiers(filters, conditions)):
         if number >= tier and len(found) < limit:
             bound = {**values, "last": last if number == tier else 0, "limit": limit - len(found)}
+            if not found and after == (0, 0):  # no match to exclude: a NOT takes as long as another search
+                bound |= values.get("without_not", {})
             found += [(number, book_id) for (book_id,) in statement.all(connection, bound)]
     return found
 
@@ -136,7 +138,7 @@ def _all_words(found: Sequence[str], *, prefixes: bool = True) -> str:
     return " AND ".join(f'"{word}"{"*" * prefixes}' for word in found) or '""'
 
 
-def _fts5_values(terms: SearchTerms) -> dict[str, str]:
+def _fts5_values(terms: SearchTerms) -> dict[str, Any]:
     more = [
         f"{{{column}}} : ({_all_words(words(text), prefixes=False)})"
         for column, text in (("author", terms.author), ("publisher", terms.publisher))
@@ -153,6 +155,7 @@ def _fts5_values(terms: SearchTerms) -> dict[str, str]:
         "begins": begins,
         "in_title": f"({in_title}) NOT ({begins})",
         "elsewhere": f"({everything}) NOT ({in_title})",
+        "without_not": {"in_title": in_title, "elsewhere": everything},
     }
 
 
