@@ -284,13 +284,13 @@ def test_few_of_many_jobs_run_at_once(client: TestClient) -> None:
 # What nobody thought of: the part that reads the log dies.
 BROKEN = """
 import asyncio
-import feed
+import events
 
 async def die(self):
     await asyncio.sleep(1)
     raise ZeroDivisionError("nobody thought of it")
 
-feed.Feed._tail = die
+events.EventTail._read_log = die
 from main import app
 """
 
@@ -301,7 +301,7 @@ def test_a_service_that_can_not_go_on_stops(serve: Callable[..., Server], tmp_pa
     (tmp_path / "broken.py").write_text(BROKEN)
     server = serve("--app-dir", str(ROOT), app="broken:app", PYTHONPATH=str(tmp_path))
     server.process.wait(30)
-    assert "the service can't go on" in server.log.read_text()
+    assert "stopping the service" in server.log.read_text()
 
 
 def test_the_log_of_changes_is_kept_bounded(
