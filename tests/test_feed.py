@@ -335,7 +335,7 @@ def test_changes_arrive_if_the_listening_connection_is_lost(serve: Callable[...,
         rita.add_book(title=f"{number} meanwhile")
         written = time.monotonic()
         assert float(stream.wait(number + 1)[-1]["seen"]) - written < 4
-        wait_for(lambda: "lost the connection that listens" in one.log.read_text() or None)
+        wait_for(lambda: "lost the LISTEN connection" in one.log.read_text() or None)
         time.sleep(1)  # it reconnects
     assert ids_of(stream) == logged_ids(one.client, start)
     rita.add_book(title="later")
