@@ -240,7 +240,7 @@ def another_link(session: Session, address: str) -> Email | None:
 # --- passwords ----------------------------------------------------------------------------------------------------
 
 CODE_LIFETIME = timedelta(minutes=10)
-REFUSAL_SECONDS = 0.3  # of each refused code, whatever the reason
+REFUSAL_SECONDS = 0.3  # minimum time of a refused code, so that it tells nothing of the reason
 
 
 class ForgottenPassword(RequestModel):
@@ -379,7 +379,7 @@ def replace_password(session: Session, user: Principal, verified_hash: str, pass
 
 
 async def confirm_password(user: Principal, password: str, request: Request) -> Any:
-    """The user's row, if this is the password: 403."""
+    """The user's row. 403 if the password is wrong."""
     await check_rate_limit("password", request, user.id)
     me = await read_account(user)
     is_right, _ = await verify_password(password, me.password_hash)

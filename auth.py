@@ -157,7 +157,7 @@ async def login(credentials: Annotated[Credentials, Depends(parse_credentials)],
     """
     name, agent = credentials.username.strip().lower(), request.headers.get("user-agent")
     device = Device(client_address(request), agent and agent[:200])
-    # By what was typed: a common count for a user name and an address would tell that they belong together.
+    # By the name as typed: a shared count would reveal which user name and address belong together.
     await check_rate_limit("login", request, name)
     account = await database.read(find_account, name) or UNKNOWN_ACCOUNT
     is_right, new_hash = await verify_password(credentials.password, account.password_hash)
@@ -197,9 +197,9 @@ def start_session(session: Session, account: LoginAccount, device: Device, new_h
     return rotate_tokens(login, secrets.token_urlsafe(24))
 
 
-@router.post("/auth/refresh", summary="Change a refresh token for a new pair", responses=errors(401, 429))
+@router.post("/auth/refresh", summary="Exchange a refresh token for a new pair", responses=errors(401, 429))
 async def refresh(body: RefreshRequest, request: Request) -> TokenPair:
-    """Change a refresh token for a new pair. Each works once: one that is used again ends its session.
+    """Exchange a refresh token for a new pair. Each works once: one that is used again ends its session.
 
     A client that did not receive the answer may repeat the request for 10 seconds, and gets the same refresh token, so
     that there is never more than one that works.
@@ -238,13 +238,13 @@ def is_live() -> ColumnElement[bool]:
 
 
 def end_sessions(session: Session, user_id: int, which: ColumnElement[bool]) -> Sequence[int]:
-    """End those of a user's sessions; their ids."""
+    """End the user's live sessions that match `which`; their ids."""
     ended = sa.update(LoginSession).where(col(LoginSession.user_id) == user_id, is_live(), which)
     return session.scalars(ended.values(revoked_at=models.utcnow()).returning(col(LoginSession.id))).all()
 
 
 def log_out(session: Session, user: Principal, which: ColumnElement[bool]) -> int:
-    """End those of the user's sessions; how many."""
+    """End the user's live sessions that match `which`; how many."""
     ids = end_sessions(session, user.id, which)
     for session_id in ids:
         record_account_event(session, user.id, "logout", session_id=session_id)

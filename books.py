@@ -76,7 +76,7 @@ def _facet_count(kind: str) -> sa.Select[Any]:
     return sa.select(sa.func.coalesce(sa.func.sum(col(Facet.count)), 0)).where(col(Facet.kind) == kind, name)
 
 
-COUNTED: dict[tuple[str, ...], Any] = {  # triggers keep these counts
+COUNTED: dict[tuple[str, ...], Any] = {  # maintained by triggers
     (): sa.select(col(Setting.value)).where(col(Setting.key) == "book_count"),
     ("genre",): _facet_count("genre"),
     ("language",): _facet_count("language"),

@@ -41,7 +41,7 @@ def to_json(value: object) -> str:
 
 
 class _Database:
-    """What exists between `open_database` and `close_database`."""
+    """The engine and thread limits of this process, between `open_database` and `close_database`."""
 
     def __init__(self, url: str) -> None:
         self.backend: Sqlite | Postgresql
@@ -200,8 +200,10 @@ def migrate(url: str) -> None:
         from alembic import command  # noqa: PLC0415  # not loaded where nothing is to be migrated
 
         command.upgrade(_alembic(connection), "head")
-        if connection.dialect.name == "sqlite":
-            check_references(connection)
+        if connection.dialect.name == "sqlite" and (
+            broken := connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+        ):
+            raise RuntimeError(f"a row without its referenced row after the migrations: {tuple(broken)}")
 
 
 def _revision(connection: Connection) -> str | None:
@@ -234,6 +236,8 @@ def is_full(error: Exception) -> bool:
     """Whether the disk is full."""
     return backend().is_full(getattr(error, "orig", None) or error)
 
+
+# --- SQLite -------------------------------------------------------------------------------------------------------
 
 if sys.platform != "win32":
     import fcntl
@@ -380,7 +384,7 @@ class Sqlite:
 
 
 def _begun(session: Session) -> Connection | None:
-    """The connection of its transaction; None while a program without our lock (Litestream, a shell) writes."""
+    """Begin the transaction; None while a program without our lock (Litestream, a shell) writes."""
     try:
         return session.connection()
     except OperationalError as error:
@@ -463,12 +467,6 @@ def sqlite_migration(url: str) -> Iterator[Connection]:
         engine.dispose()
 
 
-def check_references(connection: Connection) -> None:
-    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
-    if broken is not None:
-        raise RuntimeError(f"a row without its referenced row after the migrations: {tuple(broken)}")
-
-
 def copy_sqlite(source: str, target: Path) -> None:
     """A consistent copy of the file while others write, without a write-ahead log."""
     with sqlite3.connect(source) as live, sqlite3.connect(target) as copy:
@@ -476,6 +474,9 @@ def copy_sqlite(source: str, target: Path) -> None:
         copy.execute("PRAGMA journal_mode=DELETE")
     live.close()
     copy.close()
+
+
+# --- compiled statements ------------------------------------------------------------------------------------------
 
 
 class CompiledQuery:
@@ -512,8 +513,7 @@ class CompiledQuery:
         if is_postgresql():
             result = _core(connection).execute(self.statement, dict(values))
             return result.all() if result.returns_rows else []
-        sql = self._compiled[0]
-        rows: list[Any] = _execute(_driver(connection).execute, sql, self._bind(values)).fetchall()
+        rows: list[Any] = _execute(_driver(connection).execute, self._compiled[0], self._bind(values)).fetchall()
         return rows
 
     def first(self, connection: Connection | Session, values: Mapping[str, Any] = MappingProxyType({})) -> Any:
@@ -523,10 +523,10 @@ class CompiledQuery:
     def execute_many(self, connection: Connection | Session, rows: Sequence[Mapping[str, Any]]) -> None:
         """For an INSERT without RETURNING. Ids are given out in the order of the rows, without gaps."""
         database = backend()
-        if not isinstance(database, Sqlite):
+        if isinstance(database, Sqlite):
+            _execute(_driver(connection).executemany, self._compiled[0], map(self._bind, rows))
+        else:
             database.copy_rows(_core(connection), self.statement.table, rows)
-            return
-        _execute(_driver(connection).executemany, self._compiled[0], map(self._bind, rows))
 
 
 def _core(connection: Connection | Session) -> Connection:

@@ -1,6 +1,7 @@
 """Imports: the rows of a stored file into the catalogue and onto a shelf, by a job that survives its process.
 
-The request stores the file. The job imports it in batches and commits each together with its progress: killed in
+`uploads.py` stores the file and starts `run_upload` as a background task; `main.resume_uploads` starts it for uploads
+that a stopped process left. The job imports the file in batches and commits each together with its progress: killed in
 between, it is resumed from there. Each row is imported, or refused with a reason.
 """
 

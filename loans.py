@@ -84,7 +84,7 @@ def change_stock(session: Session, book_id: BookId, change: StockChange, user: S
 
 
 def move_stock(session: Session, book_id: int, *, copies: int = 0, available: int) -> bool:
-    """Add to both figures and record it; False, and nothing changed, if one would leave its range."""
+    """Change both counts and record an event. False, and nothing changed, if one would leave its range."""
     in_range = (col(Book.available) + available >= 0, col(Book.copies) + copies <= MAX_COPIES)
     figures = {"copies": col(Book.copies) + copies, "available": col(Book.available) + available}
     moved = session.execute(
@@ -135,7 +135,7 @@ def get_borrower(session: Session, new: LoanCreate, user: Principal) -> int:
     if borrower is None:
         raise HTTPException(404, "No such user.")
     if not borrower.is_active:
-        raise HTTPException(409, "This account is switched off.")
+        raise HTTPException(409, "This account is deactivated.")
     return borrower_id
 
 
@@ -207,7 +207,7 @@ def renew_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPubl
     if loan.status == LoanStatus.overdue:
         raise HTTPException(409, "This loan is overdue: it can't be renewed.")
     if loan.renewals == MAX_RENEWALS:
-        raise HTTPException(409, f"This loan was renewed {MAX_RENEWALS} times: that is all.")
+        raise HTTPException(409, f"This loan was renewed {MAX_RENEWALS} times, the maximum.")
     loan.renew(settings.loan_days)
     return record_loan(session, "loan.renewed", loan)
 

@@ -242,6 +242,13 @@ def read_copy(copy: BinaryIO) -> Iterator[bytes]:
 
 @contextlib.asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    """Open the database, start the event tail and the recurring jobs; stop them in reverse.
+
+    At SIGTERM, sse-starlette sets `events.tail.closing` and streams end; a running import releases its upload after the
+    present batch, and retries of mails are dropped. uvicorn waits for requests and background tasks, at most for its
+    `--timeout-graceful-shutdown`, and only then ends this. What is left over is resumed by `resume_uploads` at the next
+    start.
+    """
     configure_logging()
     raise_file_limit()
     # sqlite3 releases the GIL on every call; a busy thread then keeps it for one switch interval. With Python's 5 ms, a

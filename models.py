@@ -373,7 +373,7 @@ class Book(SQLModel, table=True):
 
 
 class Facet(SQLModel, table=True):
-    """How many books have a genre or language, by its spelling. Triggers keep it."""
+    """How many books have a genre or language, by its spelling. Maintained by triggers."""
 
     __table_args__ = (sa.Index("ix_facet_name", "kind", sa.text("lower(name)")),)
 

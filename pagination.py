@@ -80,7 +80,7 @@ def _json_build_object(element: JsonObject, compiler: Any, **options: Any) -> st
     def nested(element: JsonObject) -> str:
         return f"json_build_object({_pairs(element, value)})"
 
-    def value(column: Any) -> str:  # a case for each type
+    def value(column: Any) -> str:
         if isinstance(column, JsonObject):
             return nested(column)
         text = str(compiler.process(column, **options))
@@ -239,7 +239,7 @@ class Listing:
 
     `filters` are conditions by name, each bound to a value of its own name; `orders` are tuples of columns, the id
     last. A condition may be a function, for one that depends on the database. `filters` of a call: the conditions to
-    apply and their values; names that are no condition are only bound. `counts` are cheaper counts than `count(*)`
+    apply and their values; keys that name no condition are only bound. `counts` are cheaper counts than `count(*)`
     for some sets of conditions.
     """
 
@@ -296,7 +296,7 @@ class Listing:
         event_cursor = last_event_id(connection) if self.with_event_cursor else None
         return JsonPage([row[0] for row in rows], self.total(connection, filters), following, event_cursor)
 
-    def _rows(  # what one page consists of
+    def _rows(
         self, connection: Connection, filters: Filters, order: Order, keys: Sequence[Key] | None, start: int, limit: int
     ) -> tuple[list[Any], Sequence[Key] | None]:
         """The rows, and the keys of the last one if more rows follow."""
@@ -309,7 +309,7 @@ class Listing:
         return rows, None
 
     def first(self, connection: Connection | Session, filters: Filters) -> str | None:
-        """The item that the filters select."""
+        """The first item that matches; None without one."""
         row = self._compiled(self.names(filters), None, False)[0].first(connection, filters)
         return None if row is None else str(row[0])
 

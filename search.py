@@ -87,7 +87,7 @@ def _tiers(filters: tuple[str, ...], conditions: Callable[[tuple[str, ...]], Any
     ]
 
 
-def best_first(  # a page's place and size
+def best_first(
     connection: Connection,
     filters: tuple[str, ...],
     conditions: Callable[[tuple[str, ...]], Any],
@@ -98,8 +98,8 @@ def best_first(  # a page's place and size
     """The tiers and ids of books, best match first: the exact title, then titles that begin with the words, then all
     words in the title, then the rest; `after` is the tier and id of the last book before.
 
-    Within a tier books come by id, so that a walk by cursor stays true while books are added and deleted, which a score
-    from word statistics would not; and each tier is read from its index only as far as the page needs.
+    Within a tier books come by id, so that cursors stay valid while books are added and deleted, which a score from
+    word statistics would not allow; and each tier is read from its index only as far as the page needs.
     """
     tier, last = after
     found: list[tuple[int, int]] = []
@@ -182,7 +182,7 @@ def _fts5_tiers(filtered: bool) -> list[tuple[Any, Any]]:
 
 WORDS: ColumnElement[Any] = sa.literal_column("book.words")
 TITLE_WORDS: ColumnElement[str] = sa.literal_column("book.title_words", sa.Text)
-# The words of these columns stand in `words` once more, with a mark.
+# `words` also has the words of these columns with this prefix.
 MARKS = {"title": "t:", "author": "a:", "publisher": "p:"}
 NO_BOOK = "'no such word'"  # matches nothing
 MAX_WORD = 2000  # bytes; PostgreSQL refuses to look for a word of 2,048

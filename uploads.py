@@ -178,7 +178,7 @@ def cancel_upload(session: Session, upload_id: UploadId, user: CurrentUser) -> U
 
 class ErrorsQuery(PageQuery):
     format: Literal["json", "csv"] = Field(
-        default="json", description="`csv`: all refused rows as they came, each with its reason, to fix and upload."
+        default="json", description="`csv`: the refused rows as they came, each with its reason, to fix and upload."
     )
 
 

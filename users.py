@@ -106,7 +106,7 @@ def change_me(
 
 def request_address_change(session: Session, user: User, address: str) -> list[Email]:
     cancel_address_change(session, user)
-    with session.begin_nested() as attempt:  # 409 if somebody has it now; the constraint decides again at the end
+    with session.begin_nested() as attempt:  # 409 if it is taken now; the constraint decides again at the confirmation
         session.execute(sa.update(User).where(col(User.id) == user.id).values(email=address))
         attempt.rollback()
     user.pending_email = address

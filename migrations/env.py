@@ -1,4 +1,4 @@
-"""Run by Alembic, at every start of the service. docs/contributing.md says how to add a revision."""
+"""Run by Alembic where a migration is missing. docs/contributing.md says how to add a revision."""
 
 from alembic import context
 from sqlalchemy import Connection, create_engine

@@ -280,7 +280,7 @@ def test_a_loan_can_be_renewed_twice_from_its_due_date(clock: Clock, reader: Per
         assert renewed.json().items() >= {"renewals": number, "status": "active"}.items()
         assert renewed.json()["due_at"] == iso(start + timedelta(days=21 * (number + 1)))
     third = reader.post(f"{loan}/renew")
-    assert (third.status_code, third.json()["detail"]) == (409, "This loan was renewed 2 times: that is all.")
+    assert (third.status_code, third.json()["detail"]) == (409, "This loan was renewed 2 times, the maximum.")
     assert reader.get(loan).json() == renewed.json()
 
 

@@ -239,7 +239,7 @@ def upgrade() -> None:
         op.get_bind().exec_driver_sql(statement)
 
 
-# The index reads its text from `book`, and stores only the words. Rows are added to it by books.index_books, many at
+# The index reads its text from `book`, and stores only the words. Rows are added to it by search.index_books, many at
 # once, which is three times as fast as a trigger for each.
 SQLITE = (
     """CREATE VIRTUAL TABLE book_fts USING fts5(title, author, isbn, publisher, content='book', content_rowid='id',
