@@ -102,14 +102,15 @@ def best_first(
     word statistics would not allow; and each tier is read from its index only as far as the page needs.
     """
     tier, last = after
-    found: list[tuple[int, int]] = []
+    found: dict[int, int] = {}  # the tier of each id
+    # Without a cursor, all better matches are in `found`: a NOT in FTS5 takes as long as another search.
+    without_not = values.get("without_not", {}) if after == (0, 0) else {}
     for number, statement in enumerate(_tiers(filters, conditions)):
         if number >= tier and len(found) < limit:
-            bound = {**values, "last": last if number == tier else 0, "limit": limit - len(found)}
-            if not found and after == (0, 0):  # no match to exclude: a NOT takes as long as another search
-                bound |= values.get("without_not", {})
-            found += [(number, book_id) for (book_id,) in statement.all(connection, bound)]
-    return found
+            bound = {**values, **without_not, "last": last if number == tier else 0, "limit": limit}
+            rows = [book_id for (book_id,) in statement.all(connection, bound) if book_id not in found]
+            found |= dict.fromkeys(rows[: limit - len(found)], number)
+    return [(number, book_id) for book_id, number in found.items()]
 
 
 INDEX_BOOKS = CompiledQuery(
