@@ -314,12 +314,16 @@ class Listing:
         return None if row is None else str(row[0])
 
     def batches(self, filters: Filters, order: str) -> Iterator[list[str]]:
-        """All items, for streams in threads. Each batch is a read of its own: a slow client holds neither a connection
-        nor the write-ahead log."""
+        """All items, for streams in threads."""
+        return ([row[0] for row in rows] for rows in self.row_batches(filters, order))
+
+    def row_batches(self, filters: Filters, order: str) -> Iterator[list[Any]]:
+        """All rows, with the columns of the order behind their own. Each batch is a read of its own: a slow client
+        holds neither a connection nor the write-ahead log."""
         keys: Sequence[Key] | None = None
         while True:
             rows, keys = database.read_sync(self._rows, filters, self.orders[order], keys, 0, EXPORT_BATCH)
-            yield [row[0] for row in rows]
+            yield rows
             if keys is None:
                 return
 

@@ -87,6 +87,14 @@ def test_export_of_own_books(reader: Person, other_reader: Person) -> None:
     assert [row["title"] for row in rows_of(reader.get("/books/export", params={"added_by": "me"}).text)] == ["Mine"]
 
 
+@pytest.mark.parametrize(("price", "cell"), [(9, "9"), (9.5, "9.5"), (0.07, "0.07"), (0, "0"), (None, "")])
+def test_prices_have_no_superfluous_zeros(reader: Person, price: float | None, cell: str) -> None:
+    book = reader.add_book(title="T", author="A", price=price)
+    assert rows_of(reader.get("/books/export").text)[0]["price"] == cell
+    reader.post(f"/my-library/{book['id']}")
+    assert rows_of(reader.get("/my-library/export").text)[0]["Price"] == cell
+
+
 FORMULAS = ["=1+1", "+1", "-1", "@x", "'=1", "''=1", "='", "'x", "x'=", "-", '= "', "\u2212 1"]
 
 
