@@ -137,8 +137,8 @@ class BatchImporter:
         """Insert and index many books at once. The transaction has the write lock: their ids have no gaps."""
         if not new:
             return
-        initial = Book.initial(self.owner.id)
-        INSERT_BOOKS.execute_many(self.session, [Book.described(row.book) | initial for row in new.values()])
+        books = [Book.described(row.book) for row in new.values()]
+        INSERT_BOOKS.execute_many(self.session, books, Book.initial(self.owner.id))
         last = int(self.session.execute(sa.select(sa.func.max(col(Book.id)))).scalar_one())
         first = last - len(new) + 1
         index_books(self.session, first, last)

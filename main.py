@@ -34,6 +34,7 @@ import hashlib
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import tempfile
 import time
@@ -222,11 +223,14 @@ async def back_up(admin: Admin) -> StreamingResponse:
 
 
 def open_copy(file: str) -> BinaryIO:
-    """A copy beside the file, and unlinked, so that nothing is left if the process is killed."""
+    """A consistent copy beside the file, without a write-ahead log. It is unlinked, so that nothing is left if the
+    process is killed."""
     handle, path = tempfile.mkstemp(prefix="books-backup-", dir=Path(file).parent)
     os.close(handle)
     try:
-        database.copy_sqlite(file, Path(path))
+        with contextlib.closing(sqlite3.connect(file)) as live, contextlib.closing(sqlite3.connect(path)) as copy:
+            live.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE")
         return open(path, "rb")  # closed in `read_copy`
     finally:
         os.unlink(path)
