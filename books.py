@@ -149,13 +149,9 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
     `X-Event-Cursor` is the id of the last event that the page includes: follow `/stream?since=` from there.
     """
     filters = query.filters(viewer)
-    names = BOOKS.names(filters)
-    # All books, or those of a genre, in the order of ids: a short walk along an index.
-    is_short = names in COUNTED and not query.start and (not names or query.sort in (None, "id"))
-    read = database.read if is_short else database.read_in_thread
     if query.terms.is_ranked and query.sort is None:
-        return page_response(request, await read(best_matches, filters, query))
-    return page_response(request, await read(BOOKS.page, filters, query.sort or "id", query))
+        return page_response(request, await database.read(best_matches, filters, query))
+    return page_response(request, await database.read(BOOKS.page, filters, query.sort or "id", query))
 
 
 def best_matches(connection: Connection, filters: dict[str, Any], query: BookQuery) -> JsonPage:
@@ -187,7 +183,7 @@ def books_by_id(connection: Connection, ids: list[int]) -> dict[int, str]:
 @router.get("/genres", summary="List genres")
 async def list_genres() -> list[GenreCount]:
     """The genres and how many books each has, the largest first."""
-    return await database.read_in_thread(count_genres)
+    return await database.read(count_genres)
 
 
 def count_genres(connection: Connection) -> list[GenreCount]:
@@ -240,7 +236,7 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
 )
 async def create_book(new: BookCreate, user: Contributor) -> Response:
     """Add a book. An ISBN that is here already is refused with 409."""
-    book = await database.write_inline(add_book, new, user.id)
+    book = await database.write(add_book, new, user.id)
     headers = {"Location": f"/books/{book.id}", "ETag": etag_of(book.version)}
     return json_response(book.model_dump_json(), 201, headers)
 

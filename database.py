@@ -8,10 +8,10 @@ import logging
 import re
 import signal
 import sqlite3
-import sys
-import threading
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -20,7 +20,7 @@ import anyio.to_thread
 import sqlalchemy as sa
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlmodel import Session, SQLModel
 
 if TYPE_CHECKING:
@@ -28,9 +28,13 @@ if TYPE_CHECKING:
 
     from postgresql import Postgresql
 
-INLINE_TRIES = 200  # some 25 ms; a batch of an import by another process takes longer
+MAX_GROUP_TIME = 0.01  # seconds in which changes join a transaction; one of 32 new books takes 4 ms
+RETRY_INTERVAL = 0.001  # seconds between tries to begin a transaction while another process has the lock
 CHECKPOINT_AFTER = 50  # transactions, of some 80 KB each in the write-ahead log
-WRITERS, JOBS = 2, 2  # threads; one transaction writes at a time
+JOBS = 2  # threads
+# A read on the event loop may take STEPS * MAX_TICKS steps of SQLite's virtual machine, some 1 ms. SQLite calls the
+# progress handler after each STEPS of a prepared statement, counted over all its executions.
+STEPS, MAX_TICKS = 1000, 30
 T = TypeVar("T")
 P = ParamSpec("P")
 Values = Mapping[str, Any]
@@ -41,16 +45,61 @@ def to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
+class _Change(NamedTuple):
+    run: Callable[[Session], Any]
+    done: "asyncio.Future[Any]"
+    deadline: float  # for the begin of its transaction
+
+
 class _Database:
-    """The engine and thread limits of this process, between `open_database` and `close_database`."""
+    """The engines, thread limits and queued changes of this process, between `open_database` and `close_database`."""
 
     def __init__(self, url: str) -> None:
         self.backend: Sqlite | Postgresql
         self.backend = Sqlite(url) if url.startswith("sqlite") else _postgresql().Postgresql(url, to_json)
         self.readers = anyio.CapacityLimiter(self.backend.threads)
-        # Threads of their own: blocked writers must not block readers.
-        self.writers = anyio.CapacityLimiter(WRITERS)
         self.jobs = anyio.CapacityLimiter(JOBS)
+        self.changes: deque[_Change] = deque()
+        self.committer: asyncio.Task[None] | None = None
+
+    async def commit_changes(self) -> None:
+        """Commit the queued changes in groups, until none is left."""
+        while self.changes:
+            group: list[_Change] = []
+            outcomes: list[Any]
+            try:
+                if isinstance(self.backend, Sqlite):
+                    outcomes = _commit(self.backend.loop_writer, self._take(group))
+                    self.backend.uncheckpointed += 1
+                else:
+                    outcomes = await anyio.to_thread.run_sync(self._commit_in_thread, group)
+            except Exception as error:
+                if not group:  # the transaction could not begin
+                    is_busy, now = self.backend.is_busy(error), time.monotonic()
+                    while self.changes and (self.changes[0].deadline <= now or not is_busy):
+                        group.append(self.changes.popleft())
+                    await asyncio.sleep(RETRY_INTERVAL)
+                outcomes = [error] * len(group)
+            for change, outcome in zip(group, outcomes, strict=True):
+                if not change.done.done():
+                    if isinstance(outcome, Exception):
+                        change.done.set_exception(outcome)
+                    else:
+                        change.done.set_result(outcome)
+            await asyncio.sleep(0)
+
+    def _commit_in_thread(self, group: list[_Change]) -> list[Any]:
+        with self.backend.writer.connect() as connection:
+            return _commit(connection, self._take(group))
+
+    def _take(self, group: list[_Change]) -> Iterator[Callable[[Session], Any]]:
+        """Move queued changes into `group`, for as long as others can wait."""
+        deadline = time.monotonic() + MAX_GROUP_TIME
+        while self.changes and time.monotonic() < deadline:
+            change = self.changes.popleft()
+            if not change.done.cancelled():
+                group.append(change)
+                yield change.run
 
 
 def _postgresql() -> Any:
@@ -90,63 +139,133 @@ def close_database() -> None:
 
 
 # --- reads and writes ---------------------------------------------------------------------------------------------
+# Routes use two verbs. `read` gives a function a connection with one snapshot; `write` gives it a session, and commits
+# what it changed with its events, or nothing. On SQLite both run on the event loop, where a switch to a thread would
+# take longer than finding a book: a read that exceeds its budget is run again in a thread, and changes that are made at
+# the same time share a transaction, each in a savepoint of its own. On PostgreSQL both run in threads. One transaction
+# writes at a time on either: what it reads stays as it is until its commit, no row needs a lock of its own, and ids are
+# committed in their order. Jobs, exports and changes that take long run in threads, with `read_sync` and `write_sync`.
 
 Read = Callable[Concatenate[Connection, P], T]
 Write = Callable[Concatenate[Session, P], T]
 
 
 async def read(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """A short read (by key, a page by an index), as one snapshot. On SQLite it runs on the event loop."""
-    sqlite = backend()
-    if not isinstance(sqlite, Sqlite):
-        return await read_in_thread(query, *args, **kwargs)
-    with sqlite.inline() as connection:
-        return query(connection, *args, **kwargs)
-
-
-async def read_in_thread(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """A read that may take long (search, counts, sorting), as one snapshot."""
+    """A read, as one snapshot. It may be run twice."""
+    database = _opened()
+    if isinstance(database.backend, Sqlite):
+        database.backend.ticks = 0
+        try:
+            return _query(database.backend.loop_reader, query, *args, **kwargs)
+        except OperationalError as error:
+            if not Sqlite.is_interrupted(error):
+                raise
     return await anyio.to_thread.run_sync(
-        functools.partial(read_sync, query, *args, **kwargs), limiter=_opened().readers
+        functools.partial(read_sync, query, *args, **kwargs), limiter=database.readers
     )
 
 
 def read_sync(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """`read` for code that runs in a thread."""
-    with backend().reader.connect() as connection, connection.begin():
+    engine = backend().engine
+    try:
+        with engine.connect() as connection:
+            return _query(connection, query, *args, **kwargs)
+    except OperationalError:
+        if not is_postgresql():
+            raise
+    engine.dispose()  # after a restart of the server, all connections of the pool are broken
+    with engine.connect() as connection:
+        return _query(connection, query, *args, **kwargs)
+
+
+def _query(connection: Connection, query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    if isinstance(getattr(query, "__self__", None), CompiledQuery):  # one statement is one snapshot
+        return query(connection, *args, **kwargs)
+    with _transaction(connection, backend().begin_read):
         return query(connection, *args, **kwargs)
 
 
 async def write(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """One write transaction, in a thread: commits when `change` returns, rolls back when it raises."""
-    return await anyio.to_thread.run_sync(
-        functools.partial(write_sync, change, *args, **kwargs), limiter=_opened().writers
-    )
+    """A short change: it is committed when this returns, and undone if `change` raises. It blocks the event loop."""
+    database = _opened()
+    done = asyncio.get_running_loop().create_future()
+    run = functools.partial(_apply, change, args, kwargs)
+    database.changes.append(_Change(run, done, time.monotonic() + BUSY_TIMEOUT))
+    if database.committer is None or database.committer.done():
+        database.committer = asyncio.create_task(database.commit_changes())
+    result: T = await done
+    return result
 
 
-async def write_inline(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """`write` for a change of a row or two. On SQLite it runs on the event loop, unless another writer takes long."""
-    sqlite = backend()
-    if isinstance(sqlite, Sqlite):
-        async with sqlite.writer_queue:
-            for attempt in range(INLINE_TRIES):
-                with sqlite.inline_transaction() as session:
-                    if session is not None:
-                        return change(session, *args, **kwargs)
-                await anyio.sleep(0 if attempt % 10 else 0.001)
-    return await write(change, *args, **kwargs)
+def _apply(change: Callable[..., T], args: Any, kwargs: Any, session: Session) -> T:
+    return change(session, *args, **kwargs)
 
 
 def write_sync(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """`write` for code that runs in a thread.
+    """`write` for code that runs in a thread, in a transaction of its own."""
+    database, deadline = backend(), time.monotonic() + BUSY_TIMEOUT
+    while True:
+        try:
+            with (
+                database.writer.connect() as connection,
+                _transaction(connection, database.begin_write),
+                _session(connection) as session,
+            ):
+                result = change(session, *args, **kwargs)
+        except OperationalError as error:
+            if not database.is_busy(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(RETRY_INTERVAL)
+        else:
+            database.committed()
+            return result
 
-    One transaction writes at a time, on both databases: what it reads stays as it is until its commit, no row needs a
-    lock of its own, and ids are committed in their order.
-    """
-    database = backend()
-    lock = database.write_lock if isinstance(database, Sqlite) else nullcontext()
-    with lock, Session(database.writer, expire_on_commit=False) as session, session.begin():
-        return change(session, *args, **kwargs)
+
+def _commit(connection: Connection, changes: Iterator[Callable[[Session], Any]]) -> list[Any]:
+    """Run the changes in one transaction; their results, or the errors of those that raised and were undone."""
+    outcomes: list[Any] = []
+    execute = _driver(connection).execute
+    with _transaction(connection, backend().begin_write):
+        for change in changes:
+            _call(execute, "SAVEPOINT change")
+            try:
+                with _session(connection) as session:
+                    outcomes.append(change(session))
+            except Exception as error:
+                outcomes.append(error)
+                try:
+                    _call(execute, "ROLLBACK TO change")
+                except DBAPIError:  # a full disk, or a lost connection, has ended the transaction
+                    raise error from None
+            _call(execute, "RELEASE change")
+    backend().committed()
+    return outcomes
+
+
+@contextmanager
+def _transaction(connection: Connection, begin: str) -> Iterator[None]:
+    """A transaction by the driver: SQLAlchemy's takes twenty times as long as SQLite's."""
+    driver = _driver(connection)
+    try:
+        _call(driver.execute, begin)
+        yield
+        _call(driver.commit)
+    except BaseException:
+        with suppress(backend().driver_error):
+            driver.rollback()
+        raise
+
+
+@contextmanager
+def _session(connection: Connection) -> Iterator[Session]:
+    """A session within the driver's transaction. SQLAlchemy's own begins and rolls back nothing (AUTOCOMMIT)."""
+    if not connection.in_transaction():
+        connection.begin()
+    with Session(connection, expire_on_commit=False, join_transaction_mode="rollback_only") as session:
+        session.info["connection"] = connection
+        yield session
+        session.commit()
 
 
 def readonly(handler: Read[P, T]) -> Callable[P, Awaitable[T]]:
@@ -181,10 +300,10 @@ def server_is_stopping() -> bool:
 
 
 async def checkpoint_wal() -> None:
-    """Move what `write_inline` has committed from the write-ahead log into the file. Call it every second."""
+    """Move what `write` has committed from the write-ahead log into the file. Call it every second."""
     sqlite = backend()
     if isinstance(sqlite, Sqlite) and sqlite.uncheckpointed >= CHECKPOINT_AFTER:
-        await anyio.to_thread.run_sync(sqlite.checkpoint, limiter=_opened().writers)
+        await anyio.to_thread.run_sync(sqlite.checkpoint)
 
 
 # --- migrations and constraint violations -------------------------------------------------------------------------
@@ -240,12 +359,9 @@ def is_full(error: Exception) -> bool:
 
 # --- SQLite -------------------------------------------------------------------------------------------------------
 
-if sys.platform != "win32":
-    import fcntl
-
 log = logging.getLogger("books.sqlite")
 
-BUSY_TIMEOUT = 10  # seconds that a writer waits for other threads, and for other processes
+BUSY_TIMEOUT = 10  # seconds that a writer waits for others
 PRAGMAS = {
     "journal_mode": "WAL",  # readers and the writer do not block each other
     "synchronous": "NORMAL",  # with WAL, a power cut may cost the last commits, but never corrupts the file
@@ -265,89 +381,59 @@ class Sqlite:
     # threads of the process free.
     threads = 8
 
+    begin_read = "BEGIN"
+    # A deferred transaction that reads first and writes later fails at once ("database is locked").
+    begin_write = "BEGIN IMMEDIATE"
+    driver_error: type[Exception] = sqlite3.Error
+    dialect: Any = sqlite_dialect(paramstyle="named", json_serializer=to_json)
+
     def __init__(self, url: str) -> None:
-        self.engine = create_engine(url, pool_size=self.threads, max_overflow=4, json_serializer=to_json)
-        event.listen(self.engine, "connect", on_connect)
-        event.listen(self.engine, "begin", on_begin)
-        self.reader = self.engine
-        # BEGIN IMMEDIATE: a deferred transaction that reads first and writes later fails at once ("database is locked")
-        # or, with SQLAlchemy's defaults, loses updates.
-        self.writer_engine = create_engine(url, pool_size=2, max_overflow=0, json_serializer=to_json)
-        event.listen(self.writer_engine, "connect", on_connect)
-        event.listen(self.writer_engine, "connect", lambda c, _record: c.execute(f"PRAGMA cache_size={WRITER_CACHE}"))
-        event.listen(self.writer_engine, "begin", on_begin)
-        self.writer = self.writer_engine.execution_options(immediate=True)
-        # The event loop's connection for reads; AUTOCOMMIT because `inline` begins and ends transactions by itself, at
-        # a twentieth of the cost of SQLAlchemy's begin and rollback.
-        self.loop_engine = create_engine(url, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
-        event.listen(self.loop_engine, "connect", on_connect)
-        self.loop_reader = self.loop_engine.connect()
-        # And one for writes. It leaves checkpoints, which wait for the disk, to `checkpoint_wal`.
-        self.loop_writer = self.writer.connect()
-        driver: Any = self.loop_writer.connection.dbapi_connection
-        driver.execute("PRAGMA wal_autocheckpoint=0")
-        driver.execute("PRAGMA busy_timeout=0")  # never wait for another process on the event loop
-        self.loop_driver = driver
+        # AUTOCOMMIT: `_transaction` begins and ends transactions.
+        options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True, "json_serializer": to_json}
+        self.engine = create_engine(url, pool_size=self.threads, max_overflow=4, **options)
+        self.writer = create_engine(url, pool_size=JOBS, **options)
+        for engine in (self.engine, self.writer):
+            event.listen(engine, "connect", on_connect)
+        # `write_sync` waits; SQLite itself would retry ever more rarely, and starve beside an import.
+        event.listen(self.writer, "connect", lambda c, _record: c.execute("PRAGMA busy_timeout=0"))
+        event.listen(self.writer, "connect", lambda c, _record: c.execute(f"PRAGMA cache_size={WRITER_CACHE}"))
+        # The event loop's connections.
+        self.loop_reader, self.loop_writer = self.engine.connect(), self.writer.connect()
+        self.loop_driver = _driver(self.loop_reader)
+        self.ticks = 0
+        self.loop_driver.set_progress_handler(self._exceeds_budget, STEPS)
+        # Checkpoints wait for the disk, and are left to `checkpoint_wal`.
+        _driver(self.loop_writer).execute("PRAGMA wal_autocheckpoint=0")
         self.uncheckpointed = 0  # transactions since the last checkpoint
-        self.writer_queue = asyncio.Lock()
-        self.write_lock = WriteLock(f"{self.engine.url.database}-lock")
+        self.committed: Callable[[], object] = lambda: None  # called after each commit of this process
 
     def close(self) -> None:
-        self.write_lock.close()
         self.loop_reader.close()
         self.loop_writer.close()
-        self.loop_engine.dispose()
-        self.writer_engine.dispose()
+        self.writer.dispose()
         self.engine.dispose()
 
-    @contextmanager
-    def inline(self) -> Iterator[Connection]:
-        """A connection for a read on the event loop, with no `await` in it."""
-        cursor = self.loop_reader.connection.dbapi_connection
-        assert cursor is not None
-        cursor.execute("BEGIN")
-        try:
-            yield self.loop_reader
-        finally:
-            if cursor.in_transaction:  # after an I/O error SQLite ends it by itself
-                cursor.execute("ROLLBACK")
-
-    @contextmanager
-    def inline_transaction(self) -> Iterator[Session | None]:
-        """A session for a write on the event loop, with no `await` in it; None while another writer has the lock."""
-        with self.write_lock.if_free() as free:
-            if not free:
-                yield None
-                return
-            try:
-                with Session(self.loop_writer, expire_on_commit=False) as session:
-                    connection = _begun(session)
-                    if connection is None:
-                        yield None
-                        return
-                    self.uncheckpointed += 1
-                    session.info["connection"] = connection
-                    yield session
-                    session.commit()
-            finally:
-                # After a commit that failed, a session leaves an external connection in its transaction.
-                self.loop_writer.rollback()
-                self.loop_driver.rollback()
+    def _exceeds_budget(self) -> bool:
+        self.ticks += 1
+        if self.ticks <= MAX_TICKS:
+            return False
+        self.ticks = 0  # for the ROLLBACK
+        return True
 
     def checkpoint(self) -> None:
-        """Move the write-ahead log into the file, since a large one slows every read: most of it beside other writers,
-        the rest with the write lock."""
+        """Move the write-ahead log into the file, since a large one slows every read: most of it beside writers, the
+        rest while nobody writes."""
         self.uncheckpointed = 0
-        with self.loop_engine.connect() as connection:
+        with self.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
-            with self.write_lock:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+            write_sync(lambda _session: connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)"))
 
     async def listen(self, notify: Callable[[], None]) -> None:
         """Call `notify` whenever another connection, of this process or another, has committed."""
-        with self.loop_engine.connect() as connection:
-            driver = connection.connection.dbapi_connection  # through SQLAlchemy it takes twenty times as long
-            assert driver is not None
+        loop = asyncio.get_running_loop()
+        self.committed = lambda: loop.is_closed() or loop.call_soon_threadsafe(notify)
+        with self.engine.connect() as connection:
+            driver = _driver(connection)  # through SQLAlchemy it takes twenty times as long
             previous = None
             while True:
                 try:
@@ -361,8 +447,13 @@ class Sqlite:
                 await asyncio.sleep(POLL_INTERVAL)
 
     @staticmethod
-    def notify_listeners(session: Session) -> None:
-        """Other processes poll `data_version`."""
+    def is_busy(error: Exception) -> bool:
+        """Whether another writer has the lock."""
+        return getattr(getattr(error, "orig", None), "sqlite_errorname", "").startswith("SQLITE_BUSY")
+
+    @staticmethod
+    def is_interrupted(error: OperationalError) -> bool:
+        return str(error.orig) == "interrupted"
 
     @staticmethod
     def violation(error: IntegrityError) -> tuple[str, str]:
@@ -384,73 +475,10 @@ class Sqlite:
         return name == "SQLITE_FULL" or name in ("SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE")
 
 
-def _begun(session: Session) -> Connection | None:
-    """Begin the transaction; None while a program without our lock (Litestream, a shell) writes."""
-    try:
-        return session.connection()
-    except OperationalError as error:
-        if getattr(error.orig, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
-            return None
-        raise
-
-
-class WriteLock:
-    """Held around each write transaction, by one thread of all processes.
-
-    SQLite's busy handler sleeps and retries: beside an import, a writer of another process waited for seconds, and
-    sometimes in vain. flock wakes waiters in turn.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.threads = threading.Lock()
-        self.file = open(path, "a")  # noqa: SIM115  # closed in `close`
-
-    def __enter__(self) -> None:
-        if not self.threads.acquire(timeout=BUSY_TIMEOUT):
-            raise OperationalError("BEGIN IMMEDIATE", None, sqlite3.OperationalError("database is locked"))
-        self._flock(0)
-
-    def __exit__(self, *_error: object) -> None:
-        if sys.platform != "win32":
-            fcntl.flock(self.file, fcntl.LOCK_UN)
-        self.threads.release()
-
-    @contextmanager
-    def if_free(self) -> Iterator[bool]:
-        """Acquire it without waiting; False if it is held."""
-        if not self.threads.acquire(blocking=False):
-            yield False
-            return
-        try:
-            self._flock(fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            self.__exit__()
-
-    def _flock(self, how: int) -> None:
-        try:
-            if sys.platform != "win32":  # without flock, SQLite's busy handler remains
-                fcntl.flock(self.file, fcntl.LOCK_EX | how)
-        except BaseException:
-            self.threads.release()
-            raise
-
-    def close(self) -> None:
-        self.file.close()
-
-
 def on_connect(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # sqlite3's implicit BEGIN is late and deferred
     for name, value in PRAGMAS.items():
         connection.execute(f"PRAGMA {name}={value}")
-
-
-def on_begin(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("immediate") else "BEGIN")
 
 
 @contextmanager
@@ -460,9 +488,9 @@ def sqlite_migration(url: str) -> Iterator[Connection]:
     event.listen(engine, "connect", on_connect)
     # Rebuilding a table drops it, which would cascade to the rows that refer to it.
     event.listen(engine, "connect", lambda connection, _record: connection.execute("PRAGMA foreign_keys=OFF"))
-    event.listen(engine, "begin", on_begin)
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     try:
-        with engine.connect().execution_options(immediate=True) as connection, connection.begin():
+        with engine.begin() as connection:
             yield connection
     finally:
         engine.dispose()
@@ -480,11 +508,12 @@ class CompiledQuery:
 
     def __init__(self, statement: Any) -> None:
         self.statement = statement
+        self.too_long: set[tuple[Any, ...]] = set()  # values with which it exceeded the budget of a read
 
     @functools.cached_property
     def _compiled(self) -> tuple[str, dict[str, Any], list[tuple[str, Callable[[Any], Any]]]]:
         """The SQL, the values that are constants, and how the others are converted."""
-        dialect: Any = sqlite_dialect(paramstyle="named", json_serializer=to_json)
+        dialect = backend().dialect
         names = None
         if isinstance(self.statement, sa.Insert):
             names = [column.name for column in self.statement.table.columns if column.name != "id"]
@@ -501,12 +530,19 @@ class CompiledQuery:
         processed = {name: process(values[name]) for name, process in processors if name in values}
         return {**constants, **values, **processed}
 
-    def all(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> Sequence[Any]:
-        if is_postgresql():
-            result = _core(connection).execute(self.statement, dict(values))
-            return result.all() if result.returns_rows else []
-        rows: list[Any] = _execute(_driver(connection).execute, self._compiled[0], self._bind(values)).fetchall()
-        return rows
+    def all(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> list[Any]:
+        driver, bound = _driver(connection), self._bind(values)
+        if self.too_long and driver is backend().loop_driver and tuple(bound.values()) in self.too_long:
+            raise OperationalError(self._compiled[0], None, sqlite3.OperationalError("interrupted"))
+        try:
+            cursor = _call(driver.execute, self._compiled[0], bound)
+            return _call(cursor.fetchall) if cursor.description else []
+        except OperationalError as error:
+            if Sqlite.is_interrupted(error):
+                if len(self.too_long) >= 1000:
+                    self.too_long.clear()
+                self.too_long.add(tuple(bound.values()))
+            raise
 
     def first(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> Any:
         rows = self.all(connection, values)
@@ -527,24 +563,22 @@ class CompiledQuery:
         for name in compiled.positiontup:
             cells = bound.get(name) or [row[name] for row in rows]
             columns.append(map(processors[name], cells) if name in processors else cells)
-        _execute(_driver(connection).executemany, str(compiled), zip(*columns, strict=True))
+        _call(_driver(connection).executemany, str(compiled), zip(*columns, strict=True))
+
+
+def _core(connection: Connection | Session) -> Connection:
+    return connection.info["connection"] if isinstance(connection, Session) else connection
 
 
 def _driver(connection: Connection | Session) -> Any:
     return _core(connection).connection.dbapi_connection
 
 
-def _core(connection: Connection | Session) -> Connection:
-    if isinstance(connection, Session):
-        # SQLAlchemy takes as long to find a session's connection as SQLite to insert a row.
-        return connection.info.get("connection") or connection.connection()
-    return connection
-
-
-def _execute(run: Callable[[str, Any], Any], sql: str, values: Any) -> Any:
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    """Call the driver. Its errors become SQLAlchemy's."""
     try:
-        return run(sql, values)
-    except sqlite3.IntegrityError as error:
-        raise IntegrityError(sql, None, error) from error
-    except sqlite3.Error as error:
-        raise OperationalError(sql, None, error) from error
+        return function(*args)
+    except Exception as error:
+        if not isinstance(error, driver_error := backend().driver_error):
+            raise
+        raise DBAPIError.instance(str(args[:1]), None, error, driver_error) from error

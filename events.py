@@ -22,7 +22,6 @@ import sqlalchemy as sa
 from fastapi import Header, HTTPException, Query, Request
 from pydantic import BaseModel, Field, FiniteFloat
 from sqlalchemy import Connection
-from sqlalchemy import event as orm_event
 from sqlalchemy.exc import OperationalError
 from sqlmodel import Session, col
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -75,7 +74,6 @@ def record(
     """
     visibility = {"user_id": owner, "private": private or owner is not None}
     INSERT_EVENT.all(session, {"at": models.utcnow(), "type": event_type, "data": data, **visibility})
-    session.info["recorded"] = True
 
 
 def record_each(session: Session, event_type: str, rows: sa.Select[Any]) -> None:
@@ -86,7 +84,6 @@ def record_each(session: Session, event_type: str, rows: sa.Select[Any]) -> None
     now = sa.literal(models.utcnow(), models.UtcDateTime)
     values = rows.with_only_columns(now, sa.literal(event_type), data, sa.false(), maintain_column_froms=True)
     session.execute(sa.insert(Event).from_select(("at", "type", "data", "private"), values))
-    session.info["recorded"] = True
 
 
 def record_account_event(session: Session, user_id: int | None, event: str, /, **data: object) -> None:
@@ -117,18 +114,6 @@ def prune(session: Session) -> bool:
     session.execute(sa.delete(Event).where(col(Event.id) <= last))
     session.execute(sa.update(Setting).where(col(Setting.key) == "event_floor").values(value=str(last)))
     return last < cutoff
-
-
-@orm_event.listens_for(Session, "before_commit")
-def _notify_other_processes(session: Session) -> None:
-    if session.info.get("recorded", False):
-        database.backend().notify_listeners(session)
-
-
-@orm_event.listens_for(Session, "after_commit")
-def _notify_tail(session: Session) -> None:
-    if session.info.pop("recorded", False):
-        tail.notify()
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -216,7 +201,7 @@ async def retry_until_available(read: Callable[P, Awaitable[T]], *args: P.args, 
 
 @dataclass
 class EventTail:
-    """This process's tail of the log. It belongs to the event loop; only `notify` may be called from other threads."""
+    """This process's tail of the log."""
 
     buffer: deque[LoggedEvent] = field(default_factory=lambda: deque(maxlen=BUFFER_SIZE))
     start: int = 0  # the buffer holds all events after this id, up to `last_event_id`
@@ -225,20 +210,12 @@ class EventTail:
     streams: Counter[str] = field(default_factory=Counter)  # open streams by address
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _notified: asyncio.Event = field(default_factory=asyncio.Event)
-    _loop: asyncio.AbstractEventLoop | None = None
-
-    def notify(self) -> None:
-        """Called when this process has committed an event. Thread-safe."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the last commit of a job at shutdown
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._notified.set)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.buffer.clear()
         self.start = self.last_event_id = await database.read(last_event_id)
         self.closing, self._changed, self._notified = anyio.Event(), asyncio.Event(), asyncio.Event()
-        self._loop = asyncio.get_running_loop()
         # Unlike asyncio, anyio waits for threads on cancellation: they still use the database.
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._read_log)
@@ -433,7 +410,7 @@ async def list_events(query: Annotated[EventsQuery, Query()], viewer: Viewer) ->
 
     Public changes for anyone; with a bearer token also your own private ones.
     """
-    return await database.read_in_thread(_read_events, EventFilter(viewer, query.types), query)
+    return await database.read(_read_events, EventFilter(viewer, query.types), query)
 
 
 def _read_events(connection: Connection, event_filter: EventFilter, query: EventsQuery) -> EventPage:

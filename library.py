@@ -75,10 +75,7 @@ class ShelfQuery(PageQuery):
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """My shelf, newest first. `X-Event-Cursor` is the id of the last event that the page includes."""
     filters = {"user_id": user.id, **query.model_dump(include={"status", "book_id"}, exclude_none=True)}
-    # By `added`, an index has the order; any other may have to sort the whole shelf.
-    is_short = not query.start and query.sort in ("added", "-added")
-    read = database.read if is_short else database.read_in_thread
-    return page_response(request, await read(ENTRIES.page, filters, query.sort, query))
+    return page_response(request, await database.read(ENTRIES.page, filters, query.sort, query))
 
 
 @router.get(
@@ -215,7 +212,7 @@ REVIEWS = Listing(
 )
 async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], request: Request) -> Response:
     """Ratings and reviews of a book, newest entry first. They are written at `/my-library/{book_id}`."""
-    return page_response(request, await database.read_in_thread(find_reviews, book_id, query))
+    return page_response(request, await database.read(find_reviews, book_id, query))
 
 
 def find_reviews(connection: Connection, book_id: int, query: PageQuery) -> JsonPage:
@@ -279,7 +276,7 @@ class ShelfStats(BaseModel):
 @router.get("/my-library/stats", summary="See my reading in figures")
 async def read_stats(user: CurrentUser) -> ShelfStats:
     """My shelf in figures: by status and year, ratings, most frequent genres and authors."""
-    return await database.read_in_thread(count_entries, user.id)
+    return await database.read(count_entries, user.id)
 
 
 def count_entries(connection: Connection, user_id: int) -> ShelfStats:

@@ -144,7 +144,7 @@ async def run_every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
 
 async def resume_uploads() -> None:
     """Go on with the uploads of processes that were stopped or killed."""
-    for upload_id in await database.read_in_thread(imports.abandoned_uploads):
+    for upload_id in await database.read(imports.abandoned_uploads):
         await database.run_job(imports.run_upload, upload_id)
 
 

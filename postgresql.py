@@ -8,9 +8,8 @@ from typing import Any
 
 import anyio
 import psycopg
-from sqlalchemy import Connection, Table, create_engine, event, make_url
+from sqlalchemy import Connection, Table, create_engine, make_url
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Session
 
 log = logging.getLogger("books.postgresql")
 
@@ -21,7 +20,7 @@ WRITE_LOCK, MIGRATION_LOCK = 0x626F6F6B, 0x626F6F6C
 CHANNEL = "books_events"
 OPTIONS = (
     "-c timezone=UTC"
-    " -c lock_timeout=10s"  # of a writer
+    " -c lock_timeout=1s"  # of a writer, which tries again
     " -c idle_in_transaction_session_timeout=60s"  # a hanging process must not hold the lock for ever
 )
 KEEPALIVES: dict[str, Any] = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
@@ -29,25 +28,32 @@ KEEPALIVES: dict[str, Any] = {"keepalives_idle": 15, "keepalives_interval": 5, "
 
 class Postgresql:
     kind = "postgresql"
-    threads = 5  # beside two writers and two jobs: the smallest plans allow 20 connections, for two processes
+    threads = 5  # beside a writer and two jobs: the smallest plans allow 20 connections, for two processes
+    begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"  # one snapshot for all statements
+    begin_write = f"BEGIN; SELECT pg_advisory_xact_lock({WRITE_LOCK}); NOTIFY {CHANNEL}"  # sent at the commit
+    driver_error = psycopg.Error
+    loop_driver = None  # reads run in threads
 
     def __init__(self, url: str, to_json: Callable[[object], str]) -> None:
         self.url = url
-        self.engine = create_engine(
-            url,
-            pool_size=self.threads,
-            max_overflow=4,
-            pool_pre_ping=True,  # no error after a restart of the server
-            json_serializer=to_json,
-            connect_args={"options": OPTIONS, "connect_timeout": 10, **KEEPALIVES},
-        )
-        # One snapshot for all statements of a read.
-        self.reader = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        self.writer = self.engine.execution_options(writes=True)
-        event.listen(self.engine, "begin", take_write_lock)
+        # AUTOCOMMIT: `database` begins and ends transactions.
+        options: dict[str, Any] = {
+            "isolation_level": "AUTOCOMMIT",
+            "skip_autocommit_rollback": True,
+            "json_serializer": to_json,
+            "connect_args": {"options": OPTIONS, "connect_timeout": 10, **KEEPALIVES},
+        }
+        self.engine = create_engine(url, pool_size=self.threads, max_overflow=4, **options)
+        # A change is not tried again where its connection turns out to be broken.
+        self.writer = create_engine(url, pool_size=3, pool_pre_ping=True, **options)
+        self.dialect = self.engine.dialect
 
     def close(self) -> None:
+        self.writer.dispose()
         self.engine.dispose()
+
+    def committed(self) -> None:
+        """NOTIFY has told this process, too."""
 
     @staticmethod
     def copy_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -83,11 +89,6 @@ class Postgresql:
             await asyncio.sleep(0.5)
 
     @staticmethod
-    def notify_listeners(session: Session) -> None:
-        """NOTIFY, sent when this transaction commits."""
-        session.connection().exec_driver_sql(f"NOTIFY {CHANNEL}")
-
-    @staticmethod
     def violation(error: IntegrityError) -> tuple[str, str]:
         assert isinstance(error.orig, psycopg.Error)
         diagnostics, table = error.orig.diag, error.orig.diag.table_name
@@ -104,10 +105,10 @@ class Postgresql:
     def is_full(error: object) -> bool:
         return isinstance(error, psycopg.errors.DiskFull)
 
-
-def take_write_lock(connection: Connection) -> None:
-    if connection.get_execution_options().get("writes"):
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITE_LOCK})")
+    @staticmethod
+    def is_busy(error: Exception) -> bool:
+        """Whether another writer has the lock."""
+        return isinstance(getattr(error, "orig", None), psycopg.errors.LockNotAvailable)
 
 
 @contextmanager

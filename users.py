@@ -242,7 +242,7 @@ async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request
         for name, spelling in zip(SPELLINGS, (text, text.upper(), text.title(), text.lower()), strict=True):
             escaped = spelling.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
             filters[name] = f"%{escaped}%"
-    return page_response(request, await database.read_in_thread(USERS.page, filters, "id", query))
+    return page_response(request, await database.read(USERS.page, filters, "id", query))
 
 
 @router.post("", status_code=201, summary="Make an account", responses=errors(403, 409, sends={201: "Location"}))
