@@ -126,7 +126,8 @@ def test_blocked_writers_do_not_block_readers(
     monkeypatch.setattr(main._Probe, "at", float("-inf"))
     backend: Any = database.backend()
     with ThreadPoolExecutor(12) as pool:
-        with backend.write_lock:
+        with closing(sqlite3.connect(backend.engine.url.database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
             monkeypatch.setattr(database, "BUSY_TIMEOUT", 3)
             waiting = [pool.submit(reader.patch, "/books/1", json={"pages": number}) for number in range(1, 13)]
             time.sleep(0.5)
@@ -158,15 +159,15 @@ def test_an_io_error_is_503_and_temporary(client: TestClient, admin: Person) -> 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 UNAVAILABLE: dict[str, tuple[str, Exception, str, int]] = {
-    "no connection is free": ("database.read_in_thread", NoConnection("QueuePool limit"), "/books/genres", 503),
+    "no connection is free": ("database.read", NoConnection("QueuePool limit"), "/books/genres", 503),
     "a damaged page": (
-        "database.read_in_thread",
+        "database.read",
         DatabaseError("", None, sqlite3.DatabaseError("malformed")),
         "/books/genres",
         503,
     ),
     "a statement that is wrong": (
-        "database.read_in_thread",
+        "database.read",
         ProgrammingError("", None, Exception("syntax")),
         "/books/genres",
         500,

@@ -235,20 +235,8 @@ def test_a_disconnect_within_the_body_is_no_error(client: TestClient, reader: Pe
 
 
 @pytest.mark.sqlite
-def test_an_inline_write_waiting_for_the_lock_does_not_block_reads(client: TestClient, reader: Person) -> None:
-    with ThreadPoolExecutor() as pool:
-        with database.backend().write_lock:  # type: ignore[union-attr]  # of SQLite
-            waiting = pool.submit(reader.add_book, title="Late", author="B")
-            for _ in range(5):
-                assert client.get("/books").json()["total"] == 0
-            assert not waiting.done()
-        assert waiting.result(10)["title"] == "Late"
-    assert client.get("/books").json()["total"] == 1
-
-
-@pytest.mark.sqlite
-def test_an_inline_write_waiting_for_another_program_does_not_block_reads(client: TestClient, reader: Person) -> None:
-    """Litestream or the sqlite3 shell do not take the service's lock."""
+def test_a_write_waiting_for_another_process_does_not_block_reads(client: TestClient, reader: Person) -> None:
+    """Another worker, Litestream, or the sqlite3 shell."""
     backend: Any = database.backend()
     other = sqlite3.connect(backend.engine.url.database, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -267,7 +255,7 @@ def test_an_inline_write_waiting_for_another_program_does_not_block_reads(client
 
 
 @pytest.mark.sqlite
-def test_inline_writes_are_checkpointed(reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_are_checkpointed(reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write-ahead log must not grow without bound."""
     monkeypatch.setattr(database, "CHECKPOINT_AFTER", 10)
     backend: Any = database.backend()
