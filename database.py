@@ -46,7 +46,9 @@ def to_json(value: object) -> str:
 
 
 class _Change(NamedTuple):
-    run: Callable[[Session], Any]
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     done: "asyncio.Future[Any]"
     deadline: float  # for the begin of its transaction
 
@@ -92,14 +94,14 @@ class _Database:
         with self.backend.writer.connect() as connection:
             return _commit(connection, self._take(group))
 
-    def _take(self, group: list[_Change]) -> Iterator[Callable[[Session], Any]]:
+    def _take(self, group: list[_Change]) -> Iterator[_Change]:
         """Move queued changes into `group`, for as long as others can wait."""
         deadline = time.monotonic() + MAX_GROUP_TIME
         while self.changes and time.monotonic() < deadline:
             change = self.changes.popleft()
             if not change.done.cancelled():
                 group.append(change)
-                yield change.run
+                yield change
 
 
 def _postgresql() -> Any:
@@ -190,16 +192,11 @@ async def write(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """A short change: it is committed when this returns, and undone if `change` raises. It blocks the event loop."""
     database = _opened()
     done = asyncio.get_running_loop().create_future()
-    run = functools.partial(_apply, change, args, kwargs)
-    database.changes.append(_Change(run, done, time.monotonic() + BUSY_TIMEOUT))
+    database.changes.append(_Change(change, args, kwargs, done, time.monotonic() + BUSY_TIMEOUT))
     if database.committer is None or database.committer.done():
         database.committer = asyncio.create_task(database.commit_changes())
     result: T = await done
     return result
-
-
-def _apply(change: Callable[..., T], args: Any, kwargs: Any, session: Session) -> T:
-    return change(session, *args, **kwargs)
 
 
 def write_sync(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -213,6 +210,7 @@ def write_sync(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
                 _session(connection) as session,
             ):
                 result = change(session, *args, **kwargs)
+                _run_deferred(session)
         except OperationalError as error:
             if not database.is_busy(error) or time.monotonic() > deadline:
                 raise
@@ -222,25 +220,44 @@ def write_sync(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
             return result
 
 
-def _commit(connection: Connection, changes: Iterator[Callable[[Session], Any]]) -> list[Any]:
+def _commit(connection: Connection, changes: Iterator[_Change]) -> list[Any]:
     """Run the changes in one transaction; their results, or the errors of those that raised and were undone."""
     outcomes: list[Any] = []
     execute = _driver(connection).execute
-    with _transaction(connection, backend().begin_write):
-        for change in changes:
+    with _transaction(connection, backend().begin_write), _session(connection) as session:
+        previous: Any = None
+        for function, args, kwargs, *_ in changes:
+            if function is not previous:
+                _run_deferred(session)
+            previous = function
             _call(execute, "SAVEPOINT change")
             try:
-                with _session(connection) as session:
-                    outcomes.append(change(session))
+                outcome = function(session, *args, **kwargs)
+                session.flush()
             except Exception as error:
-                outcomes.append(error)
+                outcome = error
+                session.rollback()
                 try:
                     _call(execute, "ROLLBACK TO change")
                 except DBAPIError:  # a full disk, or a lost connection, has ended the transaction
                     raise error from None
+            session.expunge_all()
             _call(execute, "RELEASE change")
+            outcomes.append(outcome)
+        _run_deferred(session)
     backend().committed()
     return outcomes
+
+
+def defer(session: Session, function: Callable[[Session, list[Any]], object], value: object) -> None:
+    """Call `function` before the commit, once for the values of all changes like this one; some may be undone then."""
+    session.info["deferred"].setdefault(function, []).append(value)
+
+
+def _run_deferred(session: Session) -> None:
+    for function, values in session.info["deferred"].items():
+        function(session, values)
+    session.info["deferred"].clear()
 
 
 @contextmanager
@@ -259,13 +276,12 @@ def _transaction(connection: Connection, begin: str) -> Iterator[None]:
 
 @contextmanager
 def _session(connection: Connection) -> Iterator[Session]:
-    """A session within the driver's transaction. SQLAlchemy's own begins and rolls back nothing (AUTOCOMMIT)."""
-    if not connection.in_transaction():
-        connection.begin()
-    with Session(connection, expire_on_commit=False, join_transaction_mode="rollback_only") as session:
-        session.info["connection"] = connection
+    """A session within the driver's transaction. It never commits; on its AUTOCOMMIT connection, rollback does nothing
+    but forget."""
+    with Session(connection) as session:
+        session.info.update(connection=connection, deferred={})
         yield session
-        session.commit()
+        session.flush()
 
 
 def readonly(handler: Read[P, T]) -> Callable[P, Awaitable[T]]:

@@ -141,7 +141,7 @@ class BatchImporter:
         INSERT_BOOKS.execute_many(self.session, books, Book.initial(self.owner.id))
         last = int(self.session.execute(sa.select(sa.func.max(col(Book.id)))).scalar_one())
         first = last - len(new) + 1
-        index_books(self.session, first, last)
+        index_books(self.session, [first, last])
         for book_id, (key, row) in enumerate(new.items(), start=first):
             self.ids[key], row.outcome = book_id, "inserted"
         data = {"upload_id": self.upload.id, "count": len(new), "first_id": first, "last_id": last}

@@ -121,10 +121,10 @@ INDEX_BOOKS = CompiledQuery(
 )
 
 
-def index_books(session: Session, first: int, last: int) -> None:
-    """Index new books, those with ids from `first` to `last`. Triggers index updates and deletions."""
+def index_books(session: Session, ids: Sequence[int]) -> None:
+    """Index new books, which have all ids between the first and the last. Triggers index updates and deletions."""
     if not database.is_postgresql():  # where the column is generated
-        INDEX_BOOKS.all(session, {"first": first, "last": last})
+        INDEX_BOOKS.all(session, {"first": ids[0], "last": ids[-1]})
 
 
 # --- SQLite -------------------------------------------------------------------------------------------------------
