@@ -267,7 +267,7 @@ def _transaction(connection: Connection, begin: str) -> Iterator[None]:
     try:
         _call(driver.execute, begin)
         yield
-        _call(driver.commit)
+        _call(driver.execute, "COMMIT")
     except BaseException:
         with suppress(backend().driver_error):
             driver.rollback()
@@ -551,8 +551,7 @@ class CompiledQuery:
         if self.too_long and driver is backend().loop_driver and tuple(bound.values()) in self.too_long:
             raise OperationalError(self._compiled[0], None, sqlite3.OperationalError("interrupted"))
         try:
-            cursor = _call(driver.execute, self._compiled[0], bound)
-            return _call(cursor.fetchall) if cursor.description else []
+            return _call(_fetch_all, driver, self._compiled[0], bound)
         except OperationalError as error:
             if Sqlite.is_interrupted(error):
                 if len(self.too_long) >= 1000:
@@ -582,6 +581,11 @@ class CompiledQuery:
         _call(_driver(connection).executemany, str(compiled), zip(*columns, strict=True))
 
 
+def _fetch_all(driver: Any, sql: str, values: Values) -> list[Any]:
+    cursor = driver.execute(sql, values)
+    return cursor.fetchall() if cursor.description else []
+
+
 def _core(connection: Connection | Session) -> Connection:
     return connection.info["connection"] if isinstance(connection, Session) else connection
 
@@ -597,4 +601,4 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
     except Exception as error:
         if not isinstance(error, driver_error := backend().driver_error):
             raise
-        raise DBAPIError.instance(str(args[:1]), None, error, driver_error) from error
+        raise DBAPIError.instance(function.__name__, None, error, driver_error) from error
