@@ -1,15 +1,18 @@
 """The apps that the service is compared with, and the catalogue that the measurements use."""
 
 import base64
+import contextlib
 import json
 import os
 import random
 import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+import psycopg
 from fastapi import FastAPI
 
 from bench.server import ROOT, Server
@@ -72,7 +75,7 @@ class Floor:
         return [dict(zip(self.names, row, strict=True)) for row in rows]
 
     def page(self, query: dict[str, str]) -> bytes:
-        limit = int(query.get("limit", 20))
+        limit, offset = int(query.get("limit", 20)), int(query.get("offset", 0))
         if "search" in query:
             match = " ".join(f'"{word}"*' for word in query["search"].split())
             total = self.run("SELECT count(*) FROM book_fts WHERE book_fts MATCH ?", match)
@@ -81,11 +84,11 @@ class Floor:
         elif "genre" in query:
             genre = query["genre"].lower()
             total = self.run("SELECT count(*) FROM book WHERE lower(genre) = ?", genre)
-            items = self.books("WHERE lower(genre) = ? ORDER BY id LIMIT ?", genre, limit)
+            items = self.books("WHERE lower(genre) = ? ORDER BY id LIMIT ? OFFSET ?", genre, limit, offset)
         else:
             total = self.run("SELECT value FROM setting WHERE key = 'book_count'")
             after = json.loads(base64.urlsafe_b64decode(query["cursor"] + "=="))[1] if "cursor" in query else 0
-            items = self.books("WHERE id > ? ORDER BY id LIMIT ?", after, limit)
+            items = self.books("WHERE id > ? ORDER BY id LIMIT ? OFFSET ?", after, limit, offset)
         return self.dump({"items": items, "total": int(total[0][0]), "next": items[-1]["id"] if items else None})
 
     def shelf(self) -> bytes:
@@ -135,11 +138,12 @@ def isbn_of(number: int) -> str:
 
 
 def make_book(number: int, rng: random.Random) -> dict[str, Any]:
+    """The columns of a row. A third of the titles have the word `shared`."""
     title = [word(int(rng.expovariate(1 / 900)) % 4900) for _ in range(3)]
     author = [word(rng.randrange(4900)), word(rng.randrange(300) * 7)]
-    if rng.random() < 0.5:
+    if rng.random() < 1 / 3:
         title.insert(1, "shared")
-    book: dict[str, Any] = {
+    return {
         "title": " ".join(title).capitalize(),
         "author": " ".join(author).title(),
         "isbn": isbn_of(number),
@@ -149,35 +153,48 @@ def make_book(number: int, rng: random.Random) -> dict[str, Any]:
         "language": rng.choice(["en", "de", "fr"]),
         "pages": rng.randrange(80, 900),
         "publication_year": rng.randrange(1900, 2026),
+        "title_key": " ".join(title),
+        "author_key": " ".join(author),
+        **dict.fromkeys(("copies", "available", "added_by", "version"), 1),
+        **dict.fromkeys(("rating_count", "rating_sum"), 0),
+        **dict.fromkeys(("created_at", "updated_at"), MOMENT),
     }
-    return book | {"title_key": book["title"].lower(), "author_key": book["author"].lower()}
+
+
+def make_books(books: int, first: int = 1) -> Iterator[dict[str, Any]]:
+    rng = random.Random(first)
+    return (make_book(number, rng) for number in range(first, first + books))
+
+
+def insert_books(connection: sqlite3.Connection, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    values = ", ".join(f":{name}" for name in columns)
+    connection.executemany(f"INSERT INTO book ({', '.join(columns)}) VALUES ({values})", rows)
 
 
 MOMENT = "2026-01-01 00:00:00.000000"
-INSERT_BOOKS = f"""
-INSERT INTO book (title, author, isbn, genre, description, publisher, language, pages, publication_year, title_key,
-  author_key, copies, available, rating_count, rating_sum, added_by, version, created_at, updated_at)
-VALUES (:title, :author, :isbn, :genre, :description, :publisher, :language, :pages, :publication_year, :title_key,
-  :author_key, 1, 1, 0, 0, 1, 1, '{MOMENT}', '{MOMENT}')
-"""
+COLUMNS = [*make_book(1, random.Random())]
 INDEX_BOOKS = """
 INSERT INTO book_fts (rowid, title, author, isbn, publisher) SELECT id, title, author, isbn, publisher FROM book
 """
 INSERT_ENTRIES = f"""
 INSERT INTO shelf_entry (book_id, user_id, status, tags, added_at, updated_at)
-VALUES (?, 1, 'reading', '["bench"]', '{MOMENT}', '{MOMENT}')
+SELECT id, 1, 'reading', '["bench"]', '{MOMENT}', '{MOMENT}' FROM book ORDER BY genre, id LIMIT 500
 """
 
 
-def make_database(file: Path, books: int, shelf: int = 500, checkout: Path = ROOT) -> None:
+def make_database(database: Path | str, books: int, checkout: Path = ROOT) -> None:
     """A catalogue, and the shelf of the first admin, in the schema of this checkout."""
-    with Server(file, checkout=checkout):
+    with Server(database, checkout=checkout):
         pass  # its start creates the tables and the admin
-    rng = random.Random(1)
-    connection = sqlite3.connect(file)
-    with connection:
-        connection.executemany(INSERT_BOOKS, (make_book(number, rng) for number in range(1, books + 1)))
-        connection.execute(INDEX_BOOKS)
-        chosen = rng.sample(range(1, books + 1), min(shelf, books))
-        connection.executemany(INSERT_ENTRIES, ((book_id,) for book_id in chosen))
-    connection.close()
+    if isinstance(database, Path):
+        with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+            insert_books(connection, COLUMNS, make_books(books))
+            connection.execute(INDEX_BOOKS)
+            connection.execute(INSERT_ENTRIES)
+        return
+    with psycopg.connect(database, autocommit=True) as server:
+        with server.cursor().copy(f"COPY book ({', '.join(COLUMNS)}) FROM STDIN") as copy:
+            for book in make_books(books):
+                copy.write_row([*book.values()])
+        server.execute(INSERT_ENTRIES.encode())
+        server.execute("VACUUM ANALYZE book")

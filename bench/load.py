@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from bench.apps import GENRES, make_book, word
-from bench.server import Server
+from bench.pocketbase import RECORDS
+from bench.server import Process
 from pagination import Order
 
 # Each line of the file is a path to read or, with POST, a body. Paths are drawn at random, bodies are used once.
@@ -36,7 +37,8 @@ function done(summary, latency)
     e.connect + e.read + e.write + e.status + e.timeout))
 end
 """
-BODIES = 8000  # a second: more than the floor takes
+BODIES = 12_000  # a second: more than the floor takes
+BOOK, NEW_BOOK, FREQUENT = "a book", "a new book", "/books?search=shared"
 
 
 class Load(NamedTuple):
@@ -50,67 +52,94 @@ class Load(NamedTuple):
 
 class Case(NamedTuple):
     name: str
-    make: Callable[[], str] | None  # a path; None: POST /books
+    make: Callable[[], str] | None  # a path to read; None: a new book
     headers: Mapping[str, str] = MappingProxyType({})
     has_floor: bool = True
     signed_in: bool = False
+    post: str = "/books"
+    peer: "Case | None" = None  # the same request to PocketBase
 
 
 def make_cases(books: int) -> list[Case]:
     """Requests for random books, pages and words of a catalogue of this size."""
     rng, by_id = random.Random(3), Order("id", ())
+    last_tenth = range(books - books // 10, books - 20)
 
-    def book() -> str:
-        return f"/books/{rng.randrange(1, books + 1)}"
+    def book_id() -> int:
+        return rng.randrange(1, books + 1)
 
     def page_after(row: int) -> str:
         return f"/books?limit=20&cursor={by_id.encode([row])}"
 
-    def frequent_word() -> str:
+    def page() -> int:
+        return rng.randrange(50)  # of the first 1,000 rows
+
+    def genre() -> str:
+        return f"Genre+{rng.randrange(GENRES)}"
+
+    def any_word() -> str:
         return word(int(rng.expovariate(1 / 900)) % 4900)
 
-    last_tenth = range(books - books // 10, books - 20)
+    def search() -> str:
+        return f"/books?search={any_word()}"
+
+    def contains(text: str) -> str:
+        return "%7C%7C".join(f"{column}~'{text}'" for column in ("title", "author", "isbn", "publisher"))
+
     return [
-        Case("GET /books/{id}", book),
-        Case("GET /books/{id}, If-None-Match: 304", book, {"If-None-Match": '"1"'}, has_floor=False),
-        Case("GET /books?limit=20, with the total", lambda: page_after(rng.randrange(books))),
-        Case("the same, first 1,000 rows", lambda: page_after(rng.randrange(1000)), has_floor=False),
-        Case("the same, last tenth, by cursor", lambda: page_after(rng.choice(last_tenth)), has_floor=False),
+        Case(BOOK, lambda: f"/books/{book_id()}", peer=Case("", lambda: f"{RECORDS}/{book_id():015}")),
+        Case("a book, If-None-Match: 304", lambda: f"/books/{book_id()}", {"If-None-Match": '"1"'}, has_floor=False),
+        Case("page by cursor", lambda: page_after(rng.randrange(books))),
+        Case("page by cursor, first 1,000 rows", lambda: page_after(rng.randrange(1000)), has_floor=False),
+        Case("page by cursor, last tenth", lambda: page_after(rng.choice(last_tenth)), has_floor=False),
         Case(
-            "the same, last tenth, by offset",
-            lambda: f"/books?limit=20&offset={rng.choice(last_tenth)}",
-            has_floor=False,
+            "page by offset, first 1,000 rows",
+            lambda: f"/books?limit=20&offset={20 * page()}",
+            peer=Case("", lambda: f"{RECORDS}?perPage=20&page={1 + page()}"),
         ),
-        Case("GET /books?genre=, with the total", lambda: f"/books?limit=20&genre=Genre+{rng.randrange(GENRES)}"),
-        Case("GET /books?search= a word", lambda: f"/books?search={frequent_word()}"),
+        Case("page by offset, last tenth", lambda: f"/books?limit=20&offset={rng.choice(last_tenth)}", has_floor=False),
         Case(
-            "GET /books?search= two words, one a prefix",
-            lambda: f"/books?search={frequent_word()}+{word(rng.randrange(4900))[:3]}",
+            "page of a genre by offset",
+            lambda: f"/books?limit=20&genre={genre()}&offset={20 * page()}",
+            # Without the total, and without an order: PocketBase's fastest.
+            peer=Case("", lambda: f"{RECORDS}?skipTotal=1&perPage=20&page={1 + page()}&filter=genre%3D'{genre()}'"),
         ),
-        Case("GET /my-library, 20 of 500", lambda: "/my-library?limit=20", signed_in=True),
-        Case("POST /books", None, signed_in=True),
+        Case(
+            "search of a word",
+            search,
+            peer=Case("", lambda: f"{RECORDS}?skipTotal=1&perPage=20&filter={contains(any_word())}"),
+        ),
+        Case("search of two words, one a prefix", lambda: f"{search()}+{word(rng.randrange(4900))[:3]}"),
+        Case("search of a rare word", lambda: f"/books?search={word(rng.randrange(4000, 4900))}", has_floor=False),
+        Case("search of a word of a third of all books", lambda: FREQUENT, has_floor=False),
+        Case(
+            "searches, one in five of that word", lambda: FREQUENT if rng.random() < 0.2 else search(), has_floor=False
+        ),
+        Case("my shelf, 20 of 500", lambda: "/my-library?limit=20", signed_in=True),
+        Case(NEW_BOOK, None, signed_in=True, peer=Case("", None, post=RECORDS)),
     ]
 
 
 class LoadGenerator:
     """`wrk`, with its script and its input files in `folder`."""
 
-    def __init__(self, folder: Path, seconds: int) -> None:
+    def __init__(self, folder: Path, seconds: int, books: int) -> None:
         if shutil.which("wrk") is None:
             sys.exit("This needs wrk: apt-get install -y wrk")
-        self.folder, self.seconds = folder, seconds
+        self.folder, self.seconds, self.books = folder, seconds, books
+        self.cases = {case.name: case for case in make_cases(books)}
         self.rng, self.next_isbn = random.Random(2), 500_000_000
         self.script = folder / "wrk.lua"
         self.script.write_text(LUA)
-        self.paths: dict[str, Path] = {}
+        self.paths: dict[Callable[[], str], Path] = {}
 
-    def run(self, server: Server, case: Case, clients: int = 32) -> Load:
+    def run(self, server: Process, case: Case, clients: int = 32) -> Load:
         # Longer for writes: wrk counts the wait for all connections as part of each client's first request, and p99
         # must not show it.
         seconds = self.seconds if case.make else 4 * self.seconds
-        lines = self._path_file(case.name, case.make) if case.make else self._body_file(BODIES * seconds)
+        lines = self._path_file(case.make) if case.make else self._body_file(BODIES * seconds)
         headers = {**case.headers, **(server.headers if case.signed_in else {})}
-        method = ["POST", "/books"] if case.make is None else ["GET", "-"]
+        method = ["GET", "-"] if case.make else ["POST", case.post]
         command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout=10s", f"-s{self.script}", server.url]
         command += ["--", str(lines), *method, *(part for header in headers.items() for part in header)]
         cpu_before = server.cpu_seconds()
@@ -127,11 +156,11 @@ class LoadGenerator:
             cpu=cpu * 1000 / requests,
         )
 
-    def _path_file(self, name: str, make: Callable[[], str], count: int = 5000) -> Path:
-        if name not in self.paths:
-            self.paths[name] = self.folder / f"paths{len(self.paths)}.txt"
-            self.paths[name].write_text("".join(f"{make()}\n" for _ in range(count)))
-        return self.paths[name]
+    def _path_file(self, make: Callable[[], str], count: int = 5000) -> Path:
+        if make not in self.paths:
+            self.paths[make] = self.folder / f"paths{len(self.paths)}.txt"
+            self.paths[make].write_text("".join(f"{make()}\n" for _ in range(count)))
+        return self.paths[make]
 
     def _body_file(self, count: int) -> Path:
         """New books, each with an ISBN of its own."""
