@@ -551,7 +551,8 @@ class CompiledQuery:
         if self.too_long and driver is backend().loop_driver and tuple(bound.values()) in self.too_long:
             raise OperationalError(self._compiled[0], None, sqlite3.OperationalError("interrupted"))
         try:
-            return _call(_fetch_all, driver, self._compiled[0], bound)
+            rows: list[Any] = _call(_fetch_all, driver, self._compiled[0], bound)
+            return rows
         except OperationalError as error:
             if Sqlite.is_interrupted(error):
                 if len(self.too_long) >= 1000:

@@ -276,7 +276,9 @@ class Listing:
         else:
             pages = [filtered.order_by(*order.order_by()).offset(bindparam("start", type_=sa.Integer))]
         pages = [page.limit(bindparam("limit", type_=sa.Integer)) for page in pages]
-        if names:  # sort ids, not JSON: rendering rows that the page skips takes far longer
+        # Sort ids, not JSON: rendering rows that the page skips takes far longer. PostgreSQL also renders those that
+        # an offset skips.
+        if names or (not by_cursor and database.is_postgresql()):
             ids = [page.with_only_columns(self.row_id, maintain_column_froms=True) for page in pages]
             pages = [self.select.where(self.row_id.in_(page)).order_by(*order.order_by()) for page in ids]
         return [CompiledQuery(page.add_columns(*order.columns)) for page in pages]
