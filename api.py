@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request, Response, params
@@ -31,6 +31,7 @@ import security
 from models import InvalidField
 from schemas import Problem, describe_error
 
+T = TypeVar("T")
 log = logging.getLogger("books")
 access_log = logging.getLogger("books.access")
 
@@ -129,6 +130,12 @@ async def on_violation(_request: Request, error: Exception) -> Response:
     if kind == "check":
         return problem(422, f"{field} is out of range.", errors=[field_error(field, "is out of range", "check")])
     return problem(409, "Something that this refers to, or that refers to this, stands in the way.")
+
+
+def or_404(value: T | None, detail: str) -> T:
+    if value is None:
+        raise HTTPException(404, detail)
+    return value
 
 
 def field_error(field: str, message: str, kind: str, source: str = "body") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sqlmodel import Session, col
 import database
 import events
 import models
-from api import FOLLOWED_PAGE, FastRoute, Router, errors
+from api import FOLLOWED_PAGE, FastRoute, Router, errors, or_404
 from database import CompiledQuery, transactional
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
 from pagination import (
@@ -45,6 +45,7 @@ router = Router(prefix="/books", tags=["Catalogue"])
 hot = Router(prefix="/books", tags=["Catalogue"], route_class=FastRoute)
 
 BookId = Annotated[Id, Path(description="The book's `id`.")]
+NO_BOOK = "No such book."
 IfMatch = Annotated[str | None, Header(description="The `ETag` that the change is based on; 412 when it is stale.")]
 IfNoneMatch = Annotated[str | None, Header(description="The `ETag` that you have; 304 when it is still true.")]
 Sort = Literal[
@@ -96,10 +97,6 @@ BOOKS = Listing(
     counts={**COUNTED, ("words",): count_matches},
     with_event_cursor=True,
 )
-
-
-def no_such_book() -> HTTPException:
-    return HTTPException(404, "No such book.")
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
@@ -221,10 +218,7 @@ CHANGE_RESPONSES = errors(403, 404, 409, 412, sends={200: "ETag"})
 )
 async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
     """One book. Its `ETag` names its version."""
-    row = await database.read(FIND_BOOK.first, {"book_id": book_id})
-    if row is None:
-        raise no_such_book()
-    body, version = row
+    body, version = or_404(await database.read(FIND_BOOK.first, {"book_id": book_id}), NO_BOOK)
     headers = {"ETag": etag_of(version)}
     if if_none_match is not None and etag_matches(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
@@ -293,9 +287,7 @@ def update_book(
 
 def get_own_book(session: Session, book_id: int, user: Principal, if_match: str | None, verb: str) -> Book:
     """The book, if the user may change it and it is still the version that the client has."""
-    book = session.get(Book, book_id)
-    if book is None:
-        raise no_such_book()
+    book = or_404(session.get(Book, book_id), NO_BOOK)
     if if_match is not None and not etag_matches(if_match, etag_of(book.version)):
         raise HTTPException(412, f"The book has changed: its ETag is now {etag_of(book.version)}.")
     if not user.is_staff and book.added_by != user.id:

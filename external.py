@@ -25,7 +25,7 @@ import database
 import events
 import models
 import schemas
-from api import Router, errors
+from api import Router, errors, or_404
 from books import add_book, etag_of
 from csv_files import LOOKED_UP, ImportRow, InvalidCell, from_html, read_date, repair_isbn
 from models import InvalidField, Role, User, claim_job, schedule_job
@@ -409,9 +409,8 @@ async def add_external_book(payload: ExternalBook, user: Contributor, response: 
     """Add a book as Google Books or Open Library has it now. 409 if its ISBN is in the catalogue already."""
     if not REFS[payload.source].fullmatch(payload.ref):
         raise InvalidField("ref", f"is not one of {payload.source.label}")
-    candidate = await fetch_candidate(payload.source, payload.ref)
-    if candidate is None:
-        raise HTTPException(404, f"{payload.source.label} has no such book.")
+    no_book = f"{payload.source.label} has no such book."
+    candidate = or_404(await fetch_candidate(payload.source, payload.ref), no_book)
     book = await database.write(add_book, candidate.book(), user.id)
     response.headers.update({"Location": f"/books/{book.id}", "ETag": etag_of(book.version)})
     return book

@@ -11,8 +11,8 @@ from sqlmodel import Session, col
 
 import database
 import events
-from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors
-from books import FIND_BOOK, PUBLIC_COLUMNS, BookId, no_such_book
+from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404
+from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
 from database import readonly, transactional
 from models import Book, Principal, ShelfEntry, ShelfStatus, User
 from pagination import (
@@ -42,6 +42,7 @@ hot = Router(tags=["My library"], route_class=FastRoute)
 reviews_router = Router(tags=["Catalogue"])
 
 ENTRY_COLUMNS: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic.model_fields if name != "book"}
+NOT_ON_SHELF = "This book is not on your shelf."
 OF_BOOK = col(ShelfEntry.book_id) == col(Book.id)
 SORT_COLUMNS: dict[str, tuple[Any, ...]] = {
     "added": (),  # ids are given out in the order of time
@@ -87,14 +88,7 @@ async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser,
 @readonly
 def read_entry(connection: Connection, book_id: BookId, user: CurrentUser) -> Response:
     """A book on my shelf."""
-    entry = ENTRIES.first(connection, {"user_id": user.id, "book_id": book_id})
-    if entry is None:
-        raise not_on_shelf()
-    return json_response(entry)
-
-
-def not_on_shelf() -> HTTPException:
-    return HTTPException(404, "This book is not on your shelf.")
+    return json_response(or_404(ENTRIES.first(connection, {"user_id": user.id, "book_id": book_id}), NOT_ON_SHELF))
 
 
 @router.post(
@@ -108,9 +102,7 @@ def shelve_book(
     session: Session, book_id: BookId, user: CurrentUser, response: Response, new: EntryCreate | None = None
 ) -> EntryPublic:
     """Put a book on my shelf. 409 if it is there already."""
-    book = session.get(Book, book_id)
-    if book is None:
-        raise no_such_book()
+    book = or_404(session.get(Book, book_id), NO_BOOK)
     entry = ShelfEntry(user_id=user.id, book_id=book_id, status=ShelfStatus.wishlist)
     entry.revise((new or EntryCreate()).model_dump())
     session.add(entry)
@@ -163,10 +155,8 @@ def remove_entry(session: Session, book_id: BookId, user: CurrentUser) -> None:
 
 def get_entry(session: Session, book_id: int, user: Principal) -> tuple[ShelfEntry, Book]:
     mine = sa.select(ShelfEntry, Book).join_from(ShelfEntry, Book, OF_BOOK)
-    row = session.execute(mine.where(col(ShelfEntry.user_id) == user.id, col(Book.id) == book_id)).first()
-    if row is None:
-        raise not_on_shelf()
-    entry, book = row
+    mine = mine.where(col(ShelfEntry.user_id) == user.id, col(Book.id) == book_id)
+    entry, book = or_404(session.execute(mine).first(), NOT_ON_SHELF)
     return entry, book
 
 
@@ -219,8 +209,7 @@ async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], re
 
 
 def find_reviews(connection: Connection, book_id: int, query: PageQuery) -> JsonPage:
-    if FIND_BOOK.first(connection, {"book_id": book_id}) is None:
-        raise no_such_book()
+    or_404(FIND_BOOK.first(connection, {"book_id": book_id}), NO_BOOK)
     return REVIEWS.page(connection, {"book_id": book_id}, "-id", query)
 
 
@@ -230,15 +219,10 @@ def find_reviews(connection: Connection, book_id: int, query: PageQuery) -> Json
 @transactional
 def remove_review(session: Session, book_id: BookId, username: Username, user: Staff) -> None:
     """Clear somebody's rating and review of a book. The book stays on their shelf."""
-    book = session.get(Book, book_id)
-    if book is None:
-        raise no_such_book()
+    book = or_404(session.get(Book, book_id), NO_BOOK)
     reviews = sa.select(ShelfEntry, User).join_from(ShelfEntry, User, col(ShelfEntry.user_id) == col(User.id))
     of_user = (col(ShelfEntry.book_id) == book_id, sa.func.lower(col(User.username)) == username.lower())
-    row = session.execute(reviews.where(*of_user, IS_REVIEW)).first()
-    if row is None:
-        raise HTTPException(404, "No such review.")
-    entry, owner = row
+    entry, owner = or_404(session.execute(reviews.where(*of_user, IS_REVIEW)).first(), "No such review.")
     revise_entry(session, entry, book, owner, EntryUpdate(rating=None, review=None))
 
 

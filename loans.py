@@ -16,8 +16,8 @@ from sqlmodel import Session, col
 import database
 import events
 import models
-from api import FOLLOWED_PAGE, Router, errors
-from books import BookId, no_such_book
+from api import FOLLOWED_PAGE, Router, errors, or_404
+from books import NO_BOOK, BookId
 from database import readonly, transactional
 from models import MAX_COPIES, MAX_RENEWALS, Book, InvalidField, Loan, LoanStatus, Principal, User
 from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
@@ -28,6 +28,7 @@ from settings import settings
 router = Router(tags=["Lending"])
 
 LoanId = Annotated[Id, Path(description="The loan's `id`.")]
+NO_LOAN = "No such loan."
 IS_OPEN = col(Loan.returned_at).is_(None)
 IS_OVERDUE = col(Loan.due_at) < sa.bindparam("now", type_=models.UtcDateTime)
 LOAN_COLUMNS: dict[str, Any] = {name: getattr(Loan, name) for name in LoanPublic.model_fields if hasattr(Loan, name)}
@@ -58,9 +59,7 @@ STOCK = (col(Book.copies), col(Book.available), (col(Book.copies) - col(Book.ava
 
 
 def get_stock(session: Session | Connection, book_id: int) -> StockPublic:
-    row = session.execute(sa.select(*STOCK).where(col(Book.id) == book_id)).first()
-    if row is None:
-        raise no_such_book()
+    row = or_404(session.execute(sa.select(*STOCK).where(col(Book.id) == book_id)).first(), NO_BOOK)
     return StockPublic.model_validate(row._asdict())
 
 
@@ -131,10 +130,7 @@ def get_borrower(session: Session, new: LoanCreate, user: Principal) -> int:
     borrower_id = new.user_id or user.id
     if borrower_id != user.id and not user.is_staff:
         raise HTTPException(403, "Only librarians and admins lend to others.")
-    borrower = session.get(User, borrower_id)
-    if borrower is None:
-        raise HTTPException(404, "No such user.")
-    if not borrower.is_active:
+    if not or_404(session.get(User, borrower_id), "No such user.").is_active:
         raise HTTPException(409, "This account is deactivated.")
     return borrower_id
 
@@ -178,14 +174,7 @@ async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, re
 @readonly
 def read_loan(connection: Connection, loan_id: LoanId, user: CurrentUser) -> Response:
     """One loan."""
-    loan = LOANS.first(connection, visible_to(user) | {"id": loan_id})
-    if loan is None:
-        raise no_such_loan()
-    return json_response(loan)
-
-
-def no_such_loan() -> HTTPException:
-    return HTTPException(404, "No such loan.")
+    return json_response(or_404(LOANS.first(connection, visible_to(user) | {"id": loan_id}), NO_LOAN))
 
 
 @router.post("/loans/{loan_id:id}/return", summary="Return a loan", responses=errors(404, 409))
@@ -213,9 +202,9 @@ def renew_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPubl
 
 
 def get_open_loan(session: Session, loan_id: int, user: Principal) -> Loan:
-    loan = session.get(Loan, loan_id)
-    if loan is None or not (user.is_staff or loan.user_id == user.id):
-        raise no_such_loan()
+    loan = or_404(session.get(Loan, loan_id), NO_LOAN)
+    if not (user.is_staff or loan.user_id == user.id):
+        raise HTTPException(404, NO_LOAN)
     if loan.returned_at is not None:
         raise HTTPException(409, "This loan was returned already.")
     return loan

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from sqlmodel import Session, col
 
 import database
-from api import PAGE, Router, errors
+from api import PAGE, Router, errors, or_404
 from books import BOOKS, BookFilter
 from csv_files import BOOK_COLUMNS, OUR_COLUMNS, REASON, SHELVES, printable, to_csv, to_html
 from database import readonly, transactional
@@ -155,10 +155,7 @@ def read_upload(connection: Connection, upload_id: UploadId, user: CurrentUser) 
 
 
 def find_upload(connection: Connection | Session, upload_id: int, user: Principal) -> str:
-    upload = UPLOADS.first(connection, visible_to(user) | {"id": upload_id})
-    if upload is None:
-        raise HTTPException(404, "No such upload.")
-    return upload
+    return or_404(UPLOADS.first(connection, visible_to(user) | {"id": upload_id}), "No such upload.")
 
 
 @router.delete("/books/upload/{upload_id:id}", summary="Cancel an upload", responses=errors(404, 409))

@@ -26,7 +26,7 @@ from accounts import (
     get_verified_user,
     read_account,
 )
-from api import PAGE, Router, errors
+from api import PAGE, Router, errors, or_404
 from auth import SESSIONS, end_sessions
 from books import BOOKS, disown_books
 from database import readonly, transactional
@@ -201,6 +201,7 @@ def export_account(user: Principal, account: UserPublic) -> Iterator[str]:
 # --- administration -----------------------------------------------------------------------------------------------
 
 UserId = Annotated[Id, Path(description="The user's `id`.")]
+NO_USER = "No such user."
 SPELLINGS = ("search", "search_upper", "search_title", "search_lower")
 USERS = Listing(
     sa.select(JsonObject({name: getattr(User, name) for name in UserPublic.model_fields})),
@@ -229,10 +230,6 @@ class UserQuery(PageQuery):
     is_active: bool | None = None
 
 
-def no_such_user() -> HTTPException:
-    return HTTPException(404, "No such user.")
-
-
 @router.get("", response_model=Page[UserPublic], summary="List accounts", responses=errors(403) | PAGE)
 async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request: Request) -> Response:
     """All accounts."""
@@ -257,10 +254,7 @@ async def create_user(new: AccountCreate, admin: Admin, response: Response, task
 @readonly
 def read_user(connection: Connection, user_id: UserId, admin: Admin) -> Response:
     """One account."""
-    user = USERS.first(connection, {"id": user_id})
-    if user is None:
-        raise no_such_user()
-    return json_response(user)
+    return json_response(or_404(USERS.first(connection, {"id": user_id}), NO_USER))
 
 
 @router.patch("/{user_id:id}", summary="Change an account", responses=errors(403, 404, 409))
@@ -273,9 +267,7 @@ def update_user(
     Deactivating ends all sessions at once. The last active admin stays one: 409.
     """
     check_still_authorized(session, admin)
-    user = session.get(User, user_id)
-    if user is None:
-        raise no_such_user()
+    user = or_404(session.get(User, user_id), NO_USER)
     role, was_active, was_admin = user.role, user.is_active, is_active_admin(user)
     fields = change.model_dump(exclude_unset=True)
     new_email = fields.pop("email", user.email)
@@ -329,9 +321,7 @@ def delete_user(session: Session, user_id: UserId, admin: Admin, tasks: Backgrou
 
 def delete_account(session: Session, user_id: int, by: Principal) -> Email:
     check_still_authorized(session, by)
-    user = session.get(User, user_id)
-    if user is None:
-        raise no_such_user()
+    user = or_404(session.get(User, user_id), NO_USER)
     was_admin = is_active_admin(user)
     loans.refuse_while_borrowing(session, user_id)
     library.withdraw_reviews(session, user)
