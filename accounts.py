@@ -16,32 +16,15 @@ from sqlmodel import Session, col
 import database
 import mail
 import models
+import security
 from api import Router, errors
 from auth import end_sessions
 from events import record_account_event
 from mail import Email
 from models import CodePurpose, InvalidField, LoginSession, OneTimeCode, Principal, Role, User
 from pagination import json_response
-from schemas import (
-    EmailAddress,
-    Password,
-    RequestModel,
-    Storable,
-    UserCreate,
-    UserPublic,
-    pattern,
-)
-from security import (
-    CurrentUser,
-    check_password_strength,
-    check_rate_limit,
-    check_still_authorized,
-    hash_password,
-    hmac_hash,
-    reset_rate_limit,
-    unauthorized,
-    verify_password,
-)
+from schemas import EmailAddress, Password, RequestModel, Storable, UserCreate, UserPublic, pattern
+from security import CurrentUser, unauthorized
 
 router = Router(tags=["Accounts"])
 
@@ -54,7 +37,7 @@ async def register(new: UserCreate, request: Request, response: Response, tasks:
 
     User names and e-mail addresses are unique whatever their case; 409 names the one that is taken.
     """
-    await check_rate_limit("register", request, new.email)
+    await security.check_rate_limit("register", request, new.email)
     response.headers["Location"] = "/users/me"
     return await create_account(new, Role.reader, tasks)
 
@@ -62,8 +45,8 @@ async def register(new: UserCreate, request: Request, response: Response, tasks:
 async def create_account(
     new: UserCreate, role: Role, tasks: BackgroundTasks, by: Principal | None = None
 ) -> UserPublic:
-    check_password_strength("password", new.password, new.username, new.email)
-    user, email = await database.write(insert_account, new, await hash_password(new.password), role, by)
+    security.check_password_strength("password", new.password, new.username, new.email)
+    user, email = await database.write(insert_account, new, await security.hash_password(new.password), role, by)
     tasks.add_task(mail.send, email)
     return user
 
@@ -72,7 +55,7 @@ def insert_account(
     session: Session, new: UserCreate, password_hash: str, role: Role, by: Principal | None
 ) -> tuple[UserPublic, Email]:
     if by is not None:
-        check_still_authorized(session, by)
+        security.check_still_authorized(session, by)
     user = add_user(session, new, password_hash, role)
     by_id = by.id if by else user.id
     record_account_event(session, user.id, "created", username=user.username, role=role, by=by_id)
@@ -116,7 +99,7 @@ def confirmation_email(session: Session, user: User, address: str) -> Email:
             user_id=user.id,
             purpose=CodePurpose.verify_email,
             email=address,
-            code_hash=hmac_hash(CodePurpose.verify_email, token),
+            code_hash=security.hmac_hash(CodePurpose.verify_email, token),
             expires_at=models.utcnow() + LINK_LIFETIME,
         )
     )
@@ -163,7 +146,7 @@ def accepted_types(request: Request) -> set[str]:
 
 
 def confirm_address(session: Session, token: str) -> Confirmed | None:
-    token_hash = hmac_hash(CodePurpose.verify_email, token)
+    token_hash = security.hmac_hash(CodePurpose.verify_email, token)
     code = session.scalars(sa.select(OneTimeCode).where(col(OneTimeCode.code_hash) == token_hash, is_valid())).first()
     if code is None:
         return None
@@ -218,7 +201,7 @@ class VerificationRequest(RequestModel):
 )
 async def request_verification(body: VerificationRequest, request: Request, tasks: BackgroundTasks) -> Notice:
     """Mail another link to an address that waits for confirmation. The answer is the same for every address."""
-    await check_rate_limit("verify", request, body.email)
+    await security.check_rate_limit("verify", request, body.email)
     tasks.add_task(mail_link, body.email)  # after the response, so that its time tells nothing
     return Notice(detail="If an account waits for this address to be confirmed, a link is on its way to it.")
 
@@ -255,7 +238,7 @@ async def forgot_password(body: ForgottenPassword, request: Request, tasks: Back
 
     The answer is the same whether or not there is such an account.
     """
-    await check_rate_limit("forgot", request, body.email)
+    await security.check_rate_limit("forgot", request, body.email)
     tasks.add_task(mail_code, body.email)  # after the response, so that its time tells nothing
     return Notice(detail="If an account has this address, a code is on its way to it.")
 
@@ -278,7 +261,7 @@ def create_code(session: Session, address: str) -> Email | None:
             user_id=user.id,
             purpose=CodePurpose.reset_password,
             email=user.email,
-            code_hash=hmac_hash(CodePurpose.reset_password, user.id, code),
+            code_hash=security.hmac_hash(CodePurpose.reset_password, user.id, code),
             expires_at=models.utcnow() + CODE_LIFETIME,
         )
     )
@@ -303,19 +286,19 @@ class PasswordReset(RequestModel):
 async def reset_password(body: PasswordReset, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password with the code that was mailed. Ends every session."""
     refuse_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS
-    await check_rate_limit("reset", request, body.email)
-    check_password_strength("new_password", body.new_password, body.email)
+    await security.check_rate_limit("reset", request, body.email)
+    security.check_password_strength("new_password", body.new_password, body.email)
     accepted, email = await database.write(try_code, body.email, body.otp), None
     if accepted is not None:
-        check_password_strength("new_password", body.new_password, accepted.username)
-        email = await database.write(use_code, accepted, await hash_password(body.new_password))
+        security.check_password_strength("new_password", body.new_password, accepted.username)
+        email = await database.write(use_code, accepted, await security.hash_password(body.new_password))
     if accepted is None or email is None:
         await asyncio.sleep(refuse_at - asyncio.get_running_loop().time())
         raise HTTPException(400, "The code is wrong, used up or too old. Ask for a new one.")
     tasks.add_task(mail.send, email)
-    await reset_rate_limit("reset", request, body.email)
+    await security.reset_rate_limit("reset", request, body.email)
     for name in (body.email, accepted.username.lower()):
-        await reset_rate_limit("login", request, name)
+        await security.reset_rate_limit("login", request, name)
 
 
 class AcceptedCode(NamedTuple):
@@ -333,7 +316,7 @@ def try_code(session: Session, address: str, otp: str) -> AcceptedCode | None:
         return None
     code, user = row
     code.attempts += 1
-    if not secrets.compare_digest(code.code_hash, hmac_hash(CodePurpose.reset_password, user.id, otp)):
+    if not secrets.compare_digest(code.code_hash, security.hmac_hash(CodePurpose.reset_password, user.id, otp)):
         return None
     return AcceptedCode(code.id, user.id, user.username)
 
@@ -368,8 +351,8 @@ async def change_password(body: PasswordChange, user: CurrentUser, request: Requ
     if body.new_password == body.current_password:
         raise InvalidField("new_password", "must not be the current one")
     me = await confirm_password(user, body.current_password, request)
-    check_password_strength("new_password", body.new_password, me.username, me.email)
-    password_hash = await hash_password(body.new_password)
+    security.check_password_strength("new_password", body.new_password, me.username, me.email)
+    password_hash = await security.hash_password(body.new_password)
     tasks.add_task(mail.send, await database.write(replace_password, user, me.password_hash, password_hash))
 
 
@@ -380,9 +363,9 @@ def replace_password(session: Session, user: Principal, verified_hash: str, pass
 
 async def confirm_password(user: Principal, password: str, request: Request) -> Any:
     """The user's row. 403 if the password is wrong."""
-    await check_rate_limit("password", request, user.id)
+    await security.check_rate_limit("password", request, user.id)
     me = await read_account(user)
-    is_right, _ = await verify_password(password, me.password_hash)
+    is_right, _ = await security.verify_password(password, me.password_hash)
     if not is_right:
         await database.write(record_account_event, user.id, "password_refused")
         raise HTTPException(403, "This is not your password.")
@@ -391,7 +374,7 @@ async def confirm_password(user: Principal, password: str, request: Request) -> 
 
 def get_verified_user(session: Session, user: Principal, verified_hash: str) -> User:
     """The user, whose password may have been changed since it was verified, or the session ended: 401."""
-    check_still_authorized(session, user)
+    security.check_still_authorized(session, user)
     me = session.get_one(User, user.id)
     if me.password_hash != verified_hash:
         raise unauthorized()

@@ -16,33 +16,14 @@ from starlette.background import BackgroundTask
 
 import database
 import models
+import security
 from api import PAGE, Router, errors
 from database import transactional
 from events import record_account_event
 from models import InvalidField, LoginSession, OneTimeCode, Principal, User
 from pagination import JsonObject, Listing, Page, PageQuery, page_response
-from schemas import (
-    Id,
-    RequestModel,
-    SessionPublic,
-    Storable,
-)
-from security import (
-    DUMMY_PASSWORD_HASH,
-    MAX_TOKEN,
-    Claims,
-    CurrentUser,
-    check_rate_limit,
-    client_address,
-    create_token,
-    hmac_hash,
-    reject_repeated_fields,
-    reset_rate_limit,
-    sha256,
-    unauthorized,
-    verify_password,
-    verify_token,
-)
+from schemas import Id, RequestModel, SessionPublic, Storable
+from security import CurrentUser, unauthorized
 from settings import settings
 
 router = Router(tags=["Accounts"])
@@ -60,7 +41,7 @@ class TokenPair(BaseModel):
 
 
 class RefreshRequest(RequestModel):
-    refresh_token: Annotated[str, Field(max_length=MAX_TOKEN), Storable] = Field(
+    refresh_token: Annotated[str, Field(max_length=security.MAX_TOKEN), Storable] = Field(
         examples=["eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIyIn0.c2lnbmF0dXJl"]
     )
 
@@ -68,7 +49,7 @@ class RefreshRequest(RequestModel):
 def rotate_tokens(login: LoginSession, jti: str) -> TokenPair:
     """A new pair for this session; `jti` is the id of its refresh token, of which the session has the hash."""
     now = models.utcnow()
-    login.previous_hash, login.refresh_hash = login.refresh_hash, sha256(jti)
+    login.previous_hash, login.refresh_hash = login.refresh_hash, security.sha256(jti)
     login.last_used_at, login.expires_at = now, now + timedelta(days=settings.refresh_token_expire_days)
     return create_pair(login, jti)
 
@@ -76,9 +57,9 @@ def rotate_tokens(login: LoginSession, jti: str) -> TokenPair:
 def create_pair(login: LoginSession, jti: str) -> TokenPair:
     now, lifetime = models.utcnow(), timedelta(minutes=settings.access_token_expire_minutes)
     return TokenPair(
-        access_token=create_token("access", login, now, now + lifetime, secrets.token_urlsafe(12)),
+        access_token=security.create_token("access", login, now, now + lifetime, secrets.token_urlsafe(12)),
         expires_in=int(lifetime.total_seconds()),
-        refresh_token=create_token("refresh", login, login.last_used_at, login.expires_at, jti),
+        refresh_token=security.create_token("refresh", login, login.last_used_at, login.expires_at, jti),
     )
 
 
@@ -95,7 +76,7 @@ async def parse_credentials(request: Request) -> Credentials:
     try:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
             return Credentials.model_validate_json(await request.body(), extra="forbid")
-        await reject_repeated_fields(request)
+        await security.reject_repeated_fields(request)
         form = {name: value for name, value in (await request.form()).items() if isinstance(value, str)}
         if any(name.lstrip().startswith("{") for name in form):  # JSON as curl sends it
             raise InvalidField("username", "is needed in a form; JSON needs the Content-Type application/json")
@@ -132,7 +113,8 @@ class LoginAccount(NamedTuple):
     email_verified_at: datetime | None
 
 
-UNKNOWN_ACCOUNT = LoginAccount(0, DUMMY_PASSWORD_HASH, is_active=False, email_verified_at=None)  # ids begin with 1
+# Ids begin with 1.
+UNKNOWN_ACCOUNT = LoginAccount(0, security.DUMMY_PASSWORD_HASH, is_active=False, email_verified_at=None)
 
 
 class WrongCredentials(HTTPException):
@@ -156,17 +138,17 @@ async def login(credentials: Annotated[Credentials, Depends(parse_credentials)],
     The answer is the same, and takes the same time, for an unknown user, a wrong password and a deactivated account.
     """
     name, agent = credentials.username.strip().lower(), request.headers.get("user-agent")
-    device = Device(client_address(request), agent and agent[:200])
+    device = Device(security.client_address(request), agent and agent[:200])
     # By the name as typed: a shared count would reveal which user name and address belong together.
-    await check_rate_limit("login", request, name)
+    await security.check_rate_limit("login", request, name)
     account = await database.read(find_account, name) or UNKNOWN_ACCOUNT
-    is_right, new_hash = await verify_password(credentials.password, account.password_hash)
+    is_right, new_hash = await security.verify_password(credentials.password, account.password_hash)
     if is_right and settings.require_verified_email and account.is_active and account.email_verified_at is None:
         raise HTTPException(403, "Confirm your e-mail address first. POST /auth/verify-email mails another link.")
     pair = await database.write(start_session, account, device, new_hash) if is_right else None
     if pair is None:
         raise WrongCredentials(BackgroundTask(database.write, record_failed_login, account.id, device))
-    await reset_rate_limit("login", request, name)
+    await security.reset_rate_limit("login", request, name)
     return pair
 
 
@@ -204,22 +186,23 @@ async def refresh(body: RefreshRequest, request: Request) -> TokenPair:
     A client that did not receive the answer may repeat the request for 10 seconds, and gets the same refresh token, so
     that there is never more than one that works.
     """
-    claims = verify_token("refresh", body.refresh_token)
-    await check_rate_limit("refresh", request, claims and claims.sid)
+    claims = security.verify_token("refresh", body.refresh_token)
+    await security.check_rate_limit("refresh", request, claims and claims.sid)
     pair = None if claims is None else await database.write(rotate_session, claims)
     if pair is None:
         raise unauthorized()
     return pair
 
 
-def rotate_session(session: Session, claims: Claims) -> TokenPair | None:
+def rotate_session(session: Session, claims: security.Claims) -> TokenPair | None:
     login = session.get(LoginSession, claims.sid)
     if login is None or login.revoked_at is not None or login.user_id != claims.sub:
         return None
     user = session.get_one(User, login.user_id)
     if not user.is_active or (settings.require_verified_email and user.email_verified_at is None):
         return None
-    jti_hash, next_jti = sha256(claims.jti), hmac_hash("refresh", claims.jti)  # the same at each retry
+    jti_hash = security.sha256(claims.jti)
+    next_jti = security.hmac_hash("refresh", claims.jti)  # the same at each retry
     if hmac.compare_digest(login.refresh_hash, jti_hash):
         return rotate_tokens(login, next_jti)
     if login.previous_hash == jti_hash and models.utcnow() - login.last_used_at <= REFRESH_RETRY:

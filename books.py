@@ -26,18 +26,7 @@ from pagination import (
     last_event_id,
     page_response,
 )
-from schemas import (
-    BlankIsNull,
-    BookBase,
-    BookCreate,
-    BookPublic,
-    BookUpdate,
-    GenreCount,
-    Id,
-    Name,
-    RequestModel,
-    Title,
-)
+from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
 from search import SearchTerms, best_first, count_matches, index_books, matches
 from security import Contributor, CurrentUser, Viewer, unauthorized
 

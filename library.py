@@ -15,26 +15,8 @@ from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404
 from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
 from database import readonly, transactional
 from models import Book, Principal, ShelfEntry, ShelfStatus, User
-from pagination import (
-    JsonObject,
-    JsonPage,
-    Listing,
-    Page,
-    PageQuery,
-    SortableTimestamp,
-    json_response,
-    page_response,
-)
-from schemas import (
-    BookPublic,
-    EntryCreate,
-    EntryPublic,
-    EntryUpdate,
-    GenreCount,
-    Id,
-    ReviewPublic,
-    Username,
-)
+from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, SortableTimestamp, json_response, page_response
+from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id, ReviewPublic, Username
 from security import CurrentUser, Staff
 
 router = Router(tags=["My library"])

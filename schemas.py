@@ -5,21 +5,8 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    PlainSerializer,
-    StrictBool,
-    StringConstraints,
-    ValidationInfo,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
+import pydantic
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 from stdnum import isbn as isbn_numbers
 
@@ -143,7 +130,7 @@ class NotBlank:
     """Documents that a stripped text must not be empty."""
 
     @staticmethod
-    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler) -> dict[str, Any]:
         return {**handler(schema), "pattern": r"\S"}
 
 
@@ -151,11 +138,11 @@ class BlankIsNull:
     """Accepts a blank text, as forms send it, as null, and documents it."""
 
     @staticmethod
-    def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(_blank_is_null, handler(source))
 
     @staticmethod
-    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler) -> dict[str, Any]:
         described = handler(schema)
         blank = [{"type": "string", "pattern": r"^\s*$"}] if handler.mode == "validation" else []
         return {**described, "anyOf": [*described.get("anyOf", ()), *blank]}
@@ -181,7 +168,7 @@ Price = Annotated[
     BeforeValidator(_no_bool),
     Field(ge=0, max_digits=9, decimal_places=2, allow_inf_nan=False),
     AfterValidator(abs),  # of -0.0
-    PlainSerializer(float, return_type=float, when_used="json"),
+    pydantic.PlainSerializer(float, return_type=float, when_used="json"),
 ]
 Number = BeforeValidator(_check_number)
 Year = Annotated[int, Number, Field(ge=MIN_YEAR, le=9999), AfterValidator(_check_year)]
@@ -213,10 +200,8 @@ EmailAddress = Annotated[
 Password = Annotated[str, StringConstraints(min_length=8, max_length=128), Storable]
 
 
-class RequestModel(BaseModel):
+class RequestModel(BaseModel, extra="forbid"):
     """Unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 def example(**values: Any) -> dict[str, Any]:
@@ -276,12 +261,10 @@ class AccountUpdate(RequestModel, json_schema_extra=example(role="librarian")):
     email: EmailAddress = ""
     full_name: Annotated[Word | None, BlankIsNull] = None
     role: Role = Role.reader
-    is_active: StrictBool = True
+    is_active: pydantic.StrictBool = True
 
 
-class UserPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class UserPublic(BaseModel, from_attributes=True):
     id: PublicId
     username: str = Field(examples=["rita"])
     email: str = Field(examples=["rita@example.com"])
@@ -305,9 +288,7 @@ class SessionPublic(BaseModel):
 # --- uploads and events -------------------------------------------------------------------------------------------
 
 
-class UploadPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class UploadPublic(BaseModel, from_attributes=True):
     id: PublicId
     filename: str = Field(examples=["books.csv"])
     status: UploadStatus
@@ -332,9 +313,7 @@ class UploadPublic(BaseModel):
     error: str | None = Field(description="Why the upload as a whole failed.", examples=[None])
 
 
-class UploadErrorPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class UploadErrorPublic(BaseModel, from_attributes=True):
     row: int = Field(description="As a spreadsheet counts: the header is row 1.", examples=[7])
     severity: Literal["error", "warning"]
     field: str | None = Field(examples=["isbn"])
@@ -342,9 +321,7 @@ class UploadErrorPublic(BaseModel):
     message: str = Field(examples=["is not an ISBN: the number's checksum or check digit is invalid"])
 
 
-class EventPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class EventPublic(BaseModel, from_attributes=True):
     id: int = Field(examples=[1795254571301])
     at: Moment
     type: str = Field(examples=["book.deleted"])
@@ -377,10 +354,8 @@ class BookBase(BaseModel):
     )
 
 
-class BookCreate(BookBase):
-    model_config = {"extra": "forbid"}
-
-    @model_validator(mode="after")
+class BookCreate(BookBase, extra="forbid"):
+    @pydantic.model_validator(mode="after")
     def _a_date_sets_the_year(self) -> Self:
         if self.published_date is not None and self.publication_year is None:
             self.publication_year = self.published_date.year
@@ -394,9 +369,7 @@ class BookUpdate(BookBase, extra="forbid", json_schema_extra=example(price=8.5, 
     author: Author = ""
 
 
-class BookPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class BookPublic(BaseModel, from_attributes=True):
     id: PublicId
     title: str = Field(examples=["Dune"])
     author: str = Field(examples=["Frank Herbert"])
@@ -455,9 +428,7 @@ class EntryUpdate(RequestModel, json_schema_extra=example(status="completed", ra
     finished_at: Timestamp | None = None
 
 
-class EntryPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class EntryPublic(BaseModel, from_attributes=True):
     book_id: PublicId
     status: ShelfStatus
     rating: int | None = Field(examples=[5])

@@ -11,21 +11,14 @@ from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
+import accounts
 import database
 import events
 import library
 import loans
 import mail
 import models
-from accounts import (
-    cancel_address_change,
-    cancel_codes,
-    confirm_password,
-    confirmation_email,
-    create_account,
-    get_verified_user,
-    read_account,
-)
+import schemas
 from api import PAGE, Router, errors, or_404
 from auth import SESSIONS, end_sessions
 from books import BOOKS, disown_books
@@ -34,24 +27,7 @@ from events import record_account_event
 from mail import Email
 from models import CodePurpose, Event, Principal, Role, Upload, UploadError, User
 from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
-from schemas import (
-    AccountCreate,
-    AccountUpdate,
-    BlankIsNull,
-    BookPublic,
-    EntryPublic,
-    EventPublic,
-    Id,
-    LoanPublic,
-    Name,
-    RequestModel,
-    SessionPublic,
-    Storable,
-    UploadErrorPublic,
-    UploadPublic,
-    UserPublic,
-    UserUpdate,
-)
+from schemas import AccountCreate, AccountUpdate, EventPublic, Id, Name, RequestModel, UserPublic, UserUpdate
 from security import Admin, CurrentUser, check_rate_limit, check_still_authorized
 from settings import settings
 
@@ -63,7 +39,7 @@ router = Router(prefix="/users", tags=["Users"])
 @router.get("/me", summary="Read my account")
 async def read_me(user: CurrentUser) -> UserPublic:
     """My account."""
-    return UserPublic.model_validate(await read_account(user))
+    return UserPublic.model_validate(await accounts.read_account(user))
 
 
 @router.patch("/me", summary="Change my account", responses=errors(403, 409, 429))
@@ -74,13 +50,13 @@ async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tas
     link that is mailed there; the old address is informed at once. The present address cancels the change, and so does
     a new password.
     """
-    me = await read_account(user)
+    me = await accounts.read_account(user)
     changes_address = "email" in change.model_fields_set and change.email != me.email
     if changes_address:
         if change.current_password is None:
             raise HTTPException(403, "A new e-mail address needs your password, as `current_password`.")
         await check_rate_limit("verify", request, user.id)
-        me = await confirm_password(user, change.current_password, request)
+        me = await accounts.confirm_password(user, change.current_password, request)
     public, emails = await database.write(change_me, user, change, me.password_hash if changes_address else None)
     for email in emails:
         tasks.add_task(mail.send, email)
@@ -92,31 +68,31 @@ def change_me(
 ) -> tuple[UserPublic, list[Email]]:
     emails: list[Email] = []
     if verified_hash is not None:
-        me = get_verified_user(session, user, verified_hash)
+        me = accounts.get_verified_user(session, user, verified_hash)
         emails = request_address_change(session, me, change.email)
     else:
         check_still_authorized(session, user)
         me = session.get_one(User, user.id)
         if "email" in change.model_fields_set:  # the present one again
-            cancel_address_change(session, me)
+            accounts.cancel_address_change(session, me)
     if "full_name" in change.model_fields_set:
         me.full_name = change.full_name
     return UserPublic.model_validate(me), emails
 
 
 def request_address_change(session: Session, user: User, address: str) -> list[Email]:
-    cancel_address_change(session, user)
+    accounts.cancel_address_change(session, user)
     with session.begin_nested() as attempt:  # 409 if it is taken now; the constraint decides again at the confirmation
         session.execute(sa.update(User).where(col(User.id) == user.id).values(email=address))
         attempt.rollback()
     user.pending_email = address
     record_account_event(session, user.id, "email_change_requested", old=user.email, new=address, by=user.id)
     notice = mail.address_change_requested(user.email, user.username, address)
-    return [notice, confirmation_email(session, user, address)]
+    return [notice, accounts.confirmation_email(session, user, address)]
 
 
 class MyPassword(RequestModel):
-    password: Annotated[str, Field(max_length=1000), Storable] = Field(examples=["a long way to Arrakis"])
+    password: Annotated[str, Field(max_length=1000), schemas.Storable] = Field(examples=["a long way to Arrakis"])
 
 
 @router.delete("/me", status_code=204, summary="Delete my account", responses=errors(403, 409, 429))
@@ -125,30 +101,30 @@ async def delete_me(body: MyPassword, user: CurrentUser, request: Request, tasks
 
     Needs my password. 409 while I have books on loan: it names them.
     """
-    me = await confirm_password(user, body.password, request)
+    me = await accounts.confirm_password(user, body.password, request)
     tasks.add_task(mail.send, await database.write(delete_verified_user, user, me.password_hash))
 
 
 def delete_verified_user(session: Session, user: Principal, verified_hash: str) -> Email:
-    get_verified_user(session, user, verified_hash)
+    accounts.get_verified_user(session, user, verified_hash)
     return delete_account(session, user.id, user)
 
 
 # --- all that is stored about me ----------------------------------------------------------------------------------
 
 
-class UploadProblem(UploadErrorPublic):
+class UploadProblem(schemas.UploadErrorPublic):
     upload_id: int
 
 
 class AccountExport(BaseModel):
     exported_at: datetime
     account: UserPublic
-    sessions: list[SessionPublic]
-    shelf: list[EntryPublic]
-    loans: list[LoanPublic]
-    books_added: list[BookPublic]
-    uploads: list[UploadPublic]
+    sessions: list[schemas.SessionPublic]
+    shelf: list[schemas.EntryPublic]
+    loans: list[schemas.LoanPublic]
+    books_added: list[schemas.BookPublic]
+    uploads: list[schemas.UploadPublic]
     upload_errors: list[UploadProblem]
     events: list[EventPublic] = Field(description="From the change log: my private events, and those of my reviews.")
 
@@ -168,7 +144,7 @@ PARTS: dict[str, tuple[Listing, str]] = {
     "shelf": (library.ENTRIES, "added"),
     "loans": (loans.LOANS, "id"),
     "books_added": (BOOKS, "id"),
-    "uploads": (_mine(UploadPublic, Upload, col(Upload.user_id) == USER_ID), "id"),
+    "uploads": (_mine(schemas.UploadPublic, Upload, col(Upload.user_id) == USER_ID), "id"),
     "upload_errors": (_mine(UploadProblem, UploadError, col(UploadError.upload_id).in_(MY_UPLOADS)), "id"),
     "events": (_mine(EventPublic, Event, sa.or_(col(Event.user_id) == USER_ID, MY_REVIEWS)), "id"),
 }
@@ -177,7 +153,7 @@ PARTS: dict[str, tuple[Listing, str]] = {
 @router.get("/me/export", response_model=AccountExport, summary="Download all that is stored about me")
 async def export_me(user: CurrentUser) -> StreamingResponse:
     """All that is stored about me, as one JSON file. Of the password only a hash is stored, which is not in it."""
-    account = UserPublic.model_validate(await read_account(user))
+    account = UserPublic.model_validate(await accounts.read_account(user))
     headers = {"Content-Disposition": f'attachment; filename="books-api-{user.username}.json"'}
     return StreamingResponse(export_account(user, account), media_type="application/json", headers=headers)
 
@@ -223,7 +199,7 @@ USERS = Listing(
 
 
 class UserQuery(PageQuery):
-    search: Annotated[Name | None, BlankIsNull] = Field(
+    search: Annotated[Name | None, schemas.BlankIsNull] = Field(
         default=None, description="Part of the user name, e-mail address or full name."
     )
     role: Role | None = None
@@ -245,7 +221,7 @@ async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request
 @router.post("", status_code=201, summary="Make an account", responses=errors(403, 409, sends={201: "Location"}))
 async def create_user(new: AccountCreate, admin: Admin, response: Response, tasks: BackgroundTasks) -> UserPublic:
     """Make an account with any role. Its owner gets a link that confirms the address, and the password from you."""
-    user = await create_account(new, new.role, tasks, by=admin)
+    user = await accounts.create_account(new, new.role, tasks, by=admin)
     response.headers["Location"] = f"/users/{user.id}"
     return user
 
@@ -304,9 +280,9 @@ def set_address(session: Session, user: User, address: str, by: int) -> list[Ema
     """An admin's change of an address takes effect at once, unconfirmed."""
     old, user.email, user.email_verified_at, user.pending_email = user.email, address, None, None
     session.flush()
-    cancel_codes(session, user.id, CodePurpose.verify_email, CodePurpose.reset_password)
+    accounts.cancel_codes(session, user.id, CodePurpose.verify_email, CodePurpose.reset_password)
     record_account_event(session, user.id, "email_changed", old=old, new=address, by=by)
-    return [mail.address_changed(old, user.username, address), confirmation_email(session, user, address)]
+    return [mail.address_changed(old, user.username, address), accounts.confirmation_email(session, user, address)]
 
 
 @router.delete("/{user_id:id}", status_code=204, summary="Delete an account", responses=errors(403, 404, 409))
