@@ -31,9 +31,9 @@ router = Router(tags=["Accounts"])
 # --- registration -------------------------------------------------------------------------------------------------
 
 
-@router.post("/auth/register", status_code=201, summary="Sign up", responses=errors(409, 429, sends={201: "Location"}))
+@router.post("/auth/register", status_code=201, responses=errors(409, 429, sends={201: "Location"}))
 async def register(new: UserCreate, request: Request, response: Response, tasks: BackgroundTasks) -> UserPublic:
-    """Make an account with the role reader, and mail a link that confirms its address.
+    """Sign up. The account has the role reader; a link that confirms its address is mailed.
 
     User names and e-mail addresses are unique whatever their case; 409 names the one that is taken.
     """
@@ -106,14 +106,9 @@ def confirmation_email(session: Session, user: User, address: str) -> Email:
     return mail.confirm_address(address, user.username, token)
 
 
-@router.get(
-    "/auth/verify-email/{token}",
-    response_model=Confirmed,
-    summary="Open the link that confirms an e-mail address",
-    responses=LINK_RESPONSES | errors(507),
-)
+@router.get("/auth/verify-email/{token}", response_model=Confirmed, responses=LINK_RESPONSES | errors(507))
 async def verify_email(token: LinkToken, request: Request) -> Response:
-    """A page with a button that confirms the address: mail scanners that follow links confirm nothing.
+    """Open the page whose button confirms an address: mail scanners that follow links confirm nothing.
 
     A request that accepts `application/json`, and no HTML, confirms it at once.
     """
@@ -124,14 +119,9 @@ async def verify_email(token: LinkToken, request: Request) -> Response:
     return HTMLResponse(PAGE.format(heading="Confirm your e-mail address", content=button))
 
 
-@router.post(
-    "/auth/verify-email/{token}",
-    response_model=Confirmed,
-    summary="Confirm an e-mail address",
-    responses=LINK_RESPONSES,
-)
+@router.post("/auth/verify-email/{token}", response_model=Confirmed, responses=LINK_RESPONSES)
 async def confirm_email(token: LinkToken, request: Request) -> Response:
-    """Confirm the address that the link was mailed to. The link works once, for 24 hours."""
+    """Confirm an address with the link that was mailed there. The link works once, for 24 hours."""
     confirmed = await database.write(confirm_address, token)
     if confirmed is None:
         raise HTTPException(404, "This link is used up or too old. POST /auth/verify-email mails another.")
@@ -193,14 +183,9 @@ class VerificationRequest(RequestModel):
     email: EmailAddress = Field(examples=["rita@example.com"])
 
 
-@router.post(
-    "/auth/verify-email",
-    status_code=202,
-    summary="Ask for another link that confirms my address",
-    responses=errors(429),
-)
+@router.post("/auth/verify-email", status_code=202, responses=errors(429))
 async def request_verification(body: VerificationRequest, request: Request, tasks: BackgroundTasks) -> Notice:
-    """Mail another link to an address that waits for confirmation. The answer is the same for every address."""
+    """Request another link for an address that waits for confirmation. The answer is the same for every address."""
     await security.check_rate_limit("verify", request, body.email)
     tasks.add_task(mail_link, body.email)  # after the response, so that its time tells nothing
     return Notice(detail="If an account waits for this address to be confirmed, a link is on its way to it.")
@@ -230,11 +215,11 @@ class ForgottenPassword(RequestModel):
     email: EmailAddress = Field(examples=["rita@example.com"])
 
 
-@router.post(
-    "/auth/forgot-password", status_code=202, summary="Have a code mailed for a new password", responses=errors(429)
-)
+@router.post("/auth/forgot-password", status_code=202, responses=errors(429))
 async def forgot_password(body: ForgottenPassword, request: Request, tasks: BackgroundTasks) -> Notice:
-    """Mail a 6-digit code, valid for 10 minutes, 5 attempts and one use. It replaces an earlier one.
+    """Request a code for a new password. It has 6 digits, and is valid for 10 minutes, 5 attempts and one use.
+
+    It replaces an earlier one.
 
     The answer is the same whether or not there is such an account.
     """
@@ -277,12 +262,7 @@ class PasswordReset(RequestModel):
     new_password: Password = Field(examples=["a short way home"])
 
 
-@router.post(
-    "/auth/reset-password",
-    status_code=204,
-    summary="Set a new password with the code",
-    responses=errors(429),
-)
+@router.post("/auth/reset-password", status_code=204, responses=errors(429))
 async def reset_password(body: PasswordReset, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password with the code that was mailed. Ends every session."""
     refuse_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS
@@ -345,9 +325,9 @@ class PasswordChange(RequestModel):
     new_password: Password = Field(examples=["a short way home"])
 
 
-@router.post("/auth/change-password", status_code=204, summary="Change my password", responses=errors(403, 429))
+@router.post("/auth/change-password", status_code=204, responses=errors(403, 429))
 async def change_password(body: PasswordChange, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
-    """Set a new password. Ends all my sessions but this one."""
+    """Change my password. Ends all my sessions but this one."""
     if body.new_password == body.current_password:
         raise InvalidField("new_password", "must not be the current one")
     me = await confirm_password(user, body.current_password, request)

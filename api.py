@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import re
 import secrets
 import sqlite3
 import time
@@ -285,6 +286,8 @@ class Router(APIRouter):
         super().__init__(prefix=prefix, generate_unique_id_function=name_of, max_body_size=MAX_BODY, **options)
 
     def add_api_route(self, path: str, endpoint: Handler, **options: Any) -> None:
+        # The beginning of the docstring, which as a whole is the description.
+        options["summary"] = options.get("summary") or re.split(r"[.:;(]", endpoint.__doc__ or "")[0].strip()
         always = (400, 422, 503) if options.get("methods") == ["GET"] else (400, 413, 422, 503, 507)
         options["responses"] = errors(*always) | (options.get("responses") or {})
         if any(p.annotation == security.Viewer for p in inspect.signature(endpoint, eval_str=True).parameters.values()):

@@ -126,14 +126,13 @@ class WrongCredentials(HTTPException):
 
 
 TOKEN_SUMMARY = "Sign in (the address that OAuth2 clients expect)"
+LOGIN_RESPONSES = errors(401, 403, 429)
 
 
-@router.post("/login", openapi_extra=LOGIN_BODY, summary="Sign in", responses=errors(401, 403, 429))
-@router.post(
-    "/auth/token", openapi_extra=LOGIN_BODY, name="token", summary=TOKEN_SUMMARY, responses=errors(401, 403, 429)
-)
+@router.post("/login", openapi_extra=LOGIN_BODY, responses=LOGIN_RESPONSES)
+@router.post("/auth/token", openapi_extra=LOGIN_BODY, name="token", summary=TOKEN_SUMMARY, responses=LOGIN_RESPONSES)
 async def login(credentials: Annotated[Credentials, Depends(parse_credentials)], request: Request) -> TokenPair:
-    """Sign in, with a form (OAuth2 password grant) or JSON.
+    """Sign in: with a form (OAuth2 password grant) or JSON.
 
     The answer is the same, and takes the same time, for an unknown user, a wrong password and a deactivated account.
     """
@@ -179,7 +178,7 @@ def start_session(session: Session, account: LoginAccount, device: Device, new_h
     return rotate_tokens(login, secrets.token_urlsafe(24))
 
 
-@router.post("/auth/refresh", summary="Exchange a refresh token for a new pair", responses=errors(401, 429))
+@router.post("/auth/refresh", responses=errors(401, 429))
 async def refresh(body: RefreshRequest, request: Request) -> TokenPair:
     """Exchange a refresh token for a new pair. Each works once: one that is used again ends its session.
 
@@ -234,17 +233,17 @@ def log_out(session: Session, user: Principal, which: ColumnElement[bool]) -> in
     return len(ids)
 
 
-@router.post("/auth/logout", status_code=204, summary="Sign out")
+@router.post("/auth/logout", status_code=204)
 @transactional
 def logout(session: Session, user: CurrentUser) -> None:
-    """End this session: its access and refresh tokens are revoked at once."""
+    """Sign out: my access and refresh tokens are revoked at once."""
     log_out(session, user, col(LoginSession.id) == user.session_id)
 
 
-@router.post("/auth/logout-all", status_code=204, summary="Sign out everywhere")
+@router.post("/auth/logout-all", status_code=204)
 @transactional
 def logout_everywhere(session: Session, user: CurrentUser) -> None:
-    """End all my sessions, this one included."""
+    """Sign out everywhere: all my sessions end, this one included."""
     log_out(session, user, sa.true())
 
 
@@ -265,14 +264,14 @@ SESSIONS = Listing(
 )
 
 
-@router.get("/auth/sessions", response_model=Page[SessionPublic], summary="List where I am signed in", responses=PAGE)
+@router.get("/auth/sessions", response_model=Page[SessionPublic], responses=PAGE)
 async def list_sessions(query: Annotated[PageQuery, Query()], user: CurrentUser, request: Request) -> Response:
-    """My sessions, newest first."""
+    """List my sessions, newest first."""
     filters = {"user_id": user.id, "session_id": user.session_id, "live_at": models.utcnow()}
     return page_response(request, await database.read(SESSIONS.page, filters, "-id", query))
 
 
-@router.delete("/auth/sessions/{session_id:id}", status_code=204, summary="End one of my logins", responses=errors(404))
+@router.delete("/auth/sessions/{session_id:id}", status_code=204, responses=errors(404))
 @transactional
 def end_session(
     session: Session, session_id: Annotated[Id, Path(description="The session's `id`.")], user: CurrentUser

@@ -128,9 +128,9 @@ class BookQuery(BookFilter, PageQuery):
     pass
 
 
-@hot.get("", response_model=Page[BookPublic], summary="Find books", responses=FOLLOWED_PAGE)
+@hot.get("", response_model=Page[BookPublic], responses=FOLLOWED_PAGE)
 async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, request: Request) -> Response:
-    """A page of the catalogue, filtered, searched and sorted.
+    """Find books: filter, search and sort the catalogue.
 
     `X-Event-Cursor` is the id of the last event that the page includes: follow `/stream?since=` from there.
     """
@@ -170,9 +170,9 @@ def books_by_id(connection: Connection, ids: list[int]) -> dict[int, str]:
     return {book_id: text for text, book_id in rows}
 
 
-@router.get("/genres", summary="List genres")
+@router.get("/genres")
 async def list_genres() -> list[GenreCount]:
-    """The genres and how many books each has, the largest first."""
+    """List the genres and how many books each has, the largest first."""
     return await database.read_in_thread(count_genres)
 
 
@@ -199,14 +199,9 @@ NOT_MODIFIED: dict[int | str, Any] = {304: {"description": "It is still the vers
 CHANGE_RESPONSES = errors(403, 404, 409, 412, sends={200: "ETag"})
 
 
-@hot.get(
-    "/{book_id:id}",
-    response_model=BookPublic,
-    summary="Read a book",
-    responses=NOT_MODIFIED | errors(404, sends={200: "ETag"}),
-)
+@hot.get("/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | errors(404, sends={200: "ETag"}))
 async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
-    """One book. Its `ETag` names its version."""
+    """Read a book. Its `ETag` names its version."""
     body, version = or_404(await database.read(FIND_BOOK.first, {"book_id": book_id}), NO_BOOK)
     headers = {"ETag": etag_of(version)}
     if if_none_match is not None and etag_matches(if_none_match, headers["ETag"]):
@@ -214,13 +209,7 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
     return json_response(body, headers=headers)
 
 
-@hot.post(
-    "",
-    status_code=201,
-    response_model=BookPublic,
-    summary="Add a book",
-    responses=errors(403, 409, sends={201: "Location ETag"}),
-)
+@hot.post("", status_code=201, response_model=BookPublic, responses=errors(403, 409, sends={201: "Location ETag"}))
 async def create_book(new: BookCreate, user: Contributor) -> Response:
     """Add a book. An ISBN that is here already is refused with 409."""
     book = await database.write_inline(add_book, new, user.id)
@@ -242,7 +231,7 @@ def record_book(session: Session, event_type: str, book: Book | dict[str, Any]) 
     return public
 
 
-@router.put("/{book_id:id}", summary="Replace a book", responses=CHANGE_RESPONSES)
+@router.put("/{book_id:id}", responses=CHANGE_RESPONSES)
 @transactional
 def replace_book(
     session: Session,
@@ -252,13 +241,13 @@ def replace_book(
     response: Response,
     if_match: IfMatch = None,
 ) -> BookPublic:
-    """Replace the description of a book: fields that are left out are cleared. For who added it, and staff."""
+    """Replace a book: fields that are left out are cleared. For who added it, and staff."""
     book = revise_book(session, get_own_book(session, book_id, user, if_match, "change"), new)
     response.headers["ETag"] = etag_of(book.version)
     return book
 
 
-@router.patch("/{book_id:id}", summary="Change a book", responses=CHANGE_RESPONSES)
+@router.patch("/{book_id:id}", responses=CHANGE_RESPONSES)
 @transactional
 def update_book(
     session: Session,
@@ -268,7 +257,7 @@ def update_book(
     response: Response,
     if_match: IfMatch = None,
 ) -> BookPublic:
-    """Change fields of a book (RFC 7396: null clears). For who added it, and staff."""
+    """Change a book (RFC 7396: null clears). For who added it, and staff."""
     book = revise_book(session, get_own_book(session, book_id, user, if_match, "change"), change)
     response.headers["ETag"] = etag_of(book.version)
     return book
@@ -304,7 +293,7 @@ def merge(book: Book, change: BookUpdate) -> BookCreate:
         raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from None
 
 
-@router.delete("/{book_id:id}", status_code=204, summary="Delete a book", responses=errors(403, 404, 409, 412))
+@router.delete("/{book_id:id}", status_code=204, responses=errors(403, 404, 409, 412))
 @transactional
 def delete_book(session: Session, book_id: BookId, user: CurrentUser, if_match: IfMatch = None) -> None:
     """Delete a book with its reviews and shelf entries.

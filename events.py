@@ -427,9 +427,9 @@ STREAM = {"text/event-stream": {"itemSchema": FRAME}}
 STREAM_RESPONSES = errors(429) | {200: {"description": "Events, until the client disconnects.", "content": STREAM}}
 
 
-@router.get("/events", summary="Read the change log")
+@router.get("/events")
 async def list_events(query: Annotated[EventsQuery, Query()], viewer: Viewer) -> EventPage:
-    """The change log, oldest first, for clients that poll.
+    """Read the change log, oldest first: for clients that poll.
 
     Public changes for anyone; with a bearer token also your own private ones.
     """
@@ -447,11 +447,11 @@ def _read_events(connection: Connection, event_filter: EventFilter, query: Event
     return EventPage(items=items, next=items[-1].id if len(items) == query.limit else last_event_id(connection))
 
 
-@router.get("/stream", summary="Follow changes live", response_class=EventSourceResponse, responses=STREAM_RESPONSES)
+@router.get("/stream", response_class=EventSourceResponse, responses=STREAM_RESPONSES)
 async def stream(
     query: Annotated[StreamQuery, Query()], viewer: Viewer, last_event_id: Annotated[EventId | None, Header()] = None
 ) -> EventSourceResponse:
-    """Every change as it is committed, as Server-Sent Events.
+    """Follow every change as it is committed, by Server-Sent Events.
 
     The first event is `ready`. To see the stream end here in the docs, give `limit` or `seconds`. A client that
     reconnects with the last `id` it received as `Last-Event-ID` gets what it missed; if the log can't be read on from

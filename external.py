@@ -384,9 +384,12 @@ class ExternalQuery(RequestModel):
 cache: TTLCache[str, bytes, datetime] = TTLCache(16 << 20, timedelta(hours=1), lambda: models.utcnow(), len)  # noqa: PLW0108
 
 
-@router.get("", summary="Find books in other catalogues", response_model=Candidates, responses=errors(502, 504))
+@router.get("", response_model=Candidates, responses=errors(502, 504))
 async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: CurrentUser) -> Response:
-    """Search by words or by ISBN. Answers are cached for an hour; 502 if the source is down, 504 if it is slow."""
+    """Search another catalogue by words or by ISBN. Answers are cached for an hour.
+
+    502 if the source is down, 504 if it is slow.
+    """
     if (query.q is None) == (query.isbn is None):
         raise InvalidField("q", "is needed, or isbn, and only one of them", "query")
     key, start, limit = query.model_dump_json(), query.start_index, query.max_results
@@ -404,7 +407,7 @@ async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: C
 CREATED = errors(403, 404, 409, 502, 504, sends={201: "Location ETag"})
 
 
-@router.post("", status_code=201, summary="Add a book of another catalogue", responses=CREATED)
+@router.post("", status_code=201, responses=CREATED)
 async def add_external_book(payload: ExternalBook, user: Contributor, response: Response) -> BookPublic:
     """Add a book as Google Books or Open Library has it now. 409 if its ISBN is in the catalogue already."""
     if not REFS[payload.source].fullmatch(payload.ref):

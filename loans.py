@@ -63,17 +63,17 @@ def get_stock(session: Session | Connection, book_id: int) -> StockPublic:
     return StockPublic.model_validate(row._asdict())
 
 
-@router.get("/books/{book_id:id}/stock", summary="See how many copies there are", responses=errors(404))
+@router.get("/books/{book_id:id}/stock", responses=errors(404))
 @readonly
 def read_stock(connection: Connection, book_id: BookId) -> StockPublic:
-    """How many copies there are, are available and are on loan."""
+    """Read how many copies of a book there are, are available and are on loan."""
     return get_stock(connection, book_id)
 
 
-@router.post("/books/{book_id:id}/stock", summary="Add or remove copies", responses=errors(403, 404, 409))
+@router.post("/books/{book_id:id}/stock", responses=errors(403, 404, 409))
 @transactional
 def change_stock(session: Session, book_id: BookId, change: StockChange, user: Staff) -> StockPublic:
-    """Add copies, or with a negative `quantity` remove some. Those on loan can't be removed: 409."""
+    """Add copies of a book, or remove some with a negative `quantity`. Those on loan can't be removed: 409."""
     if not move_stock(session, book_id, copies=change.quantity, available=change.quantity):
         stock = get_stock(session, book_id)
         if change.quantity > 0:
@@ -101,9 +101,7 @@ def move_stock(session: Session, book_id: int, *, copies: int = 0, available: in
 # --- loans --------------------------------------------------------------------------------------------------------
 
 
-@router.post(
-    "/loans", status_code=201, summary="Borrow a book", responses=errors(403, 404, 409, sends={201: "Location"})
-)
+@router.post("/loans", status_code=201, responses=errors(403, 404, 409, sends={201: "Location"}))
 @transactional
 def borrow(session: Session, new: LoanCreate, user: CurrentUser, response: Response) -> LoanPublic:
     """Borrow copies of a book. 409 when too few are available. Staff may lend to somebody else, by `user_id`."""
@@ -153,9 +151,9 @@ def visible_to(user: Principal) -> dict[str, Any]:
     return {"now": models.utcnow()} | ({} if user.is_staff else {"user_id": user.id})
 
 
-@router.get("/loans", response_model=Page[LoanPublic], summary="List loans", responses=errors(403) | FOLLOWED_PAGE)
+@router.get("/loans", response_model=Page[LoanPublic], responses=errors(403) | FOLLOWED_PAGE)
 async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, request: Request) -> Response:
-    """My loans, newest first; for staff, everybody's.
+    """List my loans, newest first; for staff, everybody's.
 
     `X-Event-Cursor` is the id of the last event that the page includes.
     """
@@ -170,17 +168,17 @@ async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, re
     return page_response(request, await read(LOANS.page, filters, "-id", query))
 
 
-@router.get("/loans/{loan_id:id}", response_model=LoanPublic, summary="Read a loan", responses=errors(404))
+@router.get("/loans/{loan_id:id}", response_model=LoanPublic, responses=errors(404))
 @readonly
 def read_loan(connection: Connection, loan_id: LoanId, user: CurrentUser) -> Response:
-    """One loan."""
+    """Read a loan."""
     return json_response(or_404(LOANS.first(connection, visible_to(user) | {"id": loan_id}), NO_LOAN))
 
 
-@router.post("/loans/{loan_id:id}/return", summary="Return a loan", responses=errors(404, 409))
+@router.post("/loans/{loan_id:id}/return", responses=errors(404, 409))
 @transactional
 def return_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPublic:
-    """Return the copies. 409 if they were returned already."""
+    """Return a loan. 409 if they were returned already."""
     loan = get_open_loan(session, loan_id, user)
     loan.returned_at = models.utcnow()
     session.flush()
@@ -188,10 +186,10 @@ def return_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPub
     return record_loan(session, "loan.returned", loan)
 
 
-@router.post("/loans/{loan_id:id}/renew", summary="Renew a loan", responses=errors(404, 409))
+@router.post("/loans/{loan_id:id}/renew", responses=errors(404, 409))
 @transactional
 def renew_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPublic:
-    """Add `LOAN_DAYS` to `due_at`. At most twice, and not when overdue: 409."""
+    """Renew a loan: `LOAN_DAYS` from its `due_at`. At most twice, and not when overdue: 409."""
     loan = get_open_loan(session, loan_id, user)
     if loan.status == LoanStatus.overdue:
         raise HTTPException(409, "This loan is overdue: it can't be renewed.")

@@ -176,9 +176,9 @@ class Health(BaseModel):
     database: str = Field(examples=["sqlite"])
 
 
-@router.get("/health", summary="Ask whether the service is well")
+@router.get("/health")
 async def health() -> Health:
-    """Whether the service can read and write its database: 200, or 503 with what is wrong."""
+    """Check whether the service can read and write its database: 200, or 503 with what is wrong."""
     verb, reason = "read", f"another writer holds the lock for {PROBE_TIMEOUT} s"
     try:
         await database.read(pagination.last_event_id)
@@ -207,9 +207,9 @@ BACKUP = errors(403, 409, 507) | {
 }
 
 
-@router.get("/admin/backup", response_class=StreamingResponse, summary="Download a backup", responses=BACKUP)
+@router.get("/admin/backup", response_class=StreamingResponse, responses=BACKUP)
 async def back_up(admin: Admin) -> StreamingResponse:
-    """A consistent copy of the SQLite file, while writes go on. On PostgreSQL 409: use `pg_dump`."""
+    """Download a consistent copy of the SQLite file, while writes go on. On PostgreSQL 409: use `pg_dump`."""
     backend = database.backend()
     if not isinstance(backend, Sqlite):
         raise HTTPException(409, "This service keeps its data in PostgreSQL: back it up with pg_dump.")

@@ -36,13 +36,13 @@ router = Router(prefix="/users", tags=["Users"])
 # --- my account ---------------------------------------------------------------------------------------------------
 
 
-@router.get("/me", summary="Read my account")
+@router.get("/me")
 async def read_me(user: CurrentUser) -> UserPublic:
-    """My account."""
+    """Read my account."""
     return UserPublic.model_validate(await accounts.read_account(user))
 
 
-@router.patch("/me", summary="Change my account", responses=errors(403, 409, 429))
+@router.patch("/me", responses=errors(403, 409, 429))
 async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> UserPublic:
     """Change my name or e-mail address (RFC 7396).
 
@@ -95,7 +95,7 @@ class MyPassword(RequestModel):
     password: Annotated[str, Field(max_length=1000), schemas.Storable] = Field(examples=["a long way to Arrakis"])
 
 
-@router.delete("/me", status_code=204, summary="Delete my account", responses=errors(403, 409, 429))
+@router.delete("/me", status_code=204, responses=errors(403, 409, 429))
 async def delete_me(body: MyPassword, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Delete my account, with my shelf, reviews, uploads and past loans. The books that I added stay.
 
@@ -150,9 +150,9 @@ PARTS: dict[str, tuple[Listing, str]] = {
 }
 
 
-@router.get("/me/export", response_model=AccountExport, summary="Download all that is stored about me")
+@router.get("/me/export", response_model=AccountExport)
 async def export_me(user: CurrentUser) -> StreamingResponse:
-    """All that is stored about me, as one JSON file. Of the password only a hash is stored, which is not in it."""
+    """Download all that is stored about me, as one JSON file. Of the password only a hash is stored: it is left out."""
     account = UserPublic.model_validate(await accounts.read_account(user))
     headers = {"Content-Disposition": f'attachment; filename="books-api-{user.username}.json"'}
     return StreamingResponse(export_account(user, account), media_type="application/json", headers=headers)
@@ -206,9 +206,9 @@ class UserQuery(PageQuery):
     is_active: bool | None = None
 
 
-@router.get("", response_model=Page[UserPublic], summary="List accounts", responses=errors(403) | PAGE)
+@router.get("", response_model=Page[UserPublic], responses=errors(403) | PAGE)
 async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request: Request) -> Response:
-    """All accounts."""
+    """List or search all accounts."""
     filters = query.model_dump(include={"role", "is_active"}, exclude_none=True)
     if query.search is not None:
         text = query.search
@@ -218,7 +218,7 @@ async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request
     return page_response(request, await database.read_in_thread(USERS.page, filters, "id", query))
 
 
-@router.post("", status_code=201, summary="Make an account", responses=errors(403, 409, sends={201: "Location"}))
+@router.post("", status_code=201, responses=errors(403, 409, sends={201: "Location"}))
 async def create_user(new: AccountCreate, admin: Admin, response: Response, tasks: BackgroundTasks) -> UserPublic:
     """Make an account with any role. Its owner gets a link that confirms the address, and the password from you."""
     user = await accounts.create_account(new, new.role, tasks, by=admin)
@@ -226,14 +226,14 @@ async def create_user(new: AccountCreate, admin: Admin, response: Response, task
     return user
 
 
-@router.get("/{user_id:id}", response_model=UserPublic, summary="Read an account", responses=errors(403, 404))
+@router.get("/{user_id:id}", response_model=UserPublic, responses=errors(403, 404))
 @readonly
 def read_user(connection: Connection, user_id: UserId, admin: Admin) -> Response:
-    """One account."""
+    """Read an account."""
     return json_response(or_404(USERS.first(connection, {"id": user_id}), NO_USER))
 
 
-@router.patch("/{user_id:id}", summary="Change an account", responses=errors(403, 404, 409))
+@router.patch("/{user_id:id}", responses=errors(403, 404, 409))
 @transactional
 def update_user(
     session: Session, user_id: UserId, change: AccountUpdate, admin: Admin, tasks: BackgroundTasks
@@ -285,7 +285,7 @@ def set_address(session: Session, user: User, address: str, by: int) -> list[Ema
     return [mail.address_changed(old, user.username, address), accounts.confirmation_email(session, user, address)]
 
 
-@router.delete("/{user_id:id}", status_code=204, summary="Delete an account", responses=errors(403, 404, 409))
+@router.delete("/{user_id:id}", status_code=204, responses=errors(403, 404, 409))
 @transactional
 def delete_user(session: Session, user_id: UserId, admin: Admin, tasks: BackgroundTasks) -> None:
     """Delete an account, with its shelf, reviews, uploads and past loans. The books that it added stay.
