@@ -54,9 +54,9 @@ class ShelfQuery(PageQuery):
     sort: Sort = Field(default="-added")
 
 
-@hot.get("/my-library", response_model=Page[EntryPublic], summary="List my shelf", responses=FOLLOWED_PAGE)
+@hot.get("/my-library", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
-    """My shelf, newest first. `X-Event-Cursor` is the id of the last event that the page includes."""
+    """List my shelf, newest first. `X-Event-Cursor` is the id of the last event that the page includes."""
     filters = {"user_id": user.id, **query.model_dump(include={"status", "book_id"}, exclude_none=True)}
     # By `added`, an index has the order; any other may have to sort the whole shelf.
     is_short = not query.start and query.sort in ("added", "-added")
@@ -64,21 +64,14 @@ async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser,
     return page_response(request, await read(ENTRIES.page, filters, query.sort, query))
 
 
-@router.get(
-    "/my-library/{book_id:id}", response_model=EntryPublic, summary="Read a book on my shelf", responses=errors(404)
-)
+@router.get("/my-library/{book_id:id}", response_model=EntryPublic, responses=errors(404))
 @readonly
 def read_entry(connection: Connection, book_id: BookId, user: CurrentUser) -> Response:
-    """A book on my shelf."""
+    """Read a book on my shelf."""
     return json_response(or_404(ENTRIES.first(connection, {"user_id": user.id, "book_id": book_id}), NOT_ON_SHELF))
 
 
-@router.post(
-    "/my-library/{book_id:id}",
-    status_code=201,
-    summary="Put a book on my shelf",
-    responses=errors(404, 409, sends={201: "Location"}),
-)
+@router.post("/my-library/{book_id:id}", status_code=201, responses=errors(404, 409, sends={201: "Location"}))
 @transactional
 def shelve_book(
     session: Session, book_id: BookId, user: CurrentUser, response: Response, new: EntryCreate | None = None
@@ -98,7 +91,7 @@ def shelve_book(
     return record_entry(session, "shelf.created", entry, book, user)
 
 
-@router.patch("/my-library/{book_id:id}", summary="Move, rate, review or tag a book", responses=errors(404))
+@router.patch("/my-library/{book_id:id}", responses=errors(404))
 @transactional
 def update_entry(session: Session, book_id: BookId, change: EntryUpdate, user: CurrentUser) -> EntryPublic:
     """Move, rate, review or tag a book on my shelf (RFC 7396: null clears).
@@ -123,7 +116,7 @@ def revise_entry(
     return public
 
 
-@router.delete("/my-library/{book_id:id}", status_code=204, summary="Take a book off my shelf", responses=errors(404))
+@router.delete("/my-library/{book_id:id}", status_code=204, responses=errors(404))
 @transactional
 def remove_entry(session: Session, book_id: BookId, user: CurrentUser) -> None:
     """Take a book off my shelf, with my rating and review."""
@@ -179,14 +172,9 @@ REVIEWS = Listing(
 )
 
 
-@reviews_router.get(
-    "/books/{book_id:id}/reviews",
-    response_model=Page[ReviewPublic],
-    summary="List the reviews of a book",
-    responses=errors(404) | PAGE,
-)
+@reviews_router.get("/books/{book_id:id}/reviews", response_model=Page[ReviewPublic], responses=errors(404) | PAGE)
 async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], request: Request) -> Response:
-    """Ratings and reviews of a book, newest entry first. They are written at `/my-library/{book_id}`."""
+    """List the ratings and reviews of a book, newest entry first. They are written at `/my-library/{book_id}`."""
     return page_response(request, await database.read_in_thread(find_reviews, book_id, query))
 
 
@@ -195,12 +183,10 @@ def find_reviews(connection: Connection, book_id: int, query: PageQuery) -> Json
     return REVIEWS.page(connection, {"book_id": book_id}, "-id", query)
 
 
-@reviews_router.delete(
-    "/books/{book_id:id}/reviews/{username}", status_code=204, summary="Remove a review", responses=errors(403, 404)
-)
+@reviews_router.delete("/books/{book_id:id}/reviews/{username}", status_code=204, responses=errors(403, 404))
 @transactional
 def remove_review(session: Session, book_id: BookId, username: Username, user: Staff) -> None:
-    """Clear somebody's rating and review of a book. The book stays on their shelf."""
+    """Remove somebody's rating and review of a book. The book stays on their shelf."""
     book = or_404(session.get(Book, book_id), NO_BOOK)
     reviews = sa.select(ShelfEntry, User).join_from(ShelfEntry, User, col(ShelfEntry.user_id) == col(User.id))
     of_user = (col(ShelfEntry.book_id) == book_id, sa.func.lower(col(User.username)) == username.lower())
@@ -242,9 +228,9 @@ class ShelfStats(BaseModel):
     top_authors: list[AuthorCount] = Field(description="Of completed books, the ten most frequent.")
 
 
-@router.get("/my-library/stats", summary="See my reading in figures")
+@router.get("/my-library/stats")
 async def read_stats(user: CurrentUser) -> ShelfStats:
-    """My shelf in figures: by status and year, ratings, most frequent genres and authors."""
+    """Read my shelf in figures: by status and year, ratings, most frequent genres and authors."""
     return await database.read_in_thread(count_entries, user.id)
 
 
