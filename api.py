@@ -73,9 +73,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         detail = next((text for kind, text in UNREADABLE_BODY.items() if isinstance(error.__cause__, kind)), detail)
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(allowed_methods(request))
-    response = problem(error.status_code, detail, headers)
-    response.background = getattr(error, "background", None)
-    return response
+    return problem(error.status_code, detail, headers)
 
 
 def allowed_methods(request: Request) -> list[str]:

@@ -3,8 +3,8 @@
 import hmac
 import secrets
 from collections.abc import Sequence
-from datetime import datetime, timedelta
-from typing import Annotated, NamedTuple
+from datetime import timedelta
+from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import Depends, HTTPException, Path, Query, Request, Response
@@ -12,7 +12,6 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
-from starlette.background import BackgroundTask
 
 import database
 import models
@@ -97,34 +96,8 @@ LOGIN_BODY = {
 }
 
 
-class Device(NamedTuple):
-    """The client of a login, for the audit trail."""
-
-    address: str
-    user_agent: str | None
-
-
-class LoginAccount(NamedTuple):
-    """The columns of a user that a login needs."""
-
-    id: int
-    password_hash: str
-    is_active: bool
-    email_verified_at: datetime | None
-
-
 # Ids begin with 1.
-UNKNOWN_ACCOUNT = LoginAccount(0, security.DUMMY_PASSWORD_HASH, is_active=False, email_verified_at=None)
-
-
-class WrongCredentials(HTTPException):
-    """401, with a task after the response, so that it does not show in the response time."""
-
-    def __init__(self, background: BackgroundTask) -> None:
-        super().__init__(401, "Wrong user name or password.", {"WWW-Authenticate": "Bearer"})
-        self.background = background
-
-
+UNKNOWN_USER = User(id=0, username="", email="", password_hash=security.DUMMY_PASSWORD_HASH, is_active=False)
 TOKEN_SUMMARY = "Sign in (the address that OAuth2 clients expect)"
 LOGIN_RESPONSES = errors(401, 403, 429)
 
@@ -137,44 +110,41 @@ async def login(credentials: Annotated[Credentials, Depends(parse_credentials)],
     The answer is the same, and takes the same time, for an unknown user, a wrong password and a deactivated account.
     """
     name, agent = credentials.username.strip().lower(), request.headers.get("user-agent")
-    device = Device(security.client_address(request), agent and agent[:200])
+    device = {"address": security.client_address(request), "user_agent": agent and agent[:200]}
     # By the name as typed: a shared count would reveal which user name and address belong together.
     await security.check_rate_limit("login", request, name)
-    account = await database.read(find_account, name) or UNKNOWN_ACCOUNT
-    is_right, new_hash = await security.verify_password(credentials.password, account.password_hash)
-    if is_right and settings.require_verified_email and account.is_active and account.email_verified_at is None:
+    user = await database.read(find_user, name) or UNKNOWN_USER
+    is_right, new_hash = await security.verify_password(credentials.password, user.password_hash)
+    if is_right and settings.require_verified_email and user.is_active and user.email_verified_at is None:
         raise HTTPException(403, "Confirm your e-mail address first. POST /auth/verify-email mails another link.")
-    pair = await database.write(start_session, account, device, new_hash) if is_right else None
+    # Refused or not, one transaction: the reason does not show in the response time.
+    pair = await database.write(start_session, user.id, user.password_hash if is_right else None, device, new_hash)
     if pair is None:
-        raise WrongCredentials(BackgroundTask(database.write, record_failed_login, account.id, device))
+        raise unauthorized("Wrong user name or password.")
     await security.reset_rate_limit("login", request, name)
     return pair
 
 
-def find_account(connection: Connection, name: str) -> LoginAccount | None:
+def find_user(connection: Connection, name: str) -> Any:
     # User names have no @, so that none can equal an address.
     column = col(User.email) if "@" in name else sa.func.lower(col(User.username))
-    columns = [col(getattr(User, field)) for field in LoginAccount._fields]
-    row = connection.execute(sa.select(*columns).where(column == name)).first()
-    return None if row is None else LoginAccount(*row)
+    return connection.execute(sa.select(User).where(column == name)).first()
 
 
-def record_failed_login(session: Session, user_id: int, device: Device) -> None:
-    exists = session.get(User, user_id) is not None
-    record_account_event(session, user_id if exists else None, "login_failed", **device._asdict())
-
-
-def start_session(session: Session, account: LoginAccount, device: Device, new_hash: str | None) -> TokenPair | None:
-    user = session.get(User, account.id)
+def start_session(
+    session: Session, user_id: int, verified_hash: str | None, device: dict[str, Any], new_hash: str | None
+) -> TokenPair | None:
+    user = session.get(User, user_id)
     # Since the password was verified, it may have been changed, or the account deactivated.
-    if user is None or not user.is_active or user.password_hash != account.password_hash:
+    if user is None or not user.is_active or user.password_hash != verified_hash:
+        record_account_event(session, user.id if user else None, "login_failed", **device)
         return None
     if new_hash is not None:
         user.password_hash = new_hash
-    login = LoginSession(user_id=user.id, refresh_hash="", user_agent=device.user_agent)
+    login = LoginSession(user_id=user.id, refresh_hash="", user_agent=device["user_agent"])
     session.add(login)
     session.flush()
-    record_account_event(session, user.id, "login", session_id=login.id, **device._asdict())
+    record_account_event(session, user.id, "login", session_id=login.id, **device)
     return rotate_tokens(login, secrets.token_urlsafe(24))
 
 
