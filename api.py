@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request, Response, params
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security.utils import get_authorization_scheme_param
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from pydantic.json_schema import models_json_schema
 from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
@@ -113,6 +113,11 @@ def _describe_body_error(request: Request, error: RequestValidationError) -> str
     if first["type"] == "json_invalid":  # FastAPI's own message does not give the reason
         return f"The body is not JSON: {first['ctx']['error']}, at character {first['loc'][1]}."
     return None
+
+
+def invalid_body(error: ValidationError) -> RequestValidationError:
+    """For a body that is not validated by FastAPI."""
+    return RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()])
 
 
 async def on_invalid_field(_request: Request, error: Exception) -> Response:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import Depends, HTTPException, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
@@ -16,7 +15,7 @@ from sqlmodel import Session, col
 import database
 import models
 import security
-from api import PAGE, Router, errors
+from api import PAGE, Router, errors, invalid_body
 from database import transactional
 from events import record_account_event
 from models import InvalidField, LoginSession, OneTimeCode, Principal, User
@@ -81,8 +80,7 @@ async def parse_credentials(request: Request) -> Credentials:
             raise InvalidField("username", "is needed in a form; JSON needs the Content-Type application/json")
         return Credentials.model_validate(form)
     except ValidationError as error:
-        faults = error.errors(include_input=False, include_url=False)
-        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from None
+        raise invalid_body(error) from None
 
 
 LOGIN_BODY = {
@@ -185,14 +183,15 @@ def rotate_session(session: Session, claims: security.Claims) -> TokenPair | Non
 # --- sessions -----------------------------------------------------------------------------------------------------
 
 
-def is_live() -> ColumnElement[bool]:
-    return sa.and_(col(LoginSession.revoked_at).is_(None), col(LoginSession.expires_at) > models.utcnow())
+def is_live(now: Any) -> ColumnElement[bool]:
+    return sa.and_(col(LoginSession.revoked_at).is_(None), col(LoginSession.expires_at) > now)
 
 
 def end_sessions(session: Session, user_id: int, which: ColumnElement[bool]) -> Sequence[int]:
     """End the user's live sessions that match `which`; their ids."""
-    ended = sa.update(LoginSession).where(col(LoginSession.user_id) == user_id, is_live(), which)
-    return session.scalars(ended.values(revoked_at=models.utcnow()).returning(col(LoginSession.id))).all()
+    now = models.utcnow()
+    ended = sa.update(LoginSession).where(col(LoginSession.user_id) == user_id, is_live(now), which)
+    return session.scalars(ended.values(revoked_at=now).returning(col(LoginSession.id))).all()
 
 
 def log_out(session: Session, user: Principal, which: ColumnElement[bool]) -> int:
@@ -225,10 +224,7 @@ SESSIONS = Listing(
     sa.select(JsonObject(SESSION_COLUMNS)),
     filters={
         "user_id": col(LoginSession.user_id) == sa.bindparam("user_id"),
-        "live_at": sa.and_(
-            col(LoginSession.revoked_at).is_(None),
-            col(LoginSession.expires_at) > sa.bindparam("live_at", type_=models.UtcDateTime),
-        ),
+        "live_at": is_live(sa.bindparam("live_at", type_=models.UtcDateTime)),
     },
     orders={"-id": (col(LoginSession.id),), "id": (col(LoginSession.id),)},
 )

@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import Header, HTTPException, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
@@ -12,7 +11,7 @@ from sqlmodel import Session, col
 import database
 import events
 import models
-from api import FOLLOWED_PAGE, FastRoute, Router, errors, or_404
+from api import FOLLOWED_PAGE, FastRoute, Router, errors, invalid_body, or_404
 from database import CompiledQuery, transactional
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
 from pagination import (
@@ -289,8 +288,7 @@ def merge(book: Book, change: BookUpdate) -> BookCreate:
     try:
         return BookCreate.model_validate(merged)
     except ValidationError as error:
-        faults = error.errors(include_input=False, include_url=False)
-        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from None
+        raise invalid_body(error) from None
 
 
 @router.delete("/{book_id:id}", status_code=204, responses=errors(403, 404, 409, 412))
