@@ -25,7 +25,7 @@ from books import BOOKS, disown_books
 from database import readonly, transactional
 from events import record_account_event
 from mail import Email
-from models import CodePurpose, Event, Principal, Role, Upload, UploadError, User
+from models import Event, Principal, Role, Upload, UploadError, User
 from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
 from schemas import AccountCreate, AccountUpdate, EventPublic, Id, Name, RequestModel, UserPublic, UserUpdate
 from security import Admin, CurrentUser, check_rate_limit, check_still_authorized
@@ -280,7 +280,7 @@ def set_address(session: Session, user: User, address: str, by: int) -> list[Ema
     """An admin's change of an address takes effect at once, unconfirmed."""
     old, user.email, user.email_verified_at, user.pending_email = user.email, address, None, None
     session.flush()
-    accounts.cancel_codes(session, user.id, CodePurpose.verify_email, CodePurpose.reset_password)
+    accounts.cancel_codes(session, user.id)
     record_account_event(session, user.id, "email_changed", old=old, new=address, by=by)
     return [mail.address_changed(old, user.username, address), accounts.confirmation_email(session, user, address)]
 

@@ -25,7 +25,6 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import Session, col, select
 
-import accounts
 import auth
 import database
 import external
@@ -298,7 +297,10 @@ def make(client: httpx.Client, username: str, role: models.Role = models.Role.re
     new = schemas.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
 
     def sign_up_and_in(session: Session) -> dict[str, Any]:
-        return sign_in(session, accounts.add_user(session, new, PASSWORD_HASH, role).id)
+        user = models.User(**new.model_dump(exclude={"password"}), password_hash=PASSWORD_HASH, role=role)
+        session.add(user)
+        session.flush()
+        return sign_in(session, user.id)
 
     return Person(client, username, tokens=database.write_sync(sign_up_and_in))
 
