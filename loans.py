@@ -31,17 +31,13 @@ LoanId = Annotated[Id, Path(description="The loan's `id`.")]
 NO_LOAN = "No such loan."
 IS_OPEN = col(Loan.returned_at).is_(None)
 IS_OVERDUE = col(Loan.due_at) < sa.bindparam("now", type_=models.UtcDateTime)
-LOAN_COLUMNS: dict[str, Any] = {name: getattr(Loan, name) for name in LoanPublic.model_fields if hasattr(Loan, name)}
-LOAN_COLUMNS |= {
+LOAN_COLUMNS = {name: getattr(Loan, name, None) for name in LoanPublic.model_fields} | {
     "username": col(User.username),
     "title": col(Book.title),
     "status": sa.case((sa.not_(IS_OPEN), "returned"), (IS_OVERDUE, "overdue"), else_="active"),
 }
 LOANS = Listing(
-    sa.select(JsonObject({name: LOAN_COLUMNS[name] for name in LoanPublic.model_fields}))
-    .select_from(Loan)
-    .join(User, col(Loan.user_id) == col(User.id))
-    .join(Book, col(Loan.book_id) == col(Book.id)),
+    sa.select(JsonObject(LOAN_COLUMNS)).join_from(Loan, User).join(Book, col(Loan.book_id) == col(Book.id)),
     filters={
         "id": col(Loan.id) == sa.bindparam("id"),
         "user_id": col(Loan.user_id) == sa.bindparam("user_id"),
@@ -191,11 +187,13 @@ def return_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPub
 def renew_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPublic:
     """Renew a loan: `LOAN_DAYS` from its `due_at`. At most twice, and not when overdue: 409."""
     loan = get_open_loan(session, loan_id, user)
-    if loan.status == LoanStatus.overdue:
+    if loan.due_at < models.utcnow():
         raise HTTPException(409, "This loan is overdue: it can't be renewed.")
     if loan.renewals == MAX_RENEWALS:
         raise HTTPException(409, f"This loan was renewed {MAX_RENEWALS} times, the maximum.")
-    loan.renew(settings.loan_days)
+    # From `due_at`, not from now: an early renewal loses no days.
+    loan.due_at += timedelta(days=settings.loan_days)
+    loan.renewals += 1
     return record_loan(session, "loan.renewed", loan)
 
 
