@@ -126,14 +126,6 @@ def length(most: int, least: int = 1) -> StringConstraints:
     return StringConstraints(min_length=least, max_length=most)
 
 
-class NotBlank:
-    """Documents that a stripped text must not be empty."""
-
-    @staticmethod
-    def __get_pydantic_json_schema__(schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(schema), "pattern": r"\S"}
-
-
 class BlankIsNull:
     """Accepts a blank text, as forms send it, as null, and documents it."""
 
@@ -151,6 +143,7 @@ class BlankIsNull:
 # By Python's definition of white space, not pydantic's, so that models, CSV cells and sort keys agree on what is blank.
 Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
 Storable = AfterValidator(_check_characters)
+NotBlank = Field(json_schema_extra={"pattern": r"\S"})  # documents that a stripped text must not be empty
 Title = Annotated[str, length(500), Stripped, Storable, NotBlank]
 Author = Annotated[str, length(1000), Stripped, Storable, NotBlank]
 Language = Annotated[str, length(35), Stripped, Storable, NotBlank]
