@@ -18,7 +18,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import TypeAdapter, ValidationError
-from pydantic.json_schema import models_json_schema
 from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.convertors import IntegerConvertor, register_url_convertor
@@ -51,10 +50,7 @@ UNREADABLE_BODY = {
 
 
 def problem(
-    status: int,
-    detail: str,
-    headers: dict[str, str] | None = None,
-    errors: list[dict[str, Any]] | None = None,
+    status: int, detail: str, headers: dict[str, str] | None = None, errors: list[dict[str, Any]] | None = None
 ) -> Response:
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     # ASCII: what a client sent may contain lone surrogates, which UTF-8 can't encode.
@@ -193,11 +189,7 @@ ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
 # Whether it is always sent, its description, and an example.
 HEADERS = {
     "ETag": (True, "The version of the book, for `If-Match` and `If-None-Match`.", '"1"'),
-    "Link": (
-        False,
-        "The next page, with `rel=next`, unless this is the last.",
-        '</books?cursor=WyJpZCIsMjBd>; rel="next"',
-    ),
+    "Link": (False, "The next page, with `rel=next`, except on the last.", '</books?cursor=WyJpZCIsMjBd>; rel="next"'),
     "Location": (True, "The address of what was made.", "/books/1"),
     "Retry-After": (False, "Seconds until another try is worthwhile.", "60"),
     "WWW-Authenticate": (True, "Always `Bearer`.", "Bearer"),
@@ -226,8 +218,8 @@ FOLLOWED_PAGE = errors(sends={200: "Link X-Event-Cursor"})
 def complete_openapi(schema: dict[str, Any]) -> None:
     """Add the components that `errors` refers to, 401 where a token is read, and what FastAPI can't express."""
     components = schema["components"]
-    _, problems = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
-    components["schemas"].update(problems["$defs"])
+    shape = Problem.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+    components["schemas"] |= {**shape.pop("$defs"), "Problem": shape}
     components["headers"] = {
         name: {"description": text, "required": always, "schema": {"type": "string"}, "example": example}
         for name, (always, text, example) in HEADERS.items()
@@ -425,11 +417,7 @@ HSTS = (b"strict-transport-security", b"max-age=31536000")
 VERIFY_LINK = "/auth/verify-email/"
 NO_HEAD = ("/stream", VERIFY_LINK)  # where GET never ends, or may change something
 # Starlette's plain-text errors: its body limit, its file responses, its CORS.
-PLAIN_TEXT_ERRORS = {
-    413: TOO_LARGE,
-    416: "The file has no such range.",
-    400: "The header Range can't be read.",
-}
+PLAIN_TEXT_ERRORS = {413: TOO_LARGE, 416: "The file has no such range.", 400: "The header Range can't be read."}
 CORS_REFUSED = "Not allowed for this origin, method or header (see CORS_ORIGINS)."
 
 
