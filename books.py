@@ -11,20 +11,11 @@ from sqlmodel import Session, col
 import database
 import events
 import models
+import pagination
 from api import FOLLOWED_PAGE, FastRoute, Router, errors, invalid_body, or_404
 from database import CompiledQuery, transactional
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
-from pagination import (
-    JsonObject,
-    JsonPage,
-    Listing,
-    Order,
-    Page,
-    PageQuery,
-    json_response,
-    last_event_id,
-    page_response,
-)
+from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, json_response, page_response
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
 from search import SearchTerms, best_first, count_matches, index_books, matches
 from security import Contributor, CurrentUser, Viewer, unauthorized
@@ -91,11 +82,9 @@ BOOKS = Listing(
 
 
 class BookFilter(RequestModel):
-    search: Annotated[
-        Title | None,
-        BlankIsNull,
-        Field(description="Every word, as a prefix, in title, author, ISBN or publisher."),
-    ] = None
+    search: Annotated[Title | None, BlankIsNull] = Field(
+        default=None, description="Every word, as a prefix, in title, author, ISBN or publisher."
+    )
     genre: Annotated[Name | None, BlankIsNull] = None
     author: Annotated[Name | None, BlankIsNull, Field(description="These words, in the author's name.")] = None
     publisher: Annotated[Name | None, BlankIsNull, Field(description="These words, in the publisher's name.")] = None
@@ -154,7 +143,7 @@ def best_matches(connection: Connection, filters: dict[str, Any], query: BookQue
     texts = books_by_id(connection, [book_id for _, book_id in rows])
     following = BEST_MATCH.encode(rows[-1]) if rows and len(found) == limit else None
     items = [texts[book_id] for _, book_id in rows]
-    return JsonPage(items, total, following, last_event_id(connection))
+    return JsonPage(items, total, following, pagination.last_event_id(connection))
 
 
 SELECT_BY_ID = SELECT_BOOKS.add_columns(col(Book.id))
@@ -233,12 +222,7 @@ def record_book(session: Session, event_type: str, book: Book | dict[str, Any]) 
 @router.put("/{book_id:id}", responses=CHANGE_RESPONSES)
 @transactional
 def replace_book(
-    session: Session,
-    book_id: BookId,
-    new: BookCreate,
-    user: CurrentUser,
-    response: Response,
-    if_match: IfMatch = None,
+    session: Session, book_id: BookId, new: BookCreate, user: CurrentUser, response: Response, if_match: IfMatch = None
 ) -> BookPublic:
     """Replace a book: fields that are left out are cleared. For who added it, and staff."""
     book = revise_book(session, get_own_book(session, book_id, user, if_match, "change"), new)
@@ -249,15 +233,10 @@ def replace_book(
 @router.patch("/{book_id:id}", responses=CHANGE_RESPONSES)
 @transactional
 def update_book(
-    session: Session,
-    book_id: BookId,
-    change: BookUpdate,
-    user: CurrentUser,
-    response: Response,
-    if_match: IfMatch = None,
+    session: Session, book_id: BookId, new: BookUpdate, user: CurrentUser, response: Response, if_match: IfMatch = None
 ) -> BookPublic:
     """Change a book (RFC 7396: null clears). For who added it, and staff."""
-    book = revise_book(session, get_own_book(session, book_id, user, if_match, "change"), change)
+    book = revise_book(session, get_own_book(session, book_id, user, if_match, "change"), new)
     response.headers["ETag"] = etag_of(book.version)
     return book
 
