@@ -1,6 +1,7 @@
 """Request and response models, and the validated types of their fields."""
 
 import re
+from collections.abc import Callable
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -13,35 +14,25 @@ from stdnum import isbn as isbn_numbers
 import models
 from models import MAX_COPIES, MAX_ID, MIN_YEAR, LoanStatus, OnDuplicate, Role, ShelfStatus, UploadStatus
 
+T = TypeVar("T")
 YearOrDate = TypeVar("YearOrDate", int, date)
 
 # --- validators ---------------------------------------------------------------------------------------------------
 
-INVALID_CHARACTERS = re.compile("[\x00\ud800-\udfff]")
 CSV_CONTEXT = {"cells": True}  # the validation context of CSV cells, which are all text
 
 
-def _check_characters(text: str) -> str:
-    if INVALID_CHARACTERS.search(text):
-        raise ValueError("must not contain NUL characters or halves of surrogate pairs")
-    return text
+def _refuse(is_invalid: Callable[[Any], object], message: str) -> AfterValidator:
+    def check(value: T) -> T:
+        if is_invalid(value):
+            raise ValueError(message)
+        return value
+
+    return AfterValidator(check)
 
 
 def _blank_is_null(value: object) -> object:
     return None if isinstance(value, str) and not value.strip() else value
-
-
-def _no_comma(text: str) -> str:
-    if "," in text:
-        raise ValueError("must not contain a comma, which separates tags in files")
-    return text
-
-
-def _no_encoded_word(email: str) -> str:
-    # Mail headers would decode it (RFC 2047): one mailbox would have endlessly many addresses.
-    if "=?" in email:
-        raise ValueError("must not contain =?")
-    return email
 
 
 def is_isbn13(text: str) -> bool:
@@ -78,12 +69,6 @@ def _check_number(value: object, info: ValidationInfo) -> object:
     if isinstance(value, str) and info.context is not CSV_CONTEXT:  # and "12" for 12
         raise ValueError("must be a number")
     return _no_bool(value)
-
-
-def _not_zero(number: int) -> int:
-    if number == 0:
-        raise ValueError("must not be 0")
-    return number
 
 
 def _to_utc(moment: datetime) -> datetime:
@@ -142,14 +127,17 @@ class BlankIsNull:
 
 # By Python's definition of white space, not pydantic's, so that models, CSV cells and sort keys agree on what is blank.
 Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
-Storable = AfterValidator(_check_characters)
+Storable = _refuse(
+    re.compile("[\x00\ud800-\udfff]").search, "must not contain NUL characters or halves of surrogate pairs"
+)
 NotBlank = Field(json_schema_extra={"pattern": r"\S"})  # documents that a stripped text must not be empty
 Title = Annotated[str, length(500), Stripped, Storable, NotBlank]
 Author = Annotated[str, length(1000), Stripped, Storable, NotBlank]
 Language = Annotated[str, length(35), Stripped, Storable, NotBlank]
 Word = Annotated[str, length(100), Stripped, Storable, NotBlank]
 Name = Annotated[str, length(300), Stripped, Storable, NotBlank]
-Tag = Annotated[str, length(50), Stripped, Storable, AfterValidator(_no_comma)]
+NoComma = _refuse(lambda text: "," in text, "must not contain a comma, which separates tags in files")
+Tag = Annotated[str, length(50), Stripped, Storable, NoComma]
 LongText = Annotated[str, length(20_000), Stripped, Storable, NotBlank]
 URL_PATTERN = pattern(
     r"^[Hh][Tt][Tt][Pp][Ss]?://[^\s<>\"\\^`{|}]+$", "must be an address that begins with http:// or https://"
@@ -188,7 +176,8 @@ EmailAddress = Annotated[
             "must be an e-mail address, like ada@example.com",
         ),
     ),
-    AfterValidator(_no_encoded_word),
+    # Mail headers would decode it (RFC 2047): one mailbox would have endlessly many addresses.
+    _refuse(lambda email: "=?" in email, "must not contain =?"),
 ]
 Password = Annotated[str, StringConstraints(min_length=8, max_length=128), Storable]
 
@@ -392,9 +381,9 @@ class GenreCount(BaseModel):
 
 
 class StockChange(RequestModel):
-    quantity: Annotated[int, Number, Field(ge=-MAX_COPIES, le=MAX_COPIES), AfterValidator(_not_zero)] = Field(
-        description="How many copies to add; negative: to remove.", examples=[3]
-    )
+    quantity: Annotated[
+        int, Number, Field(ge=-MAX_COPIES, le=MAX_COPIES), _refuse(lambda quantity: quantity == 0, "must not be 0")
+    ] = Field(description="How many copies to add; negative: to remove.", examples=[3])
 
 
 class StockPublic(BaseModel):
