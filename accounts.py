@@ -3,8 +3,9 @@
 import asyncio
 import html
 import secrets
+from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import BackgroundTasks, HTTPException, Path, Request, Response
@@ -16,45 +17,28 @@ from sqlmodel import Session, col
 import database
 import mail
 import models
-from api import Router, errors
+import security
+from api import Router, errors, or_404
 from auth import end_sessions
 from events import record_account_event
 from mail import Email
 from models import CodePurpose, InvalidField, LoginSession, OneTimeCode, Principal, Role, User
 from pagination import json_response
-from schemas import (
-    EmailAddress,
-    Password,
-    RequestModel,
-    Storable,
-    UserCreate,
-    UserPublic,
-    pattern,
-)
-from security import (
-    CurrentUser,
-    check_password_strength,
-    check_rate_limit,
-    check_still_authorized,
-    hash_password,
-    hmac_hash,
-    reset_rate_limit,
-    unauthorized,
-    verify_password,
-)
+from schemas import EmailAddress, Password, RequestModel, Storable, UserCreate, UserPublic, pattern
+from security import CurrentUser, unauthorized
 
 router = Router(tags=["Accounts"])
 
 # --- registration -------------------------------------------------------------------------------------------------
 
 
-@router.post("/auth/register", status_code=201, summary="Sign up", responses=errors(409, 429, sends={201: "Location"}))
+@router.post("/auth/register", status_code=201, responses=errors(409, 429, sends={201: "Location"}))
 async def register(new: UserCreate, request: Request, response: Response, tasks: BackgroundTasks) -> UserPublic:
-    """Make an account with the role reader, and mail a link that confirms its address.
+    """Sign up. The account has the role reader; a link that confirms its address is mailed.
 
     User names and e-mail addresses are unique whatever their case; 409 names the one that is taken.
     """
-    await check_rate_limit("register", request, new.email)
+    await security.check_rate_limit("register", request, new.email)
     response.headers["Location"] = "/users/me"
     return await create_account(new, Role.reader, tasks)
 
@@ -62,34 +46,31 @@ async def register(new: UserCreate, request: Request, response: Response, tasks:
 async def create_account(
     new: UserCreate, role: Role, tasks: BackgroundTasks, by: Principal | None = None
 ) -> UserPublic:
-    check_password_strength("password", new.password, new.username, new.email)
-    user, email = await database.write(insert_account, new, await hash_password(new.password), role, by)
-    tasks.add_task(mail.send, email)
-    return user
+    security.check_password_strength("password", new.password, new.username, new.email)
+    password_hash = await security.hash_password(new.password)
+    return await database.write(insert_account, new, password_hash, role, tasks, by)
 
 
 def insert_account(
-    session: Session, new: UserCreate, password_hash: str, role: Role, by: Principal | None
-) -> tuple[UserPublic, Email]:
+    session: Session, new: UserCreate, password_hash: str, role: Role, tasks: BackgroundTasks, by: Principal | None
+) -> UserPublic:
     if by is not None:
-        check_still_authorized(session, by)
-    user = add_user(session, new, password_hash, role)
-    by_id = by.id if by else user.id
-    record_account_event(session, user.id, "created", username=user.username, role=role, by=by_id)
-    return UserPublic.model_validate(user), confirmation_email(session, user, user.email)
-
-
-def add_user(session: Session, new: UserCreate, password_hash: str, role: Role) -> User:
+        security.check_still_authorized(session, by)
     user = User(**new.model_dump(exclude={"password", "role"}), password_hash=password_hash, role=role)
     session.add(user)
     session.flush()
-    return user
+    by_id = by.id if by else user.id
+    record_account_event(session, user.id, "created", username=user.username, role=role, by=by_id)
+    tasks.add_task(mail.send, confirmation_email(session, user, user.email))
+    return UserPublic.model_validate(user)
 
 
 # --- confirming an address ----------------------------------------------------------------------------------------
 
 LINK_LIFETIME = timedelta(hours=24)
 MAX_CODE_ATTEMPTS = 5
+IS_LINK = col(OneTimeCode.purpose) == CodePurpose.verify_email
+IS_RESET = col(OneTimeCode.purpose) == CodePurpose.reset_password
 PAGE = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     '<title>{heading}</title><link rel="stylesheet" href="../../static/style.css"></head>'
@@ -111,26 +92,22 @@ class Notice(BaseModel):
 def confirmation_email(session: Session, user: User, address: str) -> Email:
     """A mail to this address with a new link that confirms it. Earlier links stay valid."""
     token = secrets.token_urlsafe(24)
-    session.add(
-        OneTimeCode(
-            user_id=user.id,
-            purpose=CodePurpose.verify_email,
-            email=address,
-            code_hash=hmac_hash(CodePurpose.verify_email, token),
-            expires_at=models.utcnow() + LINK_LIFETIME,
-        )
-    )
+    add_code(session, CodePurpose.verify_email, user.id, address, LINK_LIFETIME, token)
     return mail.confirm_address(address, user.username, token)
 
 
-@router.get(
-    "/auth/verify-email/{token}",
-    response_model=Confirmed,
-    summary="Open the link that confirms an e-mail address",
-    responses=LINK_RESPONSES | errors(507),
-)
+def add_code(
+    session: Session, purpose: CodePurpose, user_id: int, address: str, lifetime: timedelta, *secret: object
+) -> None:
+    code_hash, expires_at = security.hmac_hash(purpose, *secret), models.utcnow() + lifetime
+    session.add(
+        OneTimeCode(user_id=user_id, purpose=purpose, email=address, code_hash=code_hash, expires_at=expires_at)
+    )
+
+
+@router.get("/auth/verify-email/{token}", response_model=Confirmed, responses=LINK_RESPONSES | errors(507))
 async def verify_email(token: LinkToken, request: Request) -> Response:
-    """A page with a button that confirms the address: mail scanners that follow links confirm nothing.
+    """Open the page whose button confirms an address: mail scanners that follow links confirm nothing.
 
     A request that accepts `application/json`, and no HTML, confirms it at once.
     """
@@ -141,17 +118,10 @@ async def verify_email(token: LinkToken, request: Request) -> Response:
     return HTMLResponse(PAGE.format(heading="Confirm your e-mail address", content=button))
 
 
-@router.post(
-    "/auth/verify-email/{token}",
-    response_model=Confirmed,
-    summary="Confirm an e-mail address",
-    responses=LINK_RESPONSES,
-)
+@router.post("/auth/verify-email/{token}", response_model=Confirmed, responses=LINK_RESPONSES)
 async def confirm_email(token: LinkToken, request: Request) -> Response:
-    """Confirm the address that the link was mailed to. The link works once, for 24 hours."""
+    """Confirm an address with the link that was mailed there. The link works once, for 24 hours."""
     confirmed = await database.write(confirm_address, token)
-    if confirmed is None:
-        raise HTTPException(404, "This link is used up or too old. POST /auth/verify-email mails another.")
     if "text/html" not in accepted_types(request):
         return json_response(confirmed.model_dump_json())
     text = f"<p>The address {html.escape(confirmed.email)} is confirmed. You can close this page.</p>"
@@ -162,21 +132,19 @@ def accepted_types(request: Request) -> set[str]:
     return {part.partition(";")[0].strip() for part in request.headers.get("accept", "").lower().split(",")}
 
 
-def confirm_address(session: Session, token: str) -> Confirmed | None:
-    token_hash = hmac_hash(CodePurpose.verify_email, token)
-    code = session.scalars(sa.select(OneTimeCode).where(col(OneTimeCode.code_hash) == token_hash, is_valid())).first()
-    if code is None:
-        return None
+def confirm_address(session: Session, token: str) -> Confirmed:
+    not_valid = "This link is used up or too old. POST /auth/verify-email mails another."
+    token_hash = security.hmac_hash(CodePurpose.verify_email, token)
+    codes = sa.select(OneTimeCode).where(col(OneTimeCode.code_hash) == token_hash, is_valid())
+    code = or_404(session.scalars(codes).first(), not_valid)
     user = session.get_one(User, code.user_id)
     if code.email not in (user.email, user.pending_email):
-        return None
+        raise HTTPException(404, not_valid)
     if code.email != user.email:  # 409 if it has been taken since
         record_account_event(session, user.id, "email_changed", old=user.email, new=code.email, by=user.id)
         user.email, user.email_verified_at, user.pending_email = str(code.email), None, None
-        cancel_codes(session, user.id, CodePurpose.reset_password)  # these went to the old address
-    session.execute(
-        sa.delete(OneTimeCode).where(of_user(user.id, CodePurpose.verify_email), col(OneTimeCode.email) == code.email)
-    )
+        cancel_codes(session, user.id, IS_RESET)  # these went to the old address
+    cancel_codes(session, user.id, IS_LINK, col(OneTimeCode.email) == code.email)
     mark_verified(session, user)
     return Confirmed(email=user.email, email_verified_at=user.email_verified_at or models.utcnow())
 
@@ -188,21 +156,15 @@ def mark_verified(session: Session, user: User) -> None:
 
 
 def is_valid() -> ColumnElement[bool]:
-    now, attempts = models.utcnow(), col(OneTimeCode.attempts)
-    return sa.and_(col(OneTimeCode.expires_at) > now, attempts < MAX_CODE_ATTEMPTS)
+    return sa.and_(col(OneTimeCode.expires_at) > models.utcnow(), col(OneTimeCode.attempts) < MAX_CODE_ATTEMPTS)
 
 
-def of_user(user_id: int, *purposes: CodePurpose) -> ColumnElement[bool]:
-    return sa.and_(col(OneTimeCode.user_id) == user_id, col(OneTimeCode.purpose).in_(purposes))
-
-
-def cancel_codes(session: Session, user_id: int, *purposes: CodePurpose) -> None:
-    session.execute(sa.delete(OneTimeCode).where(of_user(user_id, *purposes)))
+def cancel_codes(session: Session, user_id: int, *which: ColumnElement[bool]) -> None:
+    session.execute(sa.delete(OneTimeCode).where(col(OneTimeCode.user_id) == user_id, *which))
 
 
 def cancel_address_change(session: Session, user: User) -> None:
-    links = sa.and_(of_user(user.id, CodePurpose.verify_email), col(OneTimeCode.email) == user.pending_email)
-    session.execute(sa.delete(OneTimeCode).where(links))
+    cancel_codes(session, user.id, IS_LINK, col(OneTimeCode.email) == user.pending_email)
     user.pending_email = None
 
 
@@ -210,21 +172,16 @@ class VerificationRequest(RequestModel):
     email: EmailAddress = Field(examples=["rita@example.com"])
 
 
-@router.post(
-    "/auth/verify-email",
-    status_code=202,
-    summary="Ask for another link that confirms my address",
-    responses=errors(429),
-)
+@router.post("/auth/verify-email", status_code=202, responses=errors(429))
 async def request_verification(body: VerificationRequest, request: Request, tasks: BackgroundTasks) -> Notice:
-    """Mail another link to an address that waits for confirmation. The answer is the same for every address."""
-    await check_rate_limit("verify", request, body.email)
-    tasks.add_task(mail_link, body.email)  # after the response, so that its time tells nothing
+    """Request another link for an address that waits for confirmation. The answer is the same for every address."""
+    await security.check_rate_limit("verify", request, body.email)
+    tasks.add_task(send_made, another_link, body.email)  # after the response, so that its time tells nothing
     return Notice(detail="If an account waits for this address to be confirmed, a link is on its way to it.")
 
 
-async def mail_link(address: str) -> None:
-    email = await database.write(another_link, address)
+async def send_made(make_email: Callable[[Session, str], Email | None], address: str) -> None:
+    email = await database.write(make_email, address)
     if email is not None:
         await mail.send(email)
 
@@ -247,41 +204,27 @@ class ForgottenPassword(RequestModel):
     email: EmailAddress = Field(examples=["rita@example.com"])
 
 
-@router.post(
-    "/auth/forgot-password", status_code=202, summary="Have a code mailed for a new password", responses=errors(429)
-)
+@router.post("/auth/forgot-password", status_code=202, responses=errors(429))
 async def forgot_password(body: ForgottenPassword, request: Request, tasks: BackgroundTasks) -> Notice:
-    """Mail a 6-digit code, valid for 10 minutes, 5 attempts and one use. It replaces an earlier one.
+    """Request a code for a new password. It has 6 digits, and is valid for 10 minutes, 5 attempts and one use.
+
+    It replaces an earlier one.
 
     The answer is the same whether or not there is such an account.
     """
-    await check_rate_limit("forgot", request, body.email)
-    tasks.add_task(mail_code, body.email)  # after the response, so that its time tells nothing
+    await security.check_rate_limit("forgot", request, body.email)
+    tasks.add_task(send_made, reset_email, body.email)  # after the response, so that its time tells nothing
     return Notice(detail="If an account has this address, a code is on its way to it.")
 
 
-async def mail_code(address: str) -> None:
-    email = await database.write(create_code, address)
-    if email is not None:
-        await mail.send(email)
-
-
-def create_code(session: Session, address: str) -> Email | None:
+def reset_email(session: Session, address: str) -> Email | None:
     user = session.scalars(sa.select(User).where(col(User.email) == address, col(User.is_active))).first()
     record_account_event(session, user.id if user else None, "reset_requested")
     if user is None:
         return None
     code = f"{secrets.randbelow(10**6):06}"
-    cancel_codes(session, user.id, CodePurpose.reset_password)
-    session.add(
-        OneTimeCode(
-            user_id=user.id,
-            purpose=CodePurpose.reset_password,
-            email=user.email,
-            code_hash=hmac_hash(CodePurpose.reset_password, user.id, code),
-            expires_at=models.utcnow() + CODE_LIFETIME,
-        )
-    )
+    cancel_codes(session, user.id, IS_RESET)
+    add_code(session, CodePurpose.reset_password, user.id, user.email, CODE_LIFETIME, user.id, code)
     return mail.reset_code(user.email, user.username, code)
 
 
@@ -294,63 +237,41 @@ class PasswordReset(RequestModel):
     new_password: Password = Field(examples=["a short way home"])
 
 
-@router.post(
-    "/auth/reset-password",
-    status_code=204,
-    summary="Set a new password with the code",
-    responses=errors(429),
-)
+@router.post("/auth/reset-password", status_code=204, responses=errors(429))
 async def reset_password(body: PasswordReset, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password with the code that was mailed. Ends every session."""
     refuse_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS
-    await check_rate_limit("reset", request, body.email)
-    check_password_strength("new_password", body.new_password, body.email)
-    accepted, email = await database.write(try_code, body.email, body.otp), None
-    if accepted is not None:
-        check_password_strength("new_password", body.new_password, accepted.username)
-        email = await database.write(use_code, accepted, await hash_password(body.new_password))
-    if accepted is None or email is None:
+    await security.check_rate_limit("reset", request, body.email)
+    security.check_password_strength("new_password", body.new_password, body.email)
+    password_hash = await security.hash_password(body.new_password)
+    username = await database.write(use_code, body, password_hash, tasks)
+    if username is None:
         await asyncio.sleep(refuse_at - asyncio.get_running_loop().time())
         raise HTTPException(400, "The code is wrong, used up or too old. Ask for a new one.")
-    tasks.add_task(mail.send, email)
-    await reset_rate_limit("reset", request, body.email)
-    for name in (body.email, accepted.username.lower()):
-        await reset_rate_limit("login", request, name)
+    await security.reset_rate_limit("reset", request, body.email)
+    for name in (body.email, username.lower()):
+        await security.reset_rate_limit("login", request, name)
 
 
-class AcceptedCode(NamedTuple):
-    code_id: int
-    user_id: int
-    username: str
-
-
-def try_code(session: Session, address: str, otp: str) -> AcceptedCode | None:
-    """Each attempt counts, and is committed before its result is used."""
-    codes = sa.select(OneTimeCode, User).join_from(OneTimeCode, User).where(col(User.email) == address)
-    valid = (col(OneTimeCode.purpose) == CodePurpose.reset_password, is_valid(), col(User.is_active))
-    row = session.execute(codes.where(*valid)).first()
+def use_code(session: Session, body: PasswordReset, password_hash: str, tasks: BackgroundTasks) -> str | None:
+    """Set the password; the user's name. None for a wrong code: the transaction counts the attempt."""
+    codes = sa.select(OneTimeCode, User).join_from(OneTimeCode, User).where(col(User.email) == body.email)
+    row = session.execute(codes.where(IS_RESET, is_valid(), col(User.is_active))).first()
     if row is None:
         return None
     code, user = row
-    code.attempts += 1
-    if not secrets.compare_digest(code.code_hash, hmac_hash(CodePurpose.reset_password, user.id, otp)):
+    if not secrets.compare_digest(code.code_hash, security.hmac_hash(CodePurpose.reset_password, user.id, body.otp)):
+        code.attempts += 1
         return None
-    return AcceptedCode(code.id, user.id, user.username)
-
-
-def use_code(session: Session, accepted: AcceptedCode, password_hash: str) -> Email | None:
-    """Set the password; None if another request has used the code."""
-    used = sa.delete(OneTimeCode).where(col(OneTimeCode.id) == accepted.code_id).returning(col(OneTimeCode.id))
-    if session.execute(used).first() is None:
-        return None
-    user = session.get_one(User, accepted.user_id)
+    security.check_password_strength("new_password", body.new_password, user.username)
     mark_verified(session, user)  # the code was mailed to that address
-    return set_password(session, user, password_hash, "password_reset", sa.true())
+    tasks.add_task(mail.send, set_password(session, user, password_hash, "password_reset", sa.true()))
+    return str(user.username)
 
 
 def set_password(session: Session, user: User, password_hash: str, event: str, ending: ColumnElement[bool]) -> Email:
     user.password_hash = password_hash
-    cancel_codes(session, user.id, CodePurpose.reset_password)
+    cancel_codes(session, user.id, IS_RESET)
     cancel_address_change(session, user)  # somebody who knew the old password may have requested it
     end_sessions(session, user.id, ending)
     record_account_event(session, user.id, event)
@@ -362,39 +283,31 @@ class PasswordChange(RequestModel):
     new_password: Password = Field(examples=["a short way home"])
 
 
-@router.post("/auth/change-password", status_code=204, summary="Change my password", responses=errors(403, 429))
+@router.post("/auth/change-password", status_code=204, responses=errors(403, 429))
 async def change_password(body: PasswordChange, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
-    """Set a new password. Ends all my sessions but this one."""
+    """Change my password. Ends all my sessions but this one."""
     if body.new_password == body.current_password:
         raise InvalidField("new_password", "must not be the current one")
     me = await confirm_password(user, body.current_password, request)
-    check_password_strength("new_password", body.new_password, me.username, me.email)
-    password_hash = await hash_password(body.new_password)
-    tasks.add_task(mail.send, await database.write(replace_password, user, me.password_hash, password_hash))
+    security.check_password_strength("new_password", body.new_password, me.username, me.email)
+    password_hash = await security.hash_password(body.new_password)
+    tasks.add_task(mail.send, await database.write(replace_password, user, password_hash))
 
 
-def replace_password(session: Session, user: Principal, verified_hash: str, password_hash: str) -> Email:
-    me, others = get_verified_user(session, user, verified_hash), col(LoginSession.id) != user.session_id
+def replace_password(session: Session, user: Principal, password_hash: str) -> Email:
+    security.check_still_authorized(session, user)
+    me, others = session.get_one(User, user.id), col(LoginSession.id) != user.session_id
     return set_password(session, me, password_hash, "password_changed", others)
 
 
 async def confirm_password(user: Principal, password: str, request: Request) -> Any:
-    """The user's row. 403 if the password is wrong."""
-    await check_rate_limit("password", request, user.id)
+    """The user's row. 403 if the password is wrong. If it is changed meanwhile, that ends the session."""
+    await security.check_rate_limit("password", request, user.id)
     me = await read_account(user)
-    is_right, _ = await verify_password(password, me.password_hash)
+    is_right, _ = await security.verify_password(password, me.password_hash)
     if not is_right:
         await database.write(record_account_event, user.id, "password_refused")
         raise HTTPException(403, "This is not your password.")
-    return me
-
-
-def get_verified_user(session: Session, user: Principal, verified_hash: str) -> User:
-    """The user, whose password may have been changed since it was verified, or the session ended: 401."""
-    check_still_authorized(session, user)
-    me = session.get_one(User, user.id)
-    if me.password_hash != verified_hash:
-        raise unauthorized()
     return me
 
 

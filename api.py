@@ -3,21 +3,22 @@
 import inspect
 import json
 import logging
+import re
 import secrets
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request, Response, params
+from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security.utils import get_authorization_scheme_param
-from pydantic import TypeAdapter
-from pydantic.json_schema import models_json_schema
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.convertors import IntegerConvertor, register_url_convertor
@@ -31,6 +32,7 @@ import security
 from models import InvalidField
 from schemas import Problem, describe_error
 
+T = TypeVar("T")
 log = logging.getLogger("books")
 access_log = logging.getLogger("books.access")
 
@@ -38,6 +40,7 @@ access_log = logging.getLogger("books.access")
 
 PROBLEM_JSON = "application/problem+json"
 TOO_LARGE = "The request is larger than this path takes."
+INTERNAL_ERROR = "Something went wrong here; it is in the server's log."
 # Where Starlette's detail is only the name of the status.
 DETAILS = {404: "There is nothing at this path.", 405: "This path does not take {method}.", 413: TOO_LARGE}
 # Why a body can't be parsed as JSON, where Python's message is not meant for clients.
@@ -49,10 +52,7 @@ UNREADABLE_BODY = {
 
 
 def problem(
-    status: int,
-    detail: str,
-    headers: dict[str, str] | None = None,
-    errors: list[dict[str, Any]] | None = None,
+    status: int, detail: str, headers: dict[str, str] | None = None, errors: list[dict[str, Any]] | None = None
 ) -> Response:
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     # ASCII: what a client sent may contain lone surrogates, which UTF-8 can't encode.
@@ -60,8 +60,7 @@ def problem(
     return Response(content, status, headers, media_type=PROBLEM_JSON)
 
 
-async def on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def on_http_error(request: Request, error: HTTPException) -> Response:
     if error.status_code == 400 and isinstance(error.__cause__, OSError):  # an upload is spooled to a file
         error = disk_full(error.__cause__)
     detail, headers = str(error.detail), dict(error.headers or {})
@@ -71,27 +70,20 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         detail = next((text for kind, text in UNREADABLE_BODY.items() if isinstance(error.__cause__, kind)), detail)
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(allowed_methods(request))
-    response = problem(error.status_code, detail, headers)
-    response.background = getattr(error, "background", None)
-    return response
+    return problem(error.status_code, detail, headers)
 
 
 def allowed_methods(request: Request) -> list[str]:
     """The methods of all routes with this path; Starlette names only those of the first."""
-    routes = request.app.routes
-    return [
-        method
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
-        if any(route.matches({**request.scope, "method": method})[0] == Match.FULL for route in routes)
-    ]
+    routes = (route for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL)
+    return sorted({method for route in routes for method in route.methods} - {"HEAD"}) or ["GET"]  # of static files
 
 
 async def on_disconnect(_request: Request, _error: Exception) -> Response:
     return problem(400, "The body ends before it is complete.")  # for the access log: the client is gone
 
 
-async def on_invalid_request(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
+async def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
     errors = [{"loc": list(e["loc"]), "msg": describe_error(e), "type": e["type"]} for e in error.errors()[:100]]
     first = errors[0]
     field = ".".join(str(part) for part in first["loc"][1:]) or first["loc"][0]
@@ -115,20 +107,29 @@ def _describe_body_error(request: Request, error: RequestValidationError) -> str
     return None
 
 
-async def on_invalid_field(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, InvalidField)
+def invalid_body(error: ValidationError) -> RequestValidationError:
+    """For a body that is not validated by FastAPI."""
+    return RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()])
+
+
+async def on_invalid_field(_request: Request, error: InvalidField) -> Response:
     return problem(422, str(error), errors=[field_error(error.field, error.message, "value_error", error.source)])
 
 
-async def on_violation(_request: Request, error: Exception) -> Response:
+async def on_violation(_request: Request, error: IntegrityError) -> Response:
     """A constraint of the database, as an error of its field."""
-    assert isinstance(error, IntegrityError)
     kind, field = database.violation(error)
     if kind == "unique":
         return problem(409, f"This {field} is taken.", errors=[field_error(field, "is taken", "unique")])
     if kind == "check":
         return problem(422, f"{field} is out of range.", errors=[field_error(field, "is out of range", "check")])
     return problem(409, "Something that this refers to, or that refers to this, stands in the way.")
+
+
+def or_404(value: T | None, detail: str) -> T:
+    if value is None:
+        raise HTTPException(404, detail)
+    return value
 
 
 def field_error(field: str, message: str, kind: str, source: str = "body") -> dict[str, Any]:
@@ -182,11 +183,7 @@ ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
 # Whether it is always sent, its description, and an example.
 HEADERS = {
     "ETag": (True, "The version of the book, for `If-Match` and `If-None-Match`.", '"1"'),
-    "Link": (
-        False,
-        "The next page, with `rel=next`, unless this is the last.",
-        '</books?cursor=WyJpZCIsMjBd>; rel="next"',
-    ),
+    "Link": (False, "The next page, with `rel=next`, except on the last.", '</books?cursor=WyJpZCIsMjBd>; rel="next"'),
     "Location": (True, "The address of what was made.", "/books/1"),
     "Retry-After": (False, "Seconds until another try is worthwhile.", "60"),
     "WWW-Authenticate": (True, "Always `Bearer`.", "Bearer"),
@@ -215,8 +212,8 @@ FOLLOWED_PAGE = errors(sends={200: "Link X-Event-Cursor"})
 def complete_openapi(schema: dict[str, Any]) -> None:
     """Add the components that `errors` refers to, 401 where a token is read, and what FastAPI can't express."""
     components = schema["components"]
-    _, problems = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
-    components["schemas"].update(problems["$defs"])
+    shape = Problem.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+    components["schemas"] |= {**shape.pop("$defs"), "Problem": shape}
     components["headers"] = {
         name: {"description": text, "required": always, "schema": {"type": "string"}, "example": example}
         for name, (always, text, example) in HEADERS.items()
@@ -224,7 +221,11 @@ def complete_openapi(schema: dict[str, Any]) -> None:
     components["responses"] = {_name(status): _error_response(status) for status in ERRORS}
     for operation in (operation for path in schema["paths"].values() for operation in path.values()):
         for parameter in operation.get("parameters", ()):
-            parameter["schema"] = _without_null(parameter["schema"])
+            choices = parameter["schema"].get("anyOf", [])
+            if {"type": "null"} in choices:  # an address or a header has no null: it is left out
+                choices.remove({"type": "null"})
+                if len(choices) == 1:
+                    parameter["schema"] |= parameter["schema"].pop("anyOf")[0]
         if "security" in operation:
             operation["responses"].setdefault("401", errors(401)[401])
         for response in operation["responses"].values():
@@ -242,15 +243,6 @@ def _error_response(status: int) -> dict[str, Any]:
         content["text/plain"] = {"schema": {"type": "string"}, "example": "Invalid HTTP request received."}
     response: dict[str, Any] = {"description": description, "content": content}
     return response | ({"headers": {n: {"$ref": f"#/components/headers/{n}"} for n in headers}} if headers else {})
-
-
-def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A parameter that is left out is left out: an address or a header has no null."""
-    choices = [choice for choice in schema.get("anyOf", ()) if choice != {"type": "null"}]
-    if len(choices) == len(schema.get("anyOf", ())):
-        return schema
-    rest = {name: value for name, value in schema.items() if name != "anyOf"}
-    return {**rest, **choices[0]} if len(choices) == 1 else {**rest, "anyOf": choices}
 
 
 # --- routes -------------------------------------------------------------------------------------------------------
@@ -278,6 +270,8 @@ class Router(APIRouter):
         super().__init__(prefix=prefix, generate_unique_id_function=name_of, max_body_size=MAX_BODY, **options)
 
     def add_api_route(self, path: str, endpoint: Handler, **options: Any) -> None:
+        # The beginning of the docstring, which as a whole is the description.
+        options["summary"] = options.get("summary") or re.split(r"[.:;(]", endpoint.__doc__ or "")[0].strip()
         always = (400, 422, 503) if options.get("methods") == ["GET"] else (400, 413, 422, 503, 507)
         options["responses"] = errors(*always) | (options.get("responses") or {})
         if any(p.annotation == security.Viewer for p in inspect.signature(endpoint, eval_str=True).parameters.values()):
@@ -299,13 +293,13 @@ class FastRoute(APIRoute):
             raise TypeError(f"{path}: FastRoute skips dependencies that are not parameters")
         self.ordinary, self.app = self.app, self.answer
         self.readers: dict[str, Reader] = {}
-        self.user_checks: dict[str, list[Handler]] = {}
+        self.user_checks = {str(user.name): _checks(user) for user in self.dependant.dependencies}
         self.body: tuple[str, Callable[[Any], Any]] | None = None
         for name, parameter in inspect.signature(endpoint, eval_str=True).parameters.items():
             marks = getattr(parameter.annotation, "__metadata__", ())
-            if (depends := _dependency(marks)) is not None:
-                self.user_checks[name] = _checks(depends)
-            elif marks or parameter.annotation is Request:
+            if name in self.user_checks:
+                continue
+            if marks or parameter.annotation is Request:
                 self.readers[name] = _reader(name, parameter, marks)
             else:
                 self.body = name, TypeAdapter(parameter.annotation).validate_python
@@ -333,16 +327,9 @@ class FastRoute(APIRoute):
         return None
 
 
-def _dependency(marks: Any) -> Any:
-    return next((mark.dependency for mark in marks if isinstance(mark, params.Depends)), None)
-
-
-def _checks(dependency: Any) -> list[Handler]:
+def _checks(user: Dependant) -> list[Any]:
     """The dependencies that check what `get_principal` returned, the outermost last."""
-    if dependency is security.get_principal:
-        return []
-    (parameter,) = inspect.signature(dependency, eval_str=True).parameters.values()
-    return [*_checks(_dependency(parameter.annotation.__metadata__)), dependency]
+    return [] if user.call is security.get_principal else [*_checks(user.dependencies[0]), user.call]
 
 
 def _reader(name: str, parameter: inspect.Parameter, marks: Any) -> Reader:
@@ -412,11 +399,7 @@ HSTS = (b"strict-transport-security", b"max-age=31536000")
 VERIFY_LINK = "/auth/verify-email/"
 NO_HEAD = ("/stream", VERIFY_LINK)  # where GET never ends, or may change something
 # Starlette's plain-text errors: its body limit, its file responses, its CORS.
-PLAIN_TEXT_ERRORS = {
-    413: TOO_LARGE,
-    416: "The file has no such range.",
-    400: "The header Range can't be read.",
-}
+PLAIN_TEXT_ERRORS = {413: TOO_LARGE, 416: "The file has no such range.", 400: "The header Range can't be read."}
 CORS_REFUSED = "Not allowed for this origin, method or header (see CORS_ORIGINS)."
 
 
@@ -472,8 +455,7 @@ class RequestMiddleware:
             await self.app(inner, receive, send_response)
         except Exception:
             if not status:
-                bug = problem(500, "Something went wrong here; it is in the server's log.")
-                await bug(scope, receive, send_response)
+                await problem(500, INTERNAL_ERROR)(scope, receive, send_response)
             raise  # the server logs it
         finally:
             if not logged:  # the server stops, or the client is gone

@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import Header, HTTPException, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
@@ -12,32 +11,12 @@ from sqlmodel import Session, col
 import database
 import events
 import models
-from api import FOLLOWED_PAGE, FastRoute, Router, errors
+import pagination
+from api import FOLLOWED_PAGE, FastRoute, Router, errors, invalid_body, or_404
 from database import CompiledQuery, transactional
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
-from pagination import (
-    JsonObject,
-    JsonPage,
-    Listing,
-    Order,
-    Page,
-    PageQuery,
-    json_response,
-    last_event_id,
-    page_response,
-)
-from schemas import (
-    BlankIsNull,
-    BookBase,
-    BookCreate,
-    BookPublic,
-    BookUpdate,
-    GenreCount,
-    Id,
-    Name,
-    RequestModel,
-    Title,
-)
+from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, columns_of, json_response, page_response
+from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
 from search import SearchTerms, best_first, count_matches, index_books, matches
 from security import Contributor, CurrentUser, Viewer, unauthorized
 
@@ -45,16 +24,15 @@ router = Router(prefix="/books", tags=["Catalogue"])
 hot = Router(prefix="/books", tags=["Catalogue"], route_class=FastRoute)
 
 BookId = Annotated[Id, Path(description="The book's `id`.")]
+NO_BOOK = "No such book."
 IfMatch = Annotated[str | None, Header(description="The `ETag` that the change is based on; 412 when it is stale.")]
 IfNoneMatch = Annotated[str | None, Header(description="The `ETag` that you have; 304 when it is still true.")]
 Sort = Literal[
     "id", "title", "author", "year", "rating", "created", "-id", "-title", "-author", "-year", "-rating", "-created"
 ]
 
-PUBLIC_COLUMNS: dict[str, Any] = {name: getattr(Book, name) for name in BookPublic.model_fields}
-PUBLIC_COLUMNS["rating"] = sa.cast(col(Book.rating_sum), sa.Float) / sa.func.nullif(
-    col(Book.rating_count), sa.text("0")
-)
+RATING = sa.cast(col(Book.rating_sum), sa.Float) / sa.func.nullif(col(Book.rating_count), sa.text("0"))
+PUBLIC_COLUMNS = columns_of(Book, BookPublic, rating=RATING)
 SELECT_BOOKS: Any = sa.select(JsonObject(PUBLIC_COLUMNS))
 FIND_BOOK = CompiledQuery(SELECT_BOOKS.add_columns(col(Book.version)).where(col(Book.id) == sa.bindparam("book_id")))
 INSERT_BOOK = CompiledQuery(sa.insert(Book).returning(col(Book.id)))
@@ -98,19 +76,13 @@ BOOKS = Listing(
 )
 
 
-def no_such_book() -> HTTPException:
-    return HTTPException(404, "No such book.")
-
-
 # --- finding ------------------------------------------------------------------------------------------------------
 
 
 class BookFilter(RequestModel):
-    search: Annotated[
-        Title | None,
-        BlankIsNull,
-        Field(description="Every word, as a prefix, in title, author, ISBN or publisher."),
-    ] = None
+    search: Annotated[Title | None, BlankIsNull] = Field(
+        default=None, description="Every word, as a prefix, in title, author, ISBN or publisher."
+    )
     genre: Annotated[Name | None, BlankIsNull] = None
     author: Annotated[Name | None, BlankIsNull, Field(description="These words, in the author's name.")] = None
     publisher: Annotated[Name | None, BlankIsNull, Field(description="These words, in the publisher's name.")] = None
@@ -142,9 +114,9 @@ class BookQuery(BookFilter, PageQuery):
     pass
 
 
-@hot.get("", response_model=Page[BookPublic], summary="Find books", responses=FOLLOWED_PAGE)
+@hot.get("", response_model=Page[BookPublic], responses=FOLLOWED_PAGE)
 async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, request: Request) -> Response:
-    """A page of the catalogue, filtered, searched and sorted.
+    """Find books: filter, search and sort the catalogue.
 
     `X-Event-Cursor` is the id of the last event that the page includes: follow `/stream?since=` from there.
     """
@@ -165,7 +137,7 @@ def best_matches(connection: Connection, filters: dict[str, Any], query: BookQue
     texts = books_by_id(connection, [book_id for _, book_id in rows])
     following = BEST_MATCH.encode(rows[-1]) if rows and len(found) == limit else None
     items = [texts[book_id] for _, book_id in rows]
-    return JsonPage(items, total, following, last_event_id(connection))
+    return JsonPage(items, total, following, pagination.last_event_id(connection))
 
 
 SELECT_BY_ID = SELECT_BOOKS.add_columns(col(Book.id))
@@ -180,9 +152,9 @@ def books_by_id(connection: Connection, ids: list[int]) -> dict[int, str]:
     return {book_id: text for text, book_id in rows}
 
 
-@router.get("/genres", summary="List genres")
+@router.get("/genres")
 async def list_genres() -> list[GenreCount]:
-    """The genres and how many books each has, the largest first."""
+    """List the genres and how many books each has, the largest first."""
     return await database.read(count_genres)
 
 
@@ -209,31 +181,17 @@ NOT_MODIFIED: dict[int | str, Any] = {304: {"description": "It is still the vers
 CHANGE_RESPONSES = errors(403, 404, 409, 412, sends={200: "ETag"})
 
 
-@hot.get(
-    "/{book_id:id}",
-    response_model=BookPublic,
-    summary="Read a book",
-    responses=NOT_MODIFIED | errors(404, sends={200: "ETag"}),
-)
+@hot.get("/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | errors(404, sends={200: "ETag"}))
 async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
-    """One book. Its `ETag` names its version."""
-    row = await database.read(FIND_BOOK.first, {"book_id": book_id})
-    if row is None:
-        raise no_such_book()
-    body, version = row
+    """Read a book. Its `ETag` names its version."""
+    body, version = or_404(await database.read(FIND_BOOK.first, {"book_id": book_id}), NO_BOOK)
     headers = {"ETag": etag_of(version)}
     if if_none_match is not None and etag_matches(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     return json_response(body, headers=headers)
 
 
-@hot.post(
-    "",
-    status_code=201,
-    response_model=BookPublic,
-    summary="Add a book",
-    responses=errors(403, 409, sends={201: "Location ETag"}),
-)
+@hot.post("", status_code=201, response_model=BookPublic, responses=errors(403, 409, sends={201: "Location ETag"}))
 async def create_book(new: BookCreate, user: Contributor) -> Response:
     """Add a book. An ISBN that is here already is refused with 409."""
     book = await database.write(add_book, new, user.id)
@@ -255,43 +213,31 @@ def record_book(session: Session, event_type: str, book: Book | dict[str, Any]) 
     return public
 
 
-@router.put("/{book_id:id}", summary="Replace a book", responses=CHANGE_RESPONSES)
+@router.put("/{book_id:id}", responses=CHANGE_RESPONSES)
 @transactional
 def replace_book(
-    session: Session,
-    book_id: BookId,
-    new: BookCreate,
-    user: CurrentUser,
-    response: Response,
-    if_match: IfMatch = None,
+    session: Session, book_id: BookId, new: BookCreate, user: CurrentUser, response: Response, if_match: IfMatch = None
 ) -> BookPublic:
-    """Replace the description of a book: fields that are left out are cleared. For who added it, and staff."""
+    """Replace a book: fields that are left out are cleared. For who added it, and staff."""
     book = revise_book(session, get_own_book(session, book_id, user, if_match, "change"), new)
     response.headers["ETag"] = etag_of(book.version)
     return book
 
 
-@router.patch("/{book_id:id}", summary="Change a book", responses=CHANGE_RESPONSES)
+@router.patch("/{book_id:id}", responses=CHANGE_RESPONSES)
 @transactional
 def update_book(
-    session: Session,
-    book_id: BookId,
-    change: BookUpdate,
-    user: CurrentUser,
-    response: Response,
-    if_match: IfMatch = None,
+    session: Session, book_id: BookId, new: BookUpdate, user: CurrentUser, response: Response, if_match: IfMatch = None
 ) -> BookPublic:
-    """Change fields of a book (RFC 7396: null clears). For who added it, and staff."""
-    book = revise_book(session, get_own_book(session, book_id, user, if_match, "change"), change)
+    """Change a book (RFC 7396: null clears). For who added it, and staff."""
+    book = revise_book(session, get_own_book(session, book_id, user, if_match, "change"), new)
     response.headers["ETag"] = etag_of(book.version)
     return book
 
 
 def get_own_book(session: Session, book_id: int, user: Principal, if_match: str | None, verb: str) -> Book:
     """The book, if the user may change it and it is still the version that the client has."""
-    book = session.get(Book, book_id)
-    if book is None:
-        raise no_such_book()
+    book = or_404(session.get(Book, book_id), NO_BOOK)
     if if_match is not None and not etag_matches(if_match, etag_of(book.version)):
         raise HTTPException(412, f"The book has changed: its ETag is now {etag_of(book.version)}.")
     if not user.is_staff and book.added_by != user.id:
@@ -315,11 +261,10 @@ def merge(book: Book, change: BookUpdate) -> BookCreate:
     try:
         return BookCreate.model_validate(merged)
     except ValidationError as error:
-        faults = error.errors(include_input=False, include_url=False)
-        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from None
+        raise invalid_body(error) from None
 
 
-@router.delete("/{book_id:id}", status_code=204, summary="Delete a book", responses=errors(403, 404, 409, 412))
+@router.delete("/{book_id:id}", status_code=204, responses=errors(403, 404, 409, 412))
 @transactional
 def delete_book(session: Session, book_id: BookId, user: CurrentUser, if_match: IfMatch = None) -> None:
     """Delete a book with its reviews and shelf entries.
@@ -328,10 +273,8 @@ def delete_book(session: Session, book_id: BookId, user: CurrentUser, if_match: 
     """
     book = get_own_book(session, book_id, user, if_match, "delete")
     if not user.is_staff:
-        others = sa.select(col(ShelfEntry.id)).where(
-            col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id
-        )
-        if session.execute(others.limit(1)).first() is not None:
+        by_others = sa.exists().where(col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id)
+        if session.scalar(sa.select(by_others)):
             raise HTTPException(409, "Somebody else has this book on a shelf: only librarians and admins delete it.")
     if book.available < book.copies:
         raise HTTPException(409, f"{book.copies - book.available} of its copies are on loan: have them returned first.")

@@ -182,10 +182,6 @@ class EventFilter:
         prefixes = [col(Event.type).startswith(prefix, autoescape=True) for prefix in self.prefixes]
         return sa.and_(sa.or_(*is_visible), sa.or_(col(Event.type).in_(self.types), *prefixes))
 
-    async def is_viewer_authorized(self) -> bool:
-        """Whether the viewer's token is still valid, and the account has the same role."""
-        return self.viewer is None or await retry_until_available(is_token_valid, self.viewer)
-
 
 async def retry_until_available(read: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """Streams survive a restart of the database."""
@@ -302,7 +298,7 @@ class EventTail:
         yield control_frame("ready", {"head": last}, retry=retry)
         if reset is not None:
             yield control_frame("reset", reset)
-        position = last if cursor is None or reset is not None else cursor
+        position, viewer = last if cursor is None or reset is not None else cursor, event_filter.viewer
         clock = asyncio.get_running_loop().time
         checked_at = clock()
         deadline, remaining = checked_at + (seconds or math.inf), limit or MAX_EVENT_ID
@@ -322,7 +318,7 @@ class EventTail:
                         break
             if needs_check:
                 checked_at = clock()
-                if not await event_filter.is_viewer_authorized():
+                if viewer is not None and not await retry_until_available(is_token_valid, viewer):
                     return
             if chunk:
                 yield bytes(chunk)
@@ -404,9 +400,9 @@ STREAM = {"text/event-stream": {"itemSchema": FRAME}}
 STREAM_RESPONSES = errors(429) | {200: {"description": "Events, until the client disconnects.", "content": STREAM}}
 
 
-@router.get("/events", summary="Read the change log")
+@router.get("/events")
 async def list_events(query: Annotated[EventsQuery, Query()], viewer: Viewer) -> EventPage:
-    """The change log, oldest first, for clients that poll.
+    """Read the change log, oldest first: for clients that poll.
 
     Public changes for anyone; with a bearer token also your own private ones.
     """
@@ -424,11 +420,11 @@ def _read_events(connection: Connection, event_filter: EventFilter, query: Event
     return EventPage(items=items, next=items[-1].id if len(items) == query.limit else last_event_id(connection))
 
 
-@router.get("/stream", summary="Follow changes live", response_class=EventSourceResponse, responses=STREAM_RESPONSES)
+@router.get("/stream", response_class=EventSourceResponse, responses=STREAM_RESPONSES)
 async def stream(
     query: Annotated[StreamQuery, Query()], viewer: Viewer, last_event_id: Annotated[EventId | None, Header()] = None
 ) -> EventSourceResponse:
-    """Every change as it is committed, as Server-Sent Events.
+    """Follow every change as it is committed, by Server-Sent Events.
 
     The first event is `ready`. To see the stream end here in the docs, give `limit` or `seconds`. A client that
     reconnects with the last `id` it received as `Last-Event-ID` gets what it missed; if the log can't be read on from

@@ -25,7 +25,7 @@ import database
 import events
 import models
 import schemas
-from api import Router, errors
+from api import INTERNAL_ERROR, Router, errors, or_404
 from books import add_book, etag_of
 from csv_files import LOOKED_UP, ImportRow, InvalidCell, from_html, read_date, repair_isbn
 from models import InvalidField, Role, User, claim_job, schedule_job
@@ -258,23 +258,15 @@ async def get_answer(client: httpx2.AsyncClient, source: Source, url: httpx2.URL
     if source is Source.google and settings.google_books_key is not None:
         url = url.copy_merge_params({"key": settings.google_books_key.get_secret_value()})
     try:
-        # At most three redirects. httpx2 would follow them to any host, and read their bodies whatever their size.
-        for _ in range(4):
-            async with client.stream("GET", url) as response:
-                if not response.has_redirect_location:
-                    return await read_answer(source, response, parse)
-                target = url.join(response.headers["Location"])
-            if (target.scheme, target.netloc) != (url.scheme, url.netloc):
-                raise SourceError(502, source, "redirects to another server")
-            url = target
+        async with client.stream("GET", url) as response:  # which follows no redirect
+            return await read_answer(source, response, parse)
     except httpx2.TimeoutException:
         raise SourceError(504, source, "does not answer in time", pause=0) from None
-    except (httpx2.RequestError, httpx2.InvalidURL) as error:
+    except httpx2.RequestError as error:
         log.info("%s: %s", source.label, type(error).__name__)
         raise SourceError(502, source, "can't be reached, or breaks off", pause=0) from None
     except ValueError:
         raise SourceError(502, source, "answers what can't be read", pause=0) from None
-    raise SourceError(502, source, "redirects too often")
 
 
 async def read_answer(source: Source, response: httpx2.Response, parse: Parser[T]) -> T | None:
@@ -384,9 +376,12 @@ class ExternalQuery(RequestModel):
 cache: TTLCache[str, bytes, datetime] = TTLCache(16 << 20, timedelta(hours=1), lambda: models.utcnow(), len)  # noqa: PLW0108
 
 
-@router.get("", summary="Find books in other catalogues", response_model=Candidates, responses=errors(502, 504))
+@router.get("", response_model=Candidates, responses=errors(502, 504))
 async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: CurrentUser) -> Response:
-    """Search by words or by ISBN. Answers are cached for an hour; 502 if the source is down, 504 if it is slow."""
+    """Search another catalogue by words or by ISBN. Answers are cached for an hour.
+
+    502 if the source is down, 504 if it is slow.
+    """
     if (query.q is None) == (query.isbn is None):
         raise InvalidField("q", "is needed, or isbn, and only one of them", "query")
     key, start, limit = query.model_dump_json(), query.start_index, query.max_results
@@ -404,14 +399,13 @@ async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: C
 CREATED = errors(403, 404, 409, 502, 504, sends={201: "Location ETag"})
 
 
-@router.post("", status_code=201, summary="Add a book of another catalogue", responses=CREATED)
+@router.post("", status_code=201, responses=CREATED)
 async def add_external_book(payload: ExternalBook, user: Contributor, response: Response) -> BookPublic:
     """Add a book as Google Books or Open Library has it now. 409 if its ISBN is in the catalogue already."""
     if not REFS[payload.source].fullmatch(payload.ref):
         raise InvalidField("ref", f"is not one of {payload.source.label}")
-    candidate = await fetch_candidate(payload.source, payload.ref)
-    if candidate is None:
-        raise HTTPException(404, f"{payload.source.label} has no such book.")
+    no_book = f"{payload.source.label} has no such book."
+    candidate = or_404(await fetch_candidate(payload.source, payload.ref), no_book)
     book = await database.write(add_book, candidate.book(), user.id)
     response.headers.update({"Location": f"/books/{book.id}", "ETag": etag_of(book.version)})
     return book
@@ -493,13 +487,10 @@ async def harvest() -> None:
     try:
         data |= await add_newest_books(query)
         log.info("harvested %s", data)
-    except HTTPException as error:
-        log.error("the harvest failed, and is tried again in an hour: %s", error.detail)
-        data["error"] = str(error.detail)
-    except Exception:
-        # Whatever it is, admins must find it in the event log.
-        log.exception("the harvest failed, and is tried again in an hour")
-        data["error"] = "Something went wrong here; it is in the server's log."
+    except Exception as error:  # whatever it is, admins must find it in the event log
+        data["error"] = error.detail if isinstance(error, HTTPException) else INTERNAL_ERROR
+        is_bug = data["error"] == INTERNAL_ERROR
+        log.error("the harvest failed, and is tried again in an hour: %s", data["error"], exc_info=is_bug)
     await database.write(record_harvest, data)
 
 

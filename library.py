@@ -11,30 +11,12 @@ from sqlmodel import Session, col
 
 import database
 import events
-from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors
-from books import FIND_BOOK, PUBLIC_COLUMNS, BookId, no_such_book
+from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404
+from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
 from database import readonly, transactional
 from models import Book, Principal, ShelfEntry, ShelfStatus, User
-from pagination import (
-    JsonObject,
-    JsonPage,
-    Listing,
-    Page,
-    PageQuery,
-    SortableTimestamp,
-    json_response,
-    page_response,
-)
-from schemas import (
-    BookPublic,
-    EntryCreate,
-    EntryPublic,
-    EntryUpdate,
-    GenreCount,
-    Id,
-    ReviewPublic,
-    Username,
-)
+from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, SortableTimestamp, json_response, page_response
+from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id, ReviewPublic, Username
 from security import CurrentUser, Staff
 
 router = Router(tags=["My library"])
@@ -42,6 +24,7 @@ hot = Router(tags=["My library"], route_class=FastRoute)
 reviews_router = Router(tags=["Catalogue"])
 
 ENTRY_COLUMNS: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic.model_fields if name != "book"}
+NOT_ON_SHELF = "This book is not on your shelf."
 OF_BOOK = col(ShelfEntry.book_id) == col(Book.id)
 SORT_COLUMNS: dict[str, tuple[Any, ...]] = {
     "added": (),  # ids are given out in the order of time
@@ -71,43 +54,27 @@ class ShelfQuery(PageQuery):
     sort: Sort = Field(default="-added")
 
 
-@hot.get("/my-library", response_model=Page[EntryPublic], summary="List my shelf", responses=FOLLOWED_PAGE)
+@hot.get("/my-library", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
-    """My shelf, newest first. `X-Event-Cursor` is the id of the last event that the page includes."""
+    """List my shelf, newest first. `X-Event-Cursor` is the id of the last event that the page includes."""
     filters = {"user_id": user.id, **query.model_dump(include={"status", "book_id"}, exclude_none=True)}
     return page_response(request, await database.read(ENTRIES.page, filters, query.sort, query))
 
 
-@router.get(
-    "/my-library/{book_id:id}", response_model=EntryPublic, summary="Read a book on my shelf", responses=errors(404)
-)
+@router.get("/my-library/{book_id:id}", response_model=EntryPublic, responses=errors(404))
 @readonly
 def read_entry(connection: Connection, book_id: BookId, user: CurrentUser) -> Response:
-    """A book on my shelf."""
-    entry = ENTRIES.first(connection, {"user_id": user.id, "book_id": book_id})
-    if entry is None:
-        raise not_on_shelf()
-    return json_response(entry)
+    """Read a book on my shelf."""
+    return json_response(or_404(ENTRIES.first(connection, {"user_id": user.id, "book_id": book_id}), NOT_ON_SHELF))
 
 
-def not_on_shelf() -> HTTPException:
-    return HTTPException(404, "This book is not on your shelf.")
-
-
-@router.post(
-    "/my-library/{book_id:id}",
-    status_code=201,
-    summary="Put a book on my shelf",
-    responses=errors(404, 409, sends={201: "Location"}),
-)
+@router.post("/my-library/{book_id:id}", status_code=201, responses=errors(404, 409, sends={201: "Location"}))
 @transactional
 def shelve_book(
     session: Session, book_id: BookId, user: CurrentUser, response: Response, new: EntryCreate | None = None
 ) -> EntryPublic:
     """Put a book on my shelf. 409 if it is there already."""
-    book = session.get(Book, book_id)
-    if book is None:
-        raise no_such_book()
+    book = or_404(session.get(Book, book_id), NO_BOOK)
     entry = ShelfEntry(user_id=user.id, book_id=book_id, status=ShelfStatus.wishlist)
     entry.revise((new or EntryCreate()).model_dump())
     session.add(entry)
@@ -121,7 +88,7 @@ def shelve_book(
     return record_entry(session, "shelf.created", entry, book, user)
 
 
-@router.patch("/my-library/{book_id:id}", summary="Move, rate, review or tag a book", responses=errors(404))
+@router.patch("/my-library/{book_id:id}", responses=errors(404))
 @transactional
 def update_entry(session: Session, book_id: BookId, change: EntryUpdate, user: CurrentUser) -> EntryPublic:
     """Move, rate, review or tag a book on my shelf (RFC 7396: null clears).
@@ -146,7 +113,7 @@ def revise_entry(
     return public
 
 
-@router.delete("/my-library/{book_id:id}", status_code=204, summary="Take a book off my shelf", responses=errors(404))
+@router.delete("/my-library/{book_id:id}", status_code=204, responses=errors(404))
 @transactional
 def remove_entry(session: Session, book_id: BookId, user: CurrentUser) -> None:
     """Take a book off my shelf, with my rating and review."""
@@ -160,10 +127,8 @@ def remove_entry(session: Session, book_id: BookId, user: CurrentUser) -> None:
 
 def get_entry(session: Session, book_id: int, user: Principal) -> tuple[ShelfEntry, Book]:
     mine = sa.select(ShelfEntry, Book).join_from(ShelfEntry, Book, OF_BOOK)
-    row = session.execute(mine.where(col(ShelfEntry.user_id) == user.id, col(Book.id) == book_id)).first()
-    if row is None:
-        raise not_on_shelf()
-    entry, book = row
+    mine = mine.where(col(ShelfEntry.user_id) == user.id, col(Book.id) == book_id)
+    entry, book = or_404(session.execute(mine).first(), NOT_ON_SHELF)
     return entry, book
 
 
@@ -204,38 +169,25 @@ REVIEWS = Listing(
 )
 
 
-@reviews_router.get(
-    "/books/{book_id:id}/reviews",
-    response_model=Page[ReviewPublic],
-    summary="List the reviews of a book",
-    responses=errors(404) | PAGE,
-)
+@reviews_router.get("/books/{book_id:id}/reviews", response_model=Page[ReviewPublic], responses=errors(404) | PAGE)
 async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], request: Request) -> Response:
-    """Ratings and reviews of a book, newest entry first. They are written at `/my-library/{book_id}`."""
+    """List the ratings and reviews of a book, newest entry first. They are written at `/my-library/{book_id}`."""
     return page_response(request, await database.read(find_reviews, book_id, query))
 
 
 def find_reviews(connection: Connection, book_id: int, query: PageQuery) -> JsonPage:
-    if FIND_BOOK.first(connection, {"book_id": book_id}) is None:
-        raise no_such_book()
+    or_404(FIND_BOOK.first(connection, {"book_id": book_id}), NO_BOOK)
     return REVIEWS.page(connection, {"book_id": book_id}, "-id", query)
 
 
-@reviews_router.delete(
-    "/books/{book_id:id}/reviews/{username}", status_code=204, summary="Remove a review", responses=errors(403, 404)
-)
+@reviews_router.delete("/books/{book_id:id}/reviews/{username}", status_code=204, responses=errors(403, 404))
 @transactional
 def remove_review(session: Session, book_id: BookId, username: Username, user: Staff) -> None:
-    """Clear somebody's rating and review of a book. The book stays on their shelf."""
-    book = session.get(Book, book_id)
-    if book is None:
-        raise no_such_book()
+    """Remove somebody's rating and review of a book. The book stays on their shelf."""
+    book = or_404(session.get(Book, book_id), NO_BOOK)
     reviews = sa.select(ShelfEntry, User).join_from(ShelfEntry, User, col(ShelfEntry.user_id) == col(User.id))
     of_user = (col(ShelfEntry.book_id) == book_id, sa.func.lower(col(User.username)) == username.lower())
-    row = session.execute(reviews.where(*of_user, IS_REVIEW)).first()
-    if row is None:
-        raise HTTPException(404, "No such review.")
-    entry, owner = row
+    entry, owner = or_404(session.execute(reviews.where(*of_user, IS_REVIEW)).first(), "No such review.")
     revise_entry(session, entry, book, owner, EntryUpdate(rating=None, review=None))
 
 
@@ -273,9 +225,9 @@ class ShelfStats(BaseModel):
     top_authors: list[AuthorCount] = Field(description="Of completed books, the ten most frequent.")
 
 
-@router.get("/my-library/stats", summary="See my reading in figures")
+@router.get("/my-library/stats")
 async def read_stats(user: CurrentUser) -> ShelfStats:
-    """My shelf in figures: by status and year, ratings, most frequent genres and authors."""
+    """Read my shelf in figures: by status and year, ratings, most frequent genres and authors."""
     return await database.read(count_entries, user.id)
 
 

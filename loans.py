@@ -16,11 +16,11 @@ from sqlmodel import Session, col
 import database
 import events
 import models
-from api import FOLLOWED_PAGE, Router, errors
-from books import BookId, no_such_book
+from api import FOLLOWED_PAGE, Router, errors, or_404
+from books import NO_BOOK, BookId
 from database import readonly, transactional
 from models import MAX_COPIES, MAX_RENEWALS, Book, InvalidField, Loan, LoanStatus, Principal, User
-from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
+from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
 from schemas import Id, LoanCreate, LoanPublic, StockChange, StockPublic
 from security import CurrentUser, Staff
 from settings import settings
@@ -28,19 +28,13 @@ from settings import settings
 router = Router(tags=["Lending"])
 
 LoanId = Annotated[Id, Path(description="The loan's `id`.")]
+NO_LOAN = "No such loan."
 IS_OPEN = col(Loan.returned_at).is_(None)
 IS_OVERDUE = col(Loan.due_at) < sa.bindparam("now", type_=models.UtcDateTime)
-LOAN_COLUMNS: dict[str, Any] = {name: getattr(Loan, name) for name in LoanPublic.model_fields if hasattr(Loan, name)}
-LOAN_COLUMNS |= {
-    "username": col(User.username),
-    "title": col(Book.title),
-    "status": sa.case((sa.not_(IS_OPEN), "returned"), (IS_OVERDUE, "overdue"), else_="active"),
-}
+STATUS = sa.case((sa.not_(IS_OPEN), "returned"), (IS_OVERDUE, "overdue"), else_="active")
+LOAN_COLUMNS = columns_of(Loan, LoanPublic, username=col(User.username), title=col(Book.title), status=STATUS)
 LOANS = Listing(
-    sa.select(JsonObject({name: LOAN_COLUMNS[name] for name in LoanPublic.model_fields}))
-    .select_from(Loan)
-    .join(User, col(Loan.user_id) == col(User.id))
-    .join(Book, col(Loan.book_id) == col(Book.id)),
+    sa.select(JsonObject(LOAN_COLUMNS)).join_from(Loan, User).join(Book, col(Loan.book_id) == col(Book.id)),
     filters={
         "id": col(Loan.id) == sa.bindparam("id"),
         "user_id": col(Loan.user_id) == sa.bindparam("user_id"),
@@ -58,23 +52,21 @@ STOCK = (col(Book.copies), col(Book.available), (col(Book.copies) - col(Book.ava
 
 
 def get_stock(session: Session | Connection, book_id: int) -> StockPublic:
-    row = session.execute(sa.select(*STOCK).where(col(Book.id) == book_id)).first()
-    if row is None:
-        raise no_such_book()
+    row = or_404(session.execute(sa.select(*STOCK).where(col(Book.id) == book_id)).first(), NO_BOOK)
     return StockPublic.model_validate(row._asdict())
 
 
-@router.get("/books/{book_id:id}/stock", summary="See how many copies there are", responses=errors(404))
+@router.get("/books/{book_id:id}/stock", responses=errors(404))
 @readonly
 def read_stock(connection: Connection, book_id: BookId) -> StockPublic:
-    """How many copies there are, are available and are on loan."""
+    """Read how many copies of a book there are, are available and are on loan."""
     return get_stock(connection, book_id)
 
 
-@router.post("/books/{book_id:id}/stock", summary="Add or remove copies", responses=errors(403, 404, 409))
+@router.post("/books/{book_id:id}/stock", responses=errors(403, 404, 409))
 @transactional
 def change_stock(session: Session, book_id: BookId, change: StockChange, user: Staff) -> StockPublic:
-    """Add copies, or with a negative `quantity` remove some. Those on loan can't be removed: 409."""
+    """Add copies of a book, or remove some with a negative `quantity`. Those on loan can't be removed: 409."""
     if not move_stock(session, book_id, copies=change.quantity, available=change.quantity):
         stock = get_stock(session, book_id)
         if change.quantity > 0:
@@ -102,9 +94,7 @@ def move_stock(session: Session, book_id: int, *, copies: int = 0, available: in
 # --- loans --------------------------------------------------------------------------------------------------------
 
 
-@router.post(
-    "/loans", status_code=201, summary="Borrow a book", responses=errors(403, 404, 409, sends={201: "Location"})
-)
+@router.post("/loans", status_code=201, responses=errors(403, 404, 409, sends={201: "Location"}))
 @transactional
 def borrow(session: Session, new: LoanCreate, user: CurrentUser, response: Response) -> LoanPublic:
     """Borrow copies of a book. 409 when too few are available. Staff may lend to somebody else, by `user_id`."""
@@ -131,10 +121,7 @@ def get_borrower(session: Session, new: LoanCreate, user: Principal) -> int:
     borrower_id = new.user_id or user.id
     if borrower_id != user.id and not user.is_staff:
         raise HTTPException(403, "Only librarians and admins lend to others.")
-    borrower = session.get(User, borrower_id)
-    if borrower is None:
-        raise HTTPException(404, "No such user.")
-    if not borrower.is_active:
+    if not or_404(session.get(User, borrower_id), "No such user.").is_active:
         raise HTTPException(409, "This account is deactivated.")
     return borrower_id
 
@@ -157,9 +144,9 @@ def visible_to(user: Principal) -> dict[str, Any]:
     return {"now": models.utcnow()} | ({} if user.is_staff else {"user_id": user.id})
 
 
-@router.get("/loans", response_model=Page[LoanPublic], summary="List loans", responses=errors(403) | FOLLOWED_PAGE)
+@router.get("/loans", response_model=Page[LoanPublic], responses=errors(403) | FOLLOWED_PAGE)
 async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, request: Request) -> Response:
-    """My loans, newest first; for staff, everybody's.
+    """List my loans, newest first; for staff, everybody's.
 
     `X-Event-Cursor` is the id of the last event that the page includes.
     """
@@ -173,24 +160,17 @@ async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, re
     return page_response(request, await database.read(LOANS.page, filters, "-id", query))
 
 
-@router.get("/loans/{loan_id:id}", response_model=LoanPublic, summary="Read a loan", responses=errors(404))
+@router.get("/loans/{loan_id:id}", response_model=LoanPublic, responses=errors(404))
 @readonly
 def read_loan(connection: Connection, loan_id: LoanId, user: CurrentUser) -> Response:
-    """One loan."""
-    loan = LOANS.first(connection, visible_to(user) | {"id": loan_id})
-    if loan is None:
-        raise no_such_loan()
-    return json_response(loan)
+    """Read a loan."""
+    return json_response(or_404(LOANS.first(connection, visible_to(user) | {"id": loan_id}), NO_LOAN))
 
 
-def no_such_loan() -> HTTPException:
-    return HTTPException(404, "No such loan.")
-
-
-@router.post("/loans/{loan_id:id}/return", summary="Return a loan", responses=errors(404, 409))
+@router.post("/loans/{loan_id:id}/return", responses=errors(404, 409))
 @transactional
 def return_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPublic:
-    """Return the copies. 409 if they were returned already."""
+    """Return a loan. 409 if they were returned already."""
     loan = get_open_loan(session, loan_id, user)
     loan.returned_at = models.utcnow()
     session.flush()
@@ -198,23 +178,25 @@ def return_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPub
     return record_loan(session, "loan.returned", loan)
 
 
-@router.post("/loans/{loan_id:id}/renew", summary="Renew a loan", responses=errors(404, 409))
+@router.post("/loans/{loan_id:id}/renew", responses=errors(404, 409))
 @transactional
 def renew_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPublic:
-    """Add `LOAN_DAYS` to `due_at`. At most twice, and not when overdue: 409."""
+    """Renew a loan: `LOAN_DAYS` from its `due_at`. At most twice, and not when overdue: 409."""
     loan = get_open_loan(session, loan_id, user)
-    if loan.status == LoanStatus.overdue:
+    if loan.due_at < models.utcnow():
         raise HTTPException(409, "This loan is overdue: it can't be renewed.")
     if loan.renewals == MAX_RENEWALS:
         raise HTTPException(409, f"This loan was renewed {MAX_RENEWALS} times, the maximum.")
-    loan.renew(settings.loan_days)
+    # From `due_at`, not from now: an early renewal loses no days.
+    loan.due_at += timedelta(days=settings.loan_days)
+    loan.renewals += 1
     return record_loan(session, "loan.renewed", loan)
 
 
 def get_open_loan(session: Session, loan_id: int, user: Principal) -> Loan:
-    loan = session.get(Loan, loan_id)
-    if loan is None or not (user.is_staff or loan.user_id == user.id):
-        raise no_such_loan()
+    loan = or_404(session.get(Loan, loan_id), NO_LOAN)
+    if not (user.is_staff or loan.user_id == user.id):
+        raise HTTPException(404, NO_LOAN)
     if loan.returned_at is not None:
         raise HTTPException(409, "This loan was returned already.")
     return loan

@@ -43,7 +43,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
-import anyio
 import anyio.to_thread
 from fastapi import FastAPI, Header, HTTPException, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
@@ -167,7 +166,7 @@ PROBE_INTERVAL = 5  # seconds; requests must not keep the disk busy
 
 class _Probe:
     at = float("-inf")
-    running: asyncio.Task[None] | None = None
+    running: asyncio.Task[Setting] | None = None
 
 
 class Health(BaseModel):
@@ -176,9 +175,9 @@ class Health(BaseModel):
     database: str = Field(examples=["sqlite"])
 
 
-@router.get("/health", summary="Ask whether the service is well")
+@router.get("/health")
 async def health() -> Health:
-    """Whether the service can read and write its database: 200, or 503 with what is wrong."""
+    """Check whether the service can read and write its database: 200, or 503 with what is wrong."""
     verb, reason = "read", f"another writer holds the lock for {PROBE_TIMEOUT} s"
     try:
         await database.read(pagination.last_event_id)
@@ -186,17 +185,14 @@ async def health() -> Health:
             verb = "written"
             # One for all requests; whoever holds the lock, the answer must come.
             if _Probe.running is None or _Probe.running.done():
-                _Probe.running = asyncio.create_task(database.write(write_probe))
+                probe = Setting(key="probed", value=models.utcnow().isoformat())
+                _Probe.running = asyncio.create_task(database.write(Session.merge, probe))
             await asyncio.wait_for(asyncio.shield(_Probe.running), PROBE_TIMEOUT)
             _Probe.at = time.monotonic()
     except (DBAPIError, TimeoutError) as error:
         log.error("the database can't be %s: %s", verb, getattr(error, "orig", reason))
         raise HTTPException(503, f"The database can't be {verb}.", {"Retry-After": "5"}) from None
     return Health(status="ok", version=VERSION, database=database.backend().kind)
-
-
-def write_probe(session: Session) -> None:
-    session.merge(Setting(key="probed", value=models.utcnow().isoformat()))
 
 
 # --- backup -------------------------------------------------------------------------------------------------------
@@ -207,9 +203,9 @@ BACKUP = errors(403, 409, 507) | {
 }
 
 
-@router.get("/admin/backup", response_class=StreamingResponse, summary="Download a backup", responses=BACKUP)
+@router.get("/admin/backup", response_class=StreamingResponse, responses=BACKUP)
 async def back_up(admin: Admin) -> StreamingResponse:
-    """A consistent copy of the SQLite file, while writes go on. On PostgreSQL 409: use `pg_dump`."""
+    """Download a consistent copy of the SQLite file, while writes go on. On PostgreSQL 409: use `pg_dump`."""
     backend = database.backend()
     if not isinstance(backend, Sqlite):
         raise HTTPException(409, "This service keeps its data in PostgreSQL: back it up with pg_dump.")
@@ -225,15 +221,11 @@ async def back_up(admin: Admin) -> StreamingResponse:
 def open_copy(file: str) -> BinaryIO:
     """A consistent copy beside the file, without a write-ahead log. It is unlinked, so that nothing is left if the
     process is killed."""
-    handle, path = tempfile.mkstemp(prefix="books-backup-", dir=Path(file).parent)
-    os.close(handle)
-    try:
-        with contextlib.closing(sqlite3.connect(file)) as live, contextlib.closing(sqlite3.connect(path)) as copy:
+    with tempfile.NamedTemporaryFile(prefix="books-backup-", dir=Path(file).parent) as new:
+        with contextlib.closing(sqlite3.connect(file)) as live, contextlib.closing(sqlite3.connect(new.name)) as copy:
             live.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")
-        return open(path, "rb")  # closed in `read_copy`
-    finally:
-        os.unlink(path)
+        return open(new.name, "rb")  # closed in `read_copy`
 
 
 def read_copy(copy: BinaryIO) -> Iterator[bytes]:

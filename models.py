@@ -453,14 +453,3 @@ class Loan(SQLModel, table=True):
     due_at: datetime = now_column()
     returned_at: datetime | None = timestamp_column()
     renewals: int = 0
-
-    @property
-    def status(self) -> LoanStatus:
-        if self.returned_at is not None:
-            return LoanStatus.returned
-        return LoanStatus.overdue if self.due_at < utcnow() else LoanStatus.active
-
-    def renew(self, days: int) -> None:
-        """From `due_at`, not from now: an early renewal loses no days."""
-        self.due_at += timedelta(days=days)
-        self.renewals += 1

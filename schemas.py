@@ -1,60 +1,38 @@
 """Request and response models, and the validated types of their fields."""
 
 import re
+from collections.abc import Callable
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    PlainSerializer,
-    StrictBool,
-    StringConstraints,
-    ValidationInfo,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
+import pydantic
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints, ValidationInfo
 from pydantic_core import CoreSchema, core_schema
 from stdnum import isbn as isbn_numbers
 
 import models
 from models import MAX_COPIES, MAX_ID, MIN_YEAR, LoanStatus, OnDuplicate, Role, ShelfStatus, UploadStatus
 
+T = TypeVar("T")
 YearOrDate = TypeVar("YearOrDate", int, date)
 
 # --- validators ---------------------------------------------------------------------------------------------------
 
-INVALID_CHARACTERS = re.compile("[\x00\ud800-\udfff]")
 CSV_CONTEXT = {"cells": True}  # the validation context of CSV cells, which are all text
 
 
-def _check_characters(text: str) -> str:
-    if INVALID_CHARACTERS.search(text):
-        raise ValueError("must not contain NUL characters or halves of surrogate pairs")
-    return text
+def _refuse(is_invalid: Callable[[Any], object], message: str) -> AfterValidator:
+    def check(value: T) -> T:
+        if is_invalid(value):
+            raise ValueError(message)
+        return value
+
+    return AfterValidator(check)
 
 
 def _blank_is_null(value: object) -> object:
     return None if isinstance(value, str) and not value.strip() else value
-
-
-def _no_comma(text: str) -> str:
-    if "," in text:
-        raise ValueError("must not contain a comma, which separates tags in files")
-    return text
-
-
-def _no_encoded_word(email: str) -> str:
-    # Mail headers would decode it (RFC 2047): one mailbox would have endlessly many addresses.
-    if "=?" in email:
-        raise ValueError("must not contain =?")
-    return email
 
 
 def is_isbn13(text: str) -> bool:
@@ -93,21 +71,11 @@ def _check_number(value: object, info: ValidationInfo) -> object:
     return _no_bool(value)
 
 
-def _not_zero(number: int) -> int:
-    if number == 0:
-        raise ValueError("must not be 0")
-    return number
-
-
 def _to_utc(moment: datetime) -> datetime:
-    """In UTC, and before 9999: SQLite rounds the last millisecond of that year up to a year that it can't hold."""
-    try:
-        in_utc = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
-    except OverflowError:
-        raise ValueError("is out of range") from None
-    if in_utc.year >= 9999:
+    """In UTC. SQLite rounds the last millisecond of 9999 up to a year that it can't hold; Python has no year 0."""
+    if not 1 < moment.year < 9999:
         raise ValueError("is out of range")
-    return in_utc
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _check_year(value: YearOrDate) -> YearOrDate:
@@ -139,23 +107,15 @@ def length(most: int, least: int = 1) -> StringConstraints:
     return StringConstraints(min_length=least, max_length=most)
 
 
-class NotBlank:
-    """Documents that a stripped text must not be empty."""
-
-    @staticmethod
-    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {**handler(schema), "pattern": r"\S"}
-
-
 class BlankIsNull:
     """Accepts a blank text, as forms send it, as null, and documents it."""
 
     @staticmethod
-    def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(_blank_is_null, handler(source))
 
     @staticmethod
-    def __get_pydantic_json_schema__(schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler) -> dict[str, Any]:
         described = handler(schema)
         blank = [{"type": "string", "pattern": r"^\s*$"}] if handler.mode == "validation" else []
         return {**described, "anyOf": [*described.get("anyOf", ()), *blank]}
@@ -163,13 +123,17 @@ class BlankIsNull:
 
 # By Python's definition of white space, not pydantic's, so that models, CSV cells and sort keys agree on what is blank.
 Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
-Storable = AfterValidator(_check_characters)
+Storable = _refuse(
+    re.compile("[\x00\ud800-\udfff]").search, "must not contain NUL characters or halves of surrogate pairs"
+)
+NotBlank = Field(json_schema_extra={"pattern": r"\S"})  # documents that a stripped text must not be empty
 Title = Annotated[str, length(500), Stripped, Storable, NotBlank]
 Author = Annotated[str, length(1000), Stripped, Storable, NotBlank]
 Language = Annotated[str, length(35), Stripped, Storable, NotBlank]
 Word = Annotated[str, length(100), Stripped, Storable, NotBlank]
 Name = Annotated[str, length(300), Stripped, Storable, NotBlank]
-Tag = Annotated[str, length(50), Stripped, Storable, AfterValidator(_no_comma)]
+NoComma = _refuse(lambda text: "," in text, "must not contain a comma, which separates tags in files")
+Tag = Annotated[str, length(50), Stripped, Storable, NoComma]
 LongText = Annotated[str, length(20_000), Stripped, Storable, NotBlank]
 URL_PATTERN = pattern(
     r"^[Hh][Tt][Tt][Pp][Ss]?://[^\s<>\"\\^`{|}]+$", "must be an address that begins with http:// or https://"
@@ -181,7 +145,7 @@ Price = Annotated[
     BeforeValidator(_no_bool),
     Field(ge=0, max_digits=9, decimal_places=2, allow_inf_nan=False),
     AfterValidator(abs),  # of -0.0
-    PlainSerializer(float, return_type=float, when_used="json"),
+    pydantic.PlainSerializer(float, return_type=float, when_used="json"),
 ]
 Number = BeforeValidator(_check_number)
 Year = Annotated[int, Number, Field(ge=MIN_YEAR, le=9999), AfterValidator(_check_year)]
@@ -208,15 +172,14 @@ EmailAddress = Annotated[
             "must be an e-mail address, like ada@example.com",
         ),
     ),
-    AfterValidator(_no_encoded_word),
+    # Mail headers would decode it (RFC 2047): one mailbox would have endlessly many addresses.
+    _refuse(lambda email: "=?" in email, "must not contain =?"),
 ]
 Password = Annotated[str, StringConstraints(min_length=8, max_length=128), Storable]
 
 
-class RequestModel(BaseModel):
+class RequestModel(BaseModel, extra="forbid"):
     """Unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 def example(**values: Any) -> dict[str, Any]:
@@ -276,12 +239,10 @@ class AccountUpdate(RequestModel, json_schema_extra=example(role="librarian")):
     email: EmailAddress = ""
     full_name: Annotated[Word | None, BlankIsNull] = None
     role: Role = Role.reader
-    is_active: StrictBool = True
+    is_active: pydantic.StrictBool = True
 
 
-class UserPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class UserPublic(BaseModel, from_attributes=True):
     id: PublicId
     username: str = Field(examples=["rita"])
     email: str = Field(examples=["rita@example.com"])
@@ -305,9 +266,7 @@ class SessionPublic(BaseModel):
 # --- uploads and events -------------------------------------------------------------------------------------------
 
 
-class UploadPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class UploadPublic(BaseModel, from_attributes=True):
     id: PublicId
     filename: str = Field(examples=["books.csv"])
     status: UploadStatus
@@ -332,9 +291,7 @@ class UploadPublic(BaseModel):
     error: str | None = Field(description="Why the upload as a whole failed.", examples=[None])
 
 
-class UploadErrorPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class UploadErrorPublic(BaseModel, from_attributes=True):
     row: int = Field(description="As a spreadsheet counts: the header is row 1.", examples=[7])
     severity: Literal["error", "warning"]
     field: str | None = Field(examples=["isbn"])
@@ -342,9 +299,7 @@ class UploadErrorPublic(BaseModel):
     message: str = Field(examples=["is not an ISBN: the number's checksum or check digit is invalid"])
 
 
-class EventPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class EventPublic(BaseModel, from_attributes=True):
     id: int = Field(examples=[1795254571301])
     at: Moment
     type: str = Field(examples=["book.deleted"])
@@ -371,16 +326,12 @@ class BookBase(BaseModel):
     cover_url: Annotated[Url | None, BlankIsNull] = Field(default=None, examples=["https://example.com/dune.jpg"])
     published_date: PublishedDate | None = Field(default=None, examples=["1965-08-01"])
     publication_year: Year | None = Field(
-        default=None,
-        description="Taken from `published_date` if left out; negative before the common era.",
-        examples=[1965],
+        default=None, description="By default of `published_date`; negative before the common era.", examples=[1965]
     )
 
 
-class BookCreate(BookBase):
-    model_config = {"extra": "forbid"}
-
-    @model_validator(mode="after")
+class BookCreate(BookBase, extra="forbid"):
+    @pydantic.model_validator(mode="after")
     def _a_date_sets_the_year(self) -> Self:
         if self.published_date is not None and self.publication_year is None:
             self.publication_year = self.published_date.year
@@ -394,9 +345,7 @@ class BookUpdate(BookBase, extra="forbid", json_schema_extra=example(price=8.5, 
     author: Author = ""
 
 
-class BookPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class BookPublic(BaseModel, from_attributes=True):
     id: PublicId
     title: str = Field(examples=["Dune"])
     author: str = Field(examples=["Frank Herbert"])
@@ -426,9 +375,9 @@ class GenreCount(BaseModel):
 
 
 class StockChange(RequestModel):
-    quantity: Annotated[int, Number, Field(ge=-MAX_COPIES, le=MAX_COPIES), AfterValidator(_not_zero)] = Field(
-        description="How many copies to add; negative: to remove.", examples=[3]
-    )
+    quantity: Annotated[
+        int, Number, Field(ge=-MAX_COPIES, le=MAX_COPIES), _refuse(lambda quantity: quantity == 0, "must not be 0")
+    ] = Field(description="How many copies to add; negative: to remove.", examples=[3])
 
 
 class StockPublic(BaseModel):
@@ -455,9 +404,7 @@ class EntryUpdate(RequestModel, json_schema_extra=example(status="completed", ra
     finished_at: Timestamp | None = None
 
 
-class EntryPublic(BaseModel):
-    model_config = {"from_attributes": True}
-
+class EntryPublic(BaseModel, from_attributes=True):
     book_id: PublicId
     status: ShelfStatus
     rating: int | None = Field(examples=[5])

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from sqlmodel import Session, col
 
 import database
-from api import PAGE, Router, errors
+from api import PAGE, Router, errors, or_404
 from books import BOOKS, BookFilter
 from csv_files import BOOK_COLUMNS, OUR_COLUMNS, REASON, SHELVES, printable, to_csv, to_html
 from database import readonly, transactional
@@ -77,7 +77,7 @@ class NoQuery(RequestModel):
 NoRepeatedFields = Annotated[None, Depends(reject_repeated_fields)]
 
 
-@router.post("/books/upload", summary="Upload a file of books", responses=errors(403) | LOCATION, **ACCEPTED)
+@router.post("/books/upload", responses=errors(403) | LOCATION, **ACCEPTED)
 async def upload_books(
     form: Annotated[UploadForm, Form(media_type="multipart/form-data")],
     _query: Annotated[NoQuery, Query()],
@@ -86,7 +86,7 @@ async def upload_books(
     tasks: BackgroundTasks,
     response: Response,
 ) -> UploadPublic:
-    """Import a CSV file of books, whose first row names the columns; it needs `title` and `author`.
+    """Import a CSV file of books: its first row names the columns, among them `title` and `author`.
 
     The file is stored and the answer is 202: read the progress at `Location`, or follow `upload.progress` events.
     Delimiter, quotes and encoding are detected. A book is here already if its ISBN is, or without one, its title and
@@ -95,9 +95,7 @@ async def upload_books(
     return await store_upload(form, user, tasks, response)
 
 
-@router.post(
-    "/my-library/import", tags=["My library"], summary="Import my shelf from a file", responses=LOCATION, **ACCEPTED
-)
+@router.post("/my-library/import", tags=["My library"], responses=LOCATION, **ACCEPTED)
 async def import_library(
     form: Annotated[ShelfForm, Form(media_type="multipart/form-data")],
     _query: Annotated[NoQuery, Query()],
@@ -139,29 +137,24 @@ def visible_to(user: Principal) -> dict[str, Any]:
     return {} if user.is_staff else {"user_id": user.id}
 
 
-@router.get("/books/upload", response_model=Page[UploadPublic], summary="List uploads", responses=PAGE)
+@router.get("/books/upload", response_model=Page[UploadPublic], responses=PAGE)
 async def list_uploads(query: Annotated[PageQuery, Query()], user: CurrentUser, request: Request) -> Response:
-    """My uploads, newest first; for staff, everybody's."""
+    """List my uploads, newest first; for staff, everybody's."""
     return page_response(request, await database.read(UPLOADS.page, visible_to(user), "-id", query))
 
 
-@router.get(
-    "/books/upload/{upload_id:id}", response_model=UploadPublic, summary="See how an upload goes", responses=errors(404)
-)
+@router.get("/books/upload/{upload_id:id}", response_model=UploadPublic, responses=errors(404))
 @readonly
 def read_upload(connection: Connection, upload_id: UploadId, user: CurrentUser) -> Response:
-    """Status, progress and counts of an upload."""
+    """Read the status, progress and counts of an upload."""
     return json_response(find_upload(connection, upload_id, user))
 
 
 def find_upload(connection: Connection | Session, upload_id: int, user: Principal) -> str:
-    upload = UPLOADS.first(connection, visible_to(user) | {"id": upload_id})
-    if upload is None:
-        raise HTTPException(404, "No such upload.")
-    return upload
+    return or_404(UPLOADS.first(connection, visible_to(user) | {"id": upload_id}), "No such upload.")
 
 
-@router.delete("/books/upload/{upload_id:id}", summary="Cancel an upload", responses=errors(404, 409))
+@router.delete("/books/upload/{upload_id:id}", responses=errors(404, 409))
 @transactional
 def cancel_upload(session: Session, upload_id: UploadId, user: CurrentUser) -> UploadPublic:
     """Cancel a queued or running upload. What is counted as inserted or updated stays. 409 if it has ended."""
@@ -188,7 +181,6 @@ CSV_FILE = {"content": {"text/csv": {"schema": {"type": "string"}}}}
 @router.get(
     "/books/upload/{upload_id:id}/errors",
     response_model=Page[UploadErrorPublic],
-    summary="List the rows that were refused",
     responses=errors(404) | {200: CSV_FILE},
 )
 @readonly
@@ -199,7 +191,7 @@ def list_upload_errors(
     user: CurrentUser,
     request: Request,
 ) -> Response:
-    """Why rows were refused, and which values others went in without."""
+    """List why rows were refused, and which values others went in without."""
     find_upload(connection, upload_id, user)
     if query.format == "json":
         return page_response(request, ERRORS.page(connection, {"upload_id": upload_id}, "id", query))
@@ -256,9 +248,9 @@ FILES = {
 }
 
 
-@router.get("/books/export", response_class=StreamingResponse, summary="Download the catalogue", responses={200: FILES})
+@router.get("/books/export", response_class=StreamingResponse, responses={200: FILES})
 async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -> StreamingResponse:
-    """The catalogue as a file, filtered like `/books`.
+    """Download the catalogue as a file, filtered like `/books`.
 
     The CSV goes back in through `/books/upload`. A text that a spreadsheet would run as a formula gets an apostrophe
     before it, which an import removes.
@@ -273,12 +265,11 @@ async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -
 @router.get(
     "/my-library/export",
     response_class=StreamingResponse,
-    summary="Download my shelf",
     responses={200: {"description": "The file, streamed.", **CSV_FILE}},
     tags=["My library"],
 )
 async def export_library(user: CurrentUser) -> StreamingResponse:
-    """My shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""
+    """Download my shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""
     batches = ENTRIES.row_batches({"user_id": user.id}, "added")
     return file_response(as_csv(SHELF_COLUMNS, batches, shelf_cells), "my-library.csv")
 

@@ -11,47 +11,23 @@ from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
+import accounts
 import database
 import events
 import library
 import loans
 import mail
 import models
-from accounts import (
-    cancel_address_change,
-    cancel_codes,
-    confirm_password,
-    confirmation_email,
-    create_account,
-    get_verified_user,
-    read_account,
-)
-from api import PAGE, Router, errors
+import schemas
+from api import PAGE, Router, errors, or_404
 from auth import SESSIONS, end_sessions
 from books import BOOKS, disown_books
 from database import readonly, transactional
 from events import record_account_event
 from mail import Email
-from models import CodePurpose, Event, Principal, Role, Upload, UploadError, User
-from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
-from schemas import (
-    AccountCreate,
-    AccountUpdate,
-    BlankIsNull,
-    BookPublic,
-    EntryPublic,
-    EventPublic,
-    Id,
-    LoanPublic,
-    Name,
-    RequestModel,
-    SessionPublic,
-    Storable,
-    UploadErrorPublic,
-    UploadPublic,
-    UserPublic,
-    UserUpdate,
-)
+from models import Event, Principal, Role, Upload, UploadError, User
+from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
+from schemas import AccountCreate, AccountUpdate, EventPublic, Id, Name, RequestModel, UserPublic, UserUpdate
 from security import Admin, CurrentUser, check_rate_limit, check_still_authorized
 from settings import settings
 
@@ -60,13 +36,13 @@ router = Router(prefix="/users", tags=["Users"])
 # --- my account ---------------------------------------------------------------------------------------------------
 
 
-@router.get("/me", summary="Read my account")
+@router.get("/me")
 async def read_me(user: CurrentUser) -> UserPublic:
-    """My account."""
-    return UserPublic.model_validate(await read_account(user))
+    """Read my account."""
+    return UserPublic.model_validate(await accounts.read_account(user))
 
 
-@router.patch("/me", summary="Change my account", responses=errors(403, 409, 429))
+@router.patch("/me", responses=errors(403, 409, 429))
 async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> UserPublic:
     """Change my name or e-mail address (RFC 7396).
 
@@ -74,88 +50,77 @@ async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tas
     link that is mailed there; the old address is informed at once. The present address cancels the change, and so does
     a new password.
     """
-    me = await read_account(user)
+    me = await accounts.read_account(user)
     changes_address = "email" in change.model_fields_set and change.email != me.email
     if changes_address:
         if change.current_password is None:
             raise HTTPException(403, "A new e-mail address needs your password, as `current_password`.")
         await check_rate_limit("verify", request, user.id)
-        me = await confirm_password(user, change.current_password, request)
-    public, emails = await database.write(change_me, user, change, me.password_hash if changes_address else None)
-    for email in emails:
-        tasks.add_task(mail.send, email)
-    return public
+        await accounts.confirm_password(user, change.current_password, request)
+    return await database.write(change_me, user, change, changes_address, tasks)
 
 
 def change_me(
-    session: Session, user: Principal, change: UserUpdate, verified_hash: str | None
-) -> tuple[UserPublic, list[Email]]:
-    emails: list[Email] = []
-    if verified_hash is not None:
-        me = get_verified_user(session, user, verified_hash)
-        emails = request_address_change(session, me, change.email)
-    else:
-        check_still_authorized(session, user)
-        me = session.get_one(User, user.id)
-        if "email" in change.model_fields_set:  # the present one again
-            cancel_address_change(session, me)
+    session: Session, user: Principal, change: UserUpdate, changes_address: bool, tasks: BackgroundTasks
+) -> UserPublic:
+    check_still_authorized(session, user)
+    me = session.get_one(User, user.id)
+    if changes_address:
+        request_address_change(session, me, change.email, tasks)
+    elif "email" in change.model_fields_set:  # the present one again
+        accounts.cancel_address_change(session, me)
     if "full_name" in change.model_fields_set:
         me.full_name = change.full_name
-    return UserPublic.model_validate(me), emails
+    return UserPublic.model_validate(me)
 
 
-def request_address_change(session: Session, user: User, address: str) -> list[Email]:
-    cancel_address_change(session, user)
+def request_address_change(session: Session, user: User, address: str, tasks: BackgroundTasks) -> None:
+    accounts.cancel_address_change(session, user)
     with session.begin_nested() as attempt:  # 409 if it is taken now; the constraint decides again at the confirmation
         session.execute(sa.update(User).where(col(User.id) == user.id).values(email=address))
         attempt.rollback()
     user.pending_email = address
     record_account_event(session, user.id, "email_change_requested", old=user.email, new=address, by=user.id)
-    notice = mail.address_change_requested(user.email, user.username, address)
-    return [notice, confirmation_email(session, user, address)]
+    tasks.add_task(mail.send, mail.address_change_requested(user.email, user.username, address))
+    tasks.add_task(mail.send, accounts.confirmation_email(session, user, address))
 
 
 class MyPassword(RequestModel):
-    password: Annotated[str, Field(max_length=1000), Storable] = Field(examples=["a long way to Arrakis"])
+    password: Annotated[str, Field(max_length=1000), schemas.Storable] = Field(examples=["a long way to Arrakis"])
 
 
-@router.delete("/me", status_code=204, summary="Delete my account", responses=errors(403, 409, 429))
+@router.delete("/me", status_code=204, responses=errors(403, 409, 429))
 async def delete_me(body: MyPassword, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Delete my account, with my shelf, reviews, uploads and past loans. The books that I added stay.
 
     Needs my password. 409 while I have books on loan: it names them.
     """
-    me = await confirm_password(user, body.password, request)
-    tasks.add_task(mail.send, await database.write(delete_verified_user, user, me.password_hash))
-
-
-def delete_verified_user(session: Session, user: Principal, verified_hash: str) -> Email:
-    get_verified_user(session, user, verified_hash)
-    return delete_account(session, user.id, user)
+    await accounts.confirm_password(user, body.password, request)
+    tasks.add_task(mail.send, await database.write(delete_account, user.id, user))
 
 
 # --- all that is stored about me ----------------------------------------------------------------------------------
 
 
-class UploadProblem(UploadErrorPublic):
+class UploadProblem(schemas.UploadErrorPublic):
     upload_id: int
 
 
 class AccountExport(BaseModel):
     exported_at: datetime
     account: UserPublic
-    sessions: list[SessionPublic]
-    shelf: list[EntryPublic]
-    loans: list[LoanPublic]
-    books_added: list[BookPublic]
-    uploads: list[UploadPublic]
+    sessions: list[schemas.SessionPublic]
+    shelf: list[schemas.EntryPublic]
+    loans: list[schemas.LoanPublic]
+    books_added: list[schemas.BookPublic]
+    uploads: list[schemas.UploadPublic]
     upload_errors: list[UploadProblem]
     events: list[EventPublic] = Field(description="From the change log: my private events, and those of my reviews.")
 
 
 def _mine(shape: type[BaseModel], table: Any, condition: ColumnElement[bool]) -> Listing:
-    columns = {name: getattr(table, name) for name in shape.model_fields}
-    return Listing(sa.select(JsonObject(columns)), filters={"user_id": condition}, orders={"id": (col(table.id),)})
+    columns = JsonObject(columns_of(table, shape))
+    return Listing(sa.select(columns), filters={"user_id": condition}, orders={"id": (col(table.id),)})
 
 
 USER_ID: Any = sa.bindparam("user_id")
@@ -168,16 +133,16 @@ PARTS: dict[str, tuple[Listing, str]] = {
     "shelf": (library.ENTRIES, "added"),
     "loans": (loans.LOANS, "id"),
     "books_added": (BOOKS, "id"),
-    "uploads": (_mine(UploadPublic, Upload, col(Upload.user_id) == USER_ID), "id"),
+    "uploads": (_mine(schemas.UploadPublic, Upload, col(Upload.user_id) == USER_ID), "id"),
     "upload_errors": (_mine(UploadProblem, UploadError, col(UploadError.upload_id).in_(MY_UPLOADS)), "id"),
     "events": (_mine(EventPublic, Event, sa.or_(col(Event.user_id) == USER_ID, MY_REVIEWS)), "id"),
 }
 
 
-@router.get("/me/export", response_model=AccountExport, summary="Download all that is stored about me")
+@router.get("/me/export", response_model=AccountExport)
 async def export_me(user: CurrentUser) -> StreamingResponse:
-    """All that is stored about me, as one JSON file. Of the password only a hash is stored, which is not in it."""
-    account = UserPublic.model_validate(await read_account(user))
+    """Download all that is stored about me, as one JSON file. Of the password only a hash is stored: it is left out."""
+    account = UserPublic.model_validate(await accounts.read_account(user))
     headers = {"Content-Disposition": f'attachment; filename="books-api-{user.username}.json"'}
     return StreamingResponse(export_account(user, account), media_type="application/json", headers=headers)
 
@@ -201,9 +166,10 @@ def export_account(user: Principal, account: UserPublic) -> Iterator[str]:
 # --- administration -----------------------------------------------------------------------------------------------
 
 UserId = Annotated[Id, Path(description="The user's `id`.")]
+NO_USER = "No such user."
 SPELLINGS = ("search", "search_upper", "search_title", "search_lower")
 USERS = Listing(
-    sa.select(JsonObject({name: getattr(User, name) for name in UserPublic.model_fields})),
+    sa.select(JsonObject(columns_of(User, UserPublic))),
     filters={
         "id": col(User.id) == sa.bindparam("id"),
         # LIKE and lower() of SQLite fold ASCII only: other letters match as typed, in upper, lower or title case.
@@ -222,20 +188,16 @@ USERS = Listing(
 
 
 class UserQuery(PageQuery):
-    search: Annotated[Name | None, BlankIsNull] = Field(
+    search: Annotated[Name | None, schemas.BlankIsNull] = Field(
         default=None, description="Part of the user name, e-mail address or full name."
     )
     role: Role | None = None
     is_active: bool | None = None
 
 
-def no_such_user() -> HTTPException:
-    return HTTPException(404, "No such user.")
-
-
-@router.get("", response_model=Page[UserPublic], summary="List accounts", responses=errors(403) | PAGE)
+@router.get("", response_model=Page[UserPublic], responses=errors(403) | PAGE)
 async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request: Request) -> Response:
-    """All accounts."""
+    """List or search all accounts."""
     filters = query.model_dump(include={"role", "is_active"}, exclude_none=True)
     if query.search is not None:
         text = query.search
@@ -245,25 +207,22 @@ async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request
     return page_response(request, await database.read(USERS.page, filters, "id", query))
 
 
-@router.post("", status_code=201, summary="Make an account", responses=errors(403, 409, sends={201: "Location"}))
+@router.post("", status_code=201, responses=errors(403, 409, sends={201: "Location"}))
 async def create_user(new: AccountCreate, admin: Admin, response: Response, tasks: BackgroundTasks) -> UserPublic:
     """Make an account with any role. Its owner gets a link that confirms the address, and the password from you."""
-    user = await create_account(new, new.role, tasks, by=admin)
+    user = await accounts.create_account(new, new.role, tasks, by=admin)
     response.headers["Location"] = f"/users/{user.id}"
     return user
 
 
-@router.get("/{user_id:id}", response_model=UserPublic, summary="Read an account", responses=errors(403, 404))
+@router.get("/{user_id:id}", response_model=UserPublic, responses=errors(403, 404))
 @readonly
 def read_user(connection: Connection, user_id: UserId, admin: Admin) -> Response:
-    """One account."""
-    user = USERS.first(connection, {"id": user_id})
-    if user is None:
-        raise no_such_user()
-    return json_response(user)
+    """Read an account."""
+    return json_response(or_404(USERS.first(connection, {"id": user_id}), NO_USER))
 
 
-@router.patch("/{user_id:id}", summary="Change an account", responses=errors(403, 404, 409))
+@router.patch("/{user_id:id}", responses=errors(403, 404, 409))
 @transactional
 def update_user(
     session: Session, user_id: UserId, change: AccountUpdate, admin: Admin, tasks: BackgroundTasks
@@ -273,20 +232,16 @@ def update_user(
     Deactivating ends all sessions at once. The last active admin stays one: 409.
     """
     check_still_authorized(session, admin)
-    user = session.get(User, user_id)
-    if user is None:
-        raise no_such_user()
+    user = or_404(session.get(User, user_id), NO_USER)
     role, was_active, was_admin = user.role, user.is_active, is_active_admin(user)
     fields = change.model_dump(exclude_unset=True)
     new_email = fields.pop("email", user.email)
-    for name, value in fields.items():
-        setattr(user, name, value)
+    user.sqlmodel_update(fields)
     session.flush()
     if was_admin and not is_active_admin(user):
         require_an_admin(session)
     if new_email != user.email:
-        for email in set_address(session, user, new_email, admin.id):
-            tasks.add_task(mail.send, email)
+        set_address(session, user, new_email, admin.id, tasks)
     if user.role != role:
         record_account_event(session, user_id, "role_changed", old=role, new=user.role, by=admin.id)
     if user.is_active != was_active:
@@ -308,16 +263,17 @@ def require_an_admin(session: Session) -> None:
         raise HTTPException(409, "This is the last active admin: make another one first.")
 
 
-def set_address(session: Session, user: User, address: str, by: int) -> list[Email]:
+def set_address(session: Session, user: User, address: str, by: int, tasks: BackgroundTasks) -> None:
     """An admin's change of an address takes effect at once, unconfirmed."""
     old, user.email, user.email_verified_at, user.pending_email = user.email, address, None, None
     session.flush()
-    cancel_codes(session, user.id, CodePurpose.verify_email, CodePurpose.reset_password)
+    accounts.cancel_codes(session, user.id)
     record_account_event(session, user.id, "email_changed", old=old, new=address, by=by)
-    return [mail.address_changed(old, user.username, address), confirmation_email(session, user, address)]
+    tasks.add_task(mail.send, mail.address_changed(old, user.username, address))
+    tasks.add_task(mail.send, accounts.confirmation_email(session, user, address))
 
 
-@router.delete("/{user_id:id}", status_code=204, summary="Delete an account", responses=errors(403, 404, 409))
+@router.delete("/{user_id:id}", status_code=204, responses=errors(403, 404, 409))
 @transactional
 def delete_user(session: Session, user_id: UserId, admin: Admin, tasks: BackgroundTasks) -> None:
     """Delete an account, with its shelf, reviews, uploads and past loans. The books that it added stay.
@@ -329,9 +285,7 @@ def delete_user(session: Session, user_id: UserId, admin: Admin, tasks: Backgrou
 
 def delete_account(session: Session, user_id: int, by: Principal) -> Email:
     check_still_authorized(session, by)
-    user = session.get(User, user_id)
-    if user is None:
-        raise no_such_user()
+    user = or_404(session.get(User, user_id), NO_USER)
     was_admin = is_active_admin(user)
     loans.refuse_while_borrowing(session, user_id)
     library.withdraw_reviews(session, user)

@@ -25,7 +25,6 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import Session, col, select
 
-import accounts
 import auth
 import database
 import external
@@ -298,7 +297,10 @@ def make(client: httpx.Client, username: str, role: models.Role = models.Role.re
     new = schemas.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
 
     def sign_up_and_in(session: Session) -> dict[str, Any]:
-        return sign_in(session, accounts.add_user(session, new, PASSWORD_HASH, role).id)
+        user = models.User(**new.model_dump(exclude={"password"}), password_hash=PASSWORD_HASH, role=role)
+        session.add(user)
+        session.flush()
+        return sign_in(session, user.id)
 
     return Person(client, username, tokens=database.write_sync(sign_up_and_in))
 
@@ -306,8 +308,8 @@ def make(client: httpx.Client, username: str, role: models.Role = models.Role.re
 def sign_in(session: Session, user_id: int) -> dict[str, Any]:
     """The tokens of a new login, without the time that a password takes."""
     user = session.get_one(models.User, user_id)
-    account = auth.LoginAccount(user.id, user.password_hash, is_active=True, email_verified_at=None)
-    pair = auth.start_session(session, account, auth.Device("testclient", None), None)
+    device = {"address": "testclient", "user_agent": None}
+    pair = auth.start_session(session, user_id, user.password_hash, device, None)
     assert pair is not None
     return pair.model_dump()
 

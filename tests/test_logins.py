@@ -107,11 +107,11 @@ def test_json_takes_no_other_fields_and_a_form_those_of_oauth2(client: TestClien
 
 def test_a_password_that_is_changed_during_a_login_opens_no_session(client: TestClient, reader: Person) -> None:
     """It is verified before the transaction that starts the session."""
-    account = database.read_sync(auth.find_account, "rita")
-    assert account is not None
+    account = database.read_sync(auth.find_user, "rita")
+    device = {"address": "testclient", "user_agent": None}
 
     def start(session: Session) -> bool:
-        return auth.start_session(session, account, auth.Device("testclient", None), None) is not None
+        return auth.start_session(session, account.id, account.password_hash, device, None) is not None
 
     assert database.write_sync(start) is True
     change = {"current_password": PASSWORD, "new_password": "another horse"}

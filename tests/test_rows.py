@@ -23,7 +23,19 @@ from database import CompiledQuery
 from library import ENTRIES, REVIEWS
 from loans import LOANS
 from main import app
-from models import Book, Event, Loan, LoginSession, ShelfEntry, Upload, UploadError, UploadStatus, User, sort_key
+from models import (
+    Book,
+    Event,
+    Loan,
+    LoanStatus,
+    LoginSession,
+    ShelfEntry,
+    Upload,
+    UploadError,
+    UploadStatus,
+    User,
+    sort_key,
+)
 from pagination import Listing, Page, PageQuery
 from schemas import (
     BookPublic,
@@ -174,8 +186,15 @@ def reviews(session: Session) -> list[BaseModel]:
 def all_loans(session: Session) -> list[BaseModel]:
     rows = session.execute(sa.select(Loan, Book).join_from(Loan, Book).order_by(col(Loan.id)))
     return [
-        LoanPublic(**loan.model_dump(), username="rita", title=book.title, status=loan.status) for loan, book in rows
+        LoanPublic(**loan.model_dump(), username="rita", title=book.title, status=status_of(loan))
+        for loan, book in rows
     ]
+
+
+def status_of(loan: Loan) -> LoanStatus:
+    if loan.returned_at is not None:
+        return LoanStatus.returned
+    return LoanStatus.overdue if loan.due_at < datetime.now(UTC) else LoanStatus.active
 
 
 def sessions(session: Session) -> list[BaseModel]:
