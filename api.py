@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request, Response, params
@@ -29,10 +29,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import database
 import security
+from database import P, T
 from models import InvalidField
 from schemas import Problem, describe_error
 
-T = TypeVar("T")
 log = logging.getLogger("books")
 access_log = logging.getLogger("books.access")
 
@@ -250,6 +250,27 @@ def _error_response(status: int) -> dict[str, Any]:
 MAX_BODY = 1 << 20  # bytes of a request, except for uploads
 Handler = Callable[..., Awaitable[Any]]
 Reader = Callable[[Scope], Any]
+
+
+def readonly(handler: database.Read[P, T]) -> Callable[P, Awaitable[T]]:
+    """Run a route handler as one `read`. FastAPI does not see its first parameter, the connection."""
+    return _without_first_parameter(handler, database.read)
+
+
+def transactional(handler: database.Write[P, T]) -> Callable[P, Awaitable[T]]:
+    """Run a route handler as one `write`. FastAPI does not see its first parameter, the session."""
+    return _without_first_parameter(handler, database.write)
+
+
+def _without_first_parameter(handler: Any, run: Any) -> Callable[..., Awaitable[Any]]:
+    async def route(*args: Any, **kwargs: Any) -> Any:
+        return await run(handler, *args, **kwargs)
+
+    _, *parameters = inspect.signature(handler, eval_str=True).parameters.values()
+    route.__signature__ = inspect.signature(handler, eval_str=True).replace(parameters=parameters)  # type: ignore[attr-defined]  # PEP 362
+    for name in ("__name__", "__qualname__", "__doc__", "__module__"):
+        setattr(route, name, getattr(handler, name))
+    return route
 
 
 class IdConvertor(IntegerConvertor):

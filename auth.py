@@ -15,8 +15,7 @@ from sqlmodel import Session, col
 import database
 import models
 import security
-from api import PAGE, Router, errors, invalid_body
-from database import transactional
+from api import PAGE, Router, errors, invalid_body, transactional
 from events import record_account_event
 from models import InvalidField, LoginSession, OneTimeCode, Principal, User
 from pagination import JsonObject, Listing, Page, PageQuery, columns_of, page_response

@@ -12,8 +12,8 @@ import database
 import events
 import models
 import pagination
-from api import FOLLOWED_PAGE, FastRoute, Router, errors, invalid_body, or_404
-from database import CompiledQuery, transactional
+from api import FOLLOWED_PAGE, FastRoute, Router, errors, invalid_body, or_404, transactional
+from database import CompiledQuery
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
 from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, columns_of, json_response, page_response
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title

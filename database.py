@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import inspect
 import json
 import logging
 import re
@@ -10,7 +9,7 @@ import signal
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +34,7 @@ JOBS = 2  # threads
 # A read on the event loop may take STEPS * MAX_TICKS steps of SQLite's virtual machine, some 1 ms. SQLite calls the
 # progress handler after each STEPS of a prepared statement, counted over all its executions.
 STEPS, MAX_TICKS = 1000, 30
+INTERRUPTED = "interrupted"  # SQLite's message then
 T = TypeVar("T")
 P = ParamSpec("P")
 Values = Mapping[str, Any]
@@ -45,10 +45,11 @@ def to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-class _Change(NamedTuple):
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+Change = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # and its arguments
+
+
+class _Queued(NamedTuple):
+    change: Change
     done: "asyncio.Future[Any]"
     deadline: float  # for the begin of its transaction
 
@@ -57,17 +58,17 @@ class _Database:
     """The engines, thread limits and queued changes of this process, between `open_database` and `close_database`."""
 
     def __init__(self, url: str) -> None:
-        self.backend: Sqlite | Postgresql
-        self.backend = Sqlite(url) if url.startswith("sqlite") else _postgresql().Postgresql(url, to_json)
+        is_sqlite = url.startswith("sqlite")
+        self.backend: Sqlite | Postgresql = Sqlite(url) if is_sqlite else _postgresql().Postgresql(url, to_json)
         self.readers = anyio.CapacityLimiter(self.backend.threads)
         self.jobs = anyio.CapacityLimiter(JOBS)
-        self.changes: deque[_Change] = deque()
+        self.changes: deque[_Queued] = deque()
         self.committer: asyncio.Task[None] | None = None
 
     async def commit_changes(self) -> None:
         """Commit the queued changes in groups, until none is left."""
         while self.changes:
-            group: list[_Change] = []
+            group: list[_Queued] = []
             outcomes: list[Any]
             try:
                 if isinstance(self.backend, Sqlite):
@@ -82,26 +83,26 @@ class _Database:
                         group.append(self.changes.popleft())
                     await asyncio.sleep(RETRY_INTERVAL)
                 outcomes = [error] * len(group)
-            for change, outcome in zip(group, outcomes, strict=True):
-                if not change.done.done():
+            for (_, done, _), outcome in zip(group, outcomes, strict=True):
+                if not done.done():
                     if isinstance(outcome, Exception):
-                        change.done.set_exception(outcome)
+                        done.set_exception(outcome)
                     else:
-                        change.done.set_result(outcome)
+                        done.set_result(outcome)
             await asyncio.sleep(0)
 
-    def _commit_in_thread(self, group: list[_Change]) -> list[Any]:
+    def _commit_in_thread(self, group: list[_Queued]) -> list[Any]:
         with self.backend.writer.connect() as connection:
             return _commit(connection, self._take(group))
 
-    def _take(self, group: list[_Change]) -> Iterator[_Change]:
+    def _take(self, group: list[_Queued]) -> Iterator[Change]:
         """Move queued changes into `group`, for as long as others can wait."""
         deadline = time.monotonic() + MAX_GROUP_TIME
         while self.changes and time.monotonic() < deadline:
-            change = self.changes.popleft()
-            if not change.done.cancelled():
-                group.append(change)
-                yield change
+            queued = self.changes.popleft()
+            if not queued.done.cancelled():
+                group.append(queued)
+                yield queued.change
 
 
 def _postgresql() -> Any:
@@ -110,17 +111,12 @@ def _postgresql() -> Any:
     return postgresql
 
 
-_open: _Database | None = None
-
-
-def _opened() -> _Database:
-    if _open is None:
-        raise RuntimeError("the database is not open")
-    return _open
+class _Open:
+    database: _Database
 
 
 def backend() -> "Sqlite | Postgresql":
-    return _opened().backend
+    return _Open.database.backend
 
 
 def is_postgresql() -> bool:
@@ -129,24 +125,16 @@ def is_postgresql() -> bool:
 
 def open_database(url: str) -> None:
     """Open `url` for this process and run missing migrations. Call it on the event loop."""
-    global _open
     migrate(url)
-    _open = _Database(url)
+    _Open.database = _Database(url)
 
 
 def close_database() -> None:
-    global _open
     backend().close()
-    _open = None
+    del _Open.database
 
 
 # --- reads and writes ---------------------------------------------------------------------------------------------
-# Routes use two verbs. `read` gives a function a connection with one snapshot; `write` gives it a session, and commits
-# what it changed with its events, or nothing. On SQLite both run on the event loop, where a switch to a thread would
-# take longer than finding a book: a read that exceeds its budget is run again in a thread, and changes that are made at
-# the same time share a transaction, each in a savepoint of its own. On PostgreSQL both run in threads. One transaction
-# writes at a time on either: what it reads stays as it is until its commit, no row needs a lock of its own, and ids are
-# committed in their order. Jobs, exports and changes that take long run in threads, with `read_sync` and `write_sync`.
 
 Read = Callable[Concatenate[Connection, P], T]
 Write = Callable[Concatenate[Session, P], T]
@@ -154,13 +142,13 @@ Write = Callable[Concatenate[Session, P], T]
 
 async def read(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """A read, as one snapshot. It may be run twice."""
-    database = _opened()
+    database = _Open.database
     if isinstance(database.backend, Sqlite):
         database.backend.ticks = 0
         try:
             return _query(database.backend.loop_reader, query, *args, **kwargs)
         except OperationalError as error:
-            if not Sqlite.is_interrupted(error):
+            if str(error.orig) != INTERRUPTED:
                 raise
     return await anyio.to_thread.run_sync(
         functools.partial(read_sync, query, *args, **kwargs), limiter=database.readers
@@ -190,9 +178,9 @@ def _query(connection: Connection, query: Read[P, T], /, *args: P.args, **kwargs
 
 async def write(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """A short change: it is committed when this returns, and undone if `change` raises. It blocks the event loop."""
-    database = _opened()
+    database = _Open.database
     done = asyncio.get_running_loop().create_future()
-    database.changes.append(_Change(change, args, kwargs, done, time.monotonic() + BUSY_TIMEOUT))
+    database.changes.append(_Queued((change, args, kwargs), done, time.monotonic() + BUSY_TIMEOUT))
     if database.committer is None or database.committer.done():
         database.committer = asyncio.create_task(database.commit_changes())
     result: T = await done
@@ -201,32 +189,31 @@ async def write(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
 
 def write_sync(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """`write` for code that runs in a thread, in a transaction of its own."""
-    database, deadline = backend(), time.monotonic() + BUSY_TIMEOUT
+    changes, deadline = [(change, args, kwargs)], time.monotonic() + BUSY_TIMEOUT
     while True:
         try:
-            with (
-                database.writer.connect() as connection,
-                _transaction(connection, database.begin_write),
-                _session(connection) as session,
-            ):
-                result = change(session, *args, **kwargs)
-                _run_deferred(session)
+            with backend().writer.connect() as connection:
+                (outcome,) = _commit(connection, changes)
+            break
         except OperationalError as error:
-            if not database.is_busy(error) or time.monotonic() > deadline:
+            if not backend().is_busy(error) or time.monotonic() > deadline:
                 raise
             time.sleep(RETRY_INTERVAL)
-        else:
-            database.committed()
-            return result
+    if isinstance(outcome, Exception):
+        raise outcome
+    result: T = outcome
+    return result
 
 
-def _commit(connection: Connection, changes: Iterator[_Change]) -> list[Any]:
+def _commit(connection: Connection, changes: Iterable[Change]) -> list[Any]:
     """Run the changes in one transaction; their results, or the errors of those that raised and were undone."""
     outcomes: list[Any] = []
     execute = _driver(connection).execute
-    with _transaction(connection, backend().begin_write), _session(connection) as session:
+    # The driver's transaction is committed; the session only flushes, and its rollback only forgets (AUTOCOMMIT).
+    with _transaction(connection, backend().begin_write), Session(connection) as session:
+        session.info.update(connection=connection, deferred={})
         previous: Any = None
-        for function, args, kwargs, *_ in changes:
+        for function, args, kwargs in changes:
             if function is not previous:
                 _run_deferred(session)
             previous = function
@@ -274,40 +261,9 @@ def _transaction(connection: Connection, begin: str) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _session(connection: Connection) -> Iterator[Session]:
-    """A session within the driver's transaction. It never commits; on its AUTOCOMMIT connection, rollback does nothing
-    but forget."""
-    with Session(connection) as session:
-        session.info.update(connection=connection, deferred={})
-        yield session
-        session.flush()
-
-
-def readonly(handler: Read[P, T]) -> Callable[P, Awaitable[T]]:
-    """Run a route handler as one `read`. FastAPI does not see its first parameter, the connection."""
-    return _without_first_parameter(handler, read)
-
-
-def transactional(handler: Write[P, T]) -> Callable[P, Awaitable[T]]:
-    """Run a route handler as one `write`. FastAPI does not see its first parameter, the session."""
-    return _without_first_parameter(handler, write)
-
-
-def _without_first_parameter(handler: Any, run: Any) -> Callable[..., Awaitable[Any]]:
-    async def route(*args: Any, **kwargs: Any) -> Any:
-        return await run(handler, *args, **kwargs)
-
-    _, *parameters = inspect.signature(handler, eval_str=True).parameters.values()
-    route.__signature__ = inspect.signature(handler, eval_str=True).replace(parameters=parameters)  # type: ignore[attr-defined]  # PEP 362
-    for name in ("__name__", "__qualname__", "__doc__", "__module__"):
-        setattr(route, name, getattr(handler, name))
-    return route
-
-
 async def run_job(job: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
     """A long job in a thread, with transactions of its own. At most `JOBS` run at once."""
-    await anyio.to_thread.run_sync(functools.partial(job, *args, **kwargs), limiter=_opened().jobs)
+    await anyio.to_thread.run_sync(functools.partial(job, *args, **kwargs), limiter=_Open.database.jobs)
 
 
 def server_is_stopping() -> bool:
@@ -331,7 +287,10 @@ def migrate(url: str) -> None:
     """Run missing migrations. Of several processes that start at once, the first runs them."""
     migration = sqlite_migration if url.startswith("sqlite") else _postgresql().postgresql_migration
     with migration(url) as connection:
-        if _revision(connection) == max(path.stem[:4] for path in (MIGRATIONS / "versions").glob("0*.py")):
+        revision = None
+        if sa.inspect(connection).has_table("alembic_version"):
+            revision = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+        if revision == max(path.stem[:4] for path in (MIGRATIONS / "versions").glob("0*.py")):
             return
         from alembic import command  # noqa: PLC0415  # not loaded where nothing is to be migrated
 
@@ -340,12 +299,6 @@ def migrate(url: str) -> None:
             broken := connection.exec_driver_sql("PRAGMA foreign_key_check").first()
         ):
             raise RuntimeError(f"a row without its referenced row after the migrations: {tuple(broken)}")
-
-
-def _revision(connection: Connection) -> str | None:
-    if not sa.inspect(connection).has_table("alembic_version"):
-        return None
-    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
 
 def _alembic(connection: Connection) -> "Config":
@@ -387,7 +340,10 @@ PRAGMAS = {
     "temp_store": "MEMORY",  # sorting a page of rows needs no file
     "recursive_triggers": "ON",  # REPLACE must update the search index, too
 }
-WRITER_CACHE = "-16000"  # KiB; holds what a batch of an import changes
+WRITER_PRAGMAS = {
+    "cache_size": "-16000",  # KiB; holds what a batch of an import changes
+    "busy_timeout": "0",  # `write` and `write_sync` try again: SQLite does so ever more rarely
+}
 POLL_INTERVAL = 0.1  # seconds; a check for commits of other processes takes 3 µs
 
 
@@ -396,7 +352,6 @@ class Sqlite:
     # Also the size of the pool, so that no thread waits for a connection. A burst of slow searches leaves the other
     # threads of the process free.
     threads = 8
-
     begin_read = "BEGIN"
     # A deferred transaction that reads first and writes later fails at once ("database is locked").
     begin_write = "BEGIN IMMEDIATE"
@@ -408,11 +363,8 @@ class Sqlite:
         options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True, "json_serializer": to_json}
         self.engine = create_engine(url, pool_size=self.threads, max_overflow=4, **options)
         self.writer = create_engine(url, pool_size=JOBS, **options)
-        for engine in (self.engine, self.writer):
-            event.listen(engine, "connect", on_connect)
-        # `write_sync` waits; SQLite itself would retry ever more rarely, and starve beside an import.
-        event.listen(self.writer, "connect", lambda c, _record: c.execute("PRAGMA busy_timeout=0"))
-        event.listen(self.writer, "connect", lambda c, _record: c.execute(f"PRAGMA cache_size={WRITER_CACHE}"))
+        configure(self.engine, PRAGMAS)
+        configure(self.writer, PRAGMAS | WRITER_PRAGMAS)
         # The event loop's connections.
         self.loop_reader, self.loop_writer = self.engine.connect(), self.writer.connect()
         self.loop_driver = _driver(self.loop_reader)
@@ -437,8 +389,7 @@ class Sqlite:
         return True
 
     def checkpoint(self) -> None:
-        """Move the write-ahead log into the file, since a large one slows every read: most of it beside writers, the
-        rest while nobody writes."""
+        """Shorten the write-ahead log, which slows every read: most of it beside writers, the rest without them."""
         self.uncheckpointed = 0
         with self.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
@@ -453,23 +404,17 @@ class Sqlite:
             previous = None
             while True:
                 try:
-                    version = driver.execute("PRAGMA data_version").fetchone()
-                except sqlite3.Error as error:  # maybe temporary
-                    log.error("can't read data_version: %s", error)
-                else:
-                    if version != previous:
+                    if (version := driver.execute("PRAGMA data_version").fetchone()) != previous:
                         previous = version
                         notify()
+                except sqlite3.Error as error:  # maybe temporary
+                    log.error("can't read data_version: %s", error)
                 await asyncio.sleep(POLL_INTERVAL)
 
     @staticmethod
     def is_busy(error: Exception) -> bool:
         """Whether another writer has the lock."""
         return getattr(getattr(error, "orig", None), "sqlite_errorname", "").startswith("SQLITE_BUSY")
-
-    @staticmethod
-    def is_interrupted(error: OperationalError) -> bool:
-        return str(error.orig) == "interrupted"
 
     @staticmethod
     def violation(error: IntegrityError) -> tuple[str, str]:
@@ -487,23 +432,24 @@ class Sqlite:
     @staticmethod
     def is_full(error: object) -> bool:
         # The index of the write-ahead log is mapped memory: without room to grow, it is an I/O error.
-        name = getattr(error, "sqlite_errorname", "")
-        return name == "SQLITE_FULL" or name in ("SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE")
+        full = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE")
+        return getattr(error, "sqlite_errorname", "") in full
 
 
-def on_connect(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # sqlite3's implicit BEGIN is late and deferred
-    for name, value in PRAGMAS.items():
-        connection.execute(f"PRAGMA {name}={value}")
+def configure(engine: sa.Engine, pragmas: Mapping[str, str]) -> None:
+    @event.listens_for(engine, "connect")
+    def on_connect(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # sqlite3's implicit BEGIN is late and deferred
+        for name, value in pragmas.items():
+            connection.execute(f"PRAGMA {name}={value}")
 
 
 @contextmanager
 def sqlite_migration(url: str) -> Iterator[Connection]:
     """A transaction for the migrations, which other processes wait for."""
     engine = create_engine(url)
-    event.listen(engine, "connect", on_connect)
     # Rebuilding a table drops it, which would cascade to the rows that refer to it.
-    event.listen(engine, "connect", lambda connection, _record: connection.execute("PRAGMA foreign_keys=OFF"))
+    configure(engine, PRAGMAS | {"foreign_keys": "OFF"})
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     try:
         with engine.begin() as connection:
@@ -549,12 +495,12 @@ class CompiledQuery:
     def all(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> list[Any]:
         driver, bound = _driver(connection), self._bind(values)
         if self.too_long and driver is backend().loop_driver and tuple(bound.values()) in self.too_long:
-            raise OperationalError(self._compiled[0], None, sqlite3.OperationalError("interrupted"))
+            raise OperationalError(self._compiled[0], None, sqlite3.OperationalError(INTERRUPTED))
         try:
             rows: list[Any] = _call(_fetch_all, driver, self._compiled[0], bound)
             return rows
         except OperationalError as error:
-            if Sqlite.is_interrupted(error):
+            if str(error.orig) == INTERRUPTED:
                 if len(self.too_long) >= 1000:
                     self.too_long.clear()
                 self.too_long.add(tuple(bound.values()))
@@ -599,7 +545,5 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
     """Call the driver. Its errors become SQLAlchemy's."""
     try:
         return function(*args)
-    except Exception as error:
-        if not isinstance(error, driver_error := backend().driver_error):
-            raise
-        raise DBAPIError.instance(function.__name__, None, error, driver_error) from error
+    except backend().driver_error as error:
+        raise DBAPIError.instance(function.__name__, None, error, Exception) from error

@@ -11,9 +11,8 @@ from sqlmodel import Session, col
 
 import database
 import events
-from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404
+from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404, readonly, transactional
 from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
-from database import readonly, transactional
 from models import Book, Principal, ShelfEntry, ShelfStatus, User
 from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, SortableTimestamp, json_response, page_response
 from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id, ReviewPublic, Username

@@ -16,9 +16,8 @@ from sqlmodel import Session, col
 import database
 import events
 import models
-from api import FOLLOWED_PAGE, Router, errors, or_404
+from api import FOLLOWED_PAGE, Router, errors, or_404, readonly, transactional
 from books import NO_BOOK, BookId
-from database import readonly, transactional
 from models import MAX_COPIES, MAX_RENEWALS, Book, InvalidField, Loan, LoanStatus, Principal, User
 from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
 from schemas import Id, LoanCreate, LoanPublic, StockChange, StockPublic

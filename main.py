@@ -25,6 +25,14 @@
 A request passes `api.RequestMiddleware` and reaches its route, which depends on `security.get_principal` if it needs a
 user. The route makes one read or one transaction through `database` and answers; what the transaction changed is
 recorded as events in it. Every error becomes a problem document in one of the handlers in `api`.
+
+Routes use two verbs. `database.read` gives a function a connection with one snapshot; `database.write` gives it a
+session, and commits what it changed with its events, or nothing. On SQLite both run on the event loop, where a switch
+to a thread would take longer than finding a book: a read that exceeds its budget is run again in a thread, and changes
+that are made at the same time share a transaction, each in a savepoint of its own. On PostgreSQL both run in threads.
+One transaction writes at a time on either: what it reads stays as it is until its commit, no row needs a lock of its
+own, and ids are committed in their order. Jobs, exports and changes that take long run in threads, with `read_sync`
+and `write_sync`.
 """
 
 import asyncio

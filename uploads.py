@@ -14,10 +14,9 @@ from sqlalchemy import Connection
 from sqlmodel import Session, col
 
 import database
-from api import PAGE, Router, errors, or_404
+from api import PAGE, Router, errors, or_404, readonly, transactional
 from books import BOOKS, BookFilter
 from csv_files import BOOK_COLUMNS, OUR_COLUMNS, REASON, SHELVES, printable, to_csv, to_html
-from database import readonly, transactional
 from imports import CHUNK, finish, run_upload
 from library import ENTRIES
 from models import Book, InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus

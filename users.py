@@ -19,10 +19,9 @@ import loans
 import mail
 import models
 import schemas
-from api import PAGE, Router, errors, or_404
+from api import PAGE, Router, errors, or_404, readonly, transactional
 from auth import SESSIONS, end_sessions
 from books import BOOKS, disown_books
-from database import readonly, transactional
 from events import record_account_event
 from mail import Email
 from models import Event, Principal, Role, Upload, UploadError, User

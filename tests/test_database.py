@@ -25,8 +25,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, SQLModel, col
 
 import database
-from api import HANDLERS
-from database import CompiledQuery, Violation, readonly, transactional
+from api import HANDLERS, readonly, transactional
+from database import CompiledQuery, Violation
 from main import app
 from models import Book, Setting
 from schemas import RequestModel, Word
