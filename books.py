@@ -140,15 +140,18 @@ def best_matches(connection: Connection, filters: dict[str, Any], query: BookQue
     return JsonPage(items, total, following, pagination.last_event_id(connection))
 
 
-SELECT_BY_ID = SELECT_BOOKS.add_columns(col(Book.id))
-BOOKS_BY_ID = CompiledQuery(SELECT_BY_ID.where(col(Book.id).in_(sa.text("SELECT value FROM json_each(:ids)"))))
+IDS = {
+    "sqlite": "SELECT value FROM json_each(:ids)",
+    "postgresql": "SELECT CAST(value AS integer) FROM json_array_elements_text(CAST(:ids AS json))",
+}
+BOOKS_BY_ID = {
+    kind: CompiledQuery(SELECT_BOOKS.add_columns(col(Book.id)).where(col(Book.id).in_(sa.text(ids))))
+    for kind, ids in IDS.items()
+}
 
 
 def books_by_id(connection: Connection, ids: list[int]) -> dict[int, str]:
-    if database.is_postgresql():
-        rows = connection.execute(SELECT_BY_ID.where(col(Book.id).in_(ids))).all()
-    else:
-        rows = BOOKS_BY_ID.all(connection, {"ids": str(ids)})
+    rows = BOOKS_BY_ID[database.backend().kind].all(connection, {"ids": str(ids)})
     return {book_id: text for text, book_id in rows}
 
 
