@@ -8,7 +8,8 @@ from typing import Any
 
 import anyio
 import psycopg
-from sqlalchemy import Connection, Table, create_engine, make_url
+from psycopg.types.numeric import FloatLoader
+from sqlalchemy import Connection, Table, create_engine, event, make_url
 from sqlalchemy.exc import IntegrityError
 
 log = logging.getLogger("books.postgresql")
@@ -47,6 +48,10 @@ class Postgresql:
         # A change is not tried again where its connection turns out to be broken.
         self.writer = create_engine(url, pool_size=3, pool_pre_ping=True, **options)
         self.dialect = self.engine.dialect
+
+        @event.listens_for(self.engine, "connect")
+        def load_numeric_as_float(connection: Any, _record: object) -> None:
+            connection.adapters.register_loader("numeric", FloatLoader)  # sort keys, which go into cursors
 
     def close(self) -> None:
         self.writer.dispose()
