@@ -197,10 +197,6 @@ class EventFilter:
         prefixes = [col(Event.type).startswith(prefix, autoescape=True) for prefix in self.prefixes]
         return sa.and_(sa.or_(*is_visible), sa.or_(col(Event.type).in_(self.types), *prefixes))
 
-    async def is_viewer_authorized(self) -> bool:
-        """Whether the viewer's token is still valid, and the account has the same role."""
-        return self.viewer is None or await retry_until_available(is_token_valid, self.viewer)
-
 
 async def retry_until_available(read: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """Streams survive a restart of the database."""
@@ -345,7 +341,8 @@ class EventTail:
                         break
             if needs_check:
                 checked_at = clock()
-                if not await event_filter.is_viewer_authorized():
+                viewer = event_filter.viewer
+                if viewer is not None and not await retry_until_available(is_token_valid, viewer):
                     return
             if chunk:
                 yield bytes(chunk)
