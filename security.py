@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import limits
 import sqlalchemy as sa
@@ -277,23 +277,16 @@ def _refuse_default_password(session: Session) -> None:
 # --- rate limits --------------------------------------------------------------------------------------------------
 
 
-class RateLimit(NamedTuple):
-    """Attempts from one address, of one account from one address, and of one account from all addresses. The last is
-    wider, so that it takes many addresses to lock an account."""
-
-    address: str
-    together: str
-    account: str
-
-
+# Attempts from one address, of one account from one address, and of one account from all addresses. The last is wider,
+# so that it takes many addresses to lock an account.
 RATE_LIMITS = {
-    "login": RateLimit("100 per 1 minute", "10 per 15 minutes", "100 per 1 hour"),
-    "register": RateLimit("50 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
-    "refresh": RateLimit("60 per 1 minute", "30 per 1 minute", "60 per 1 minute"),
-    "forgot": RateLimit("30 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
-    "reset": RateLimit("30 per 1 hour", "10 per 1 hour", "30 per 1 hour"),
-    "verify": RateLimit("30 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
-    "password": RateLimit("30 per 1 hour", "10 per 1 hour", "20 per 1 hour"),
+    "login": ("100 per 1 minute", "10 per 15 minutes", "100 per 1 hour"),
+    "register": ("50 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
+    "refresh": ("60 per 1 minute", "30 per 1 minute", "60 per 1 minute"),
+    "forgot": ("30 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
+    "reset": ("30 per 1 hour", "10 per 1 hour", "30 per 1 hour"),
+    "verify": ("30 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
+    "password": ("30 per 1 hour", "10 per 1 hour", "20 per 1 hour"),
 }
 
 
