@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request, Response, params
+from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security.utils import get_authorization_scheme_param
@@ -304,13 +305,13 @@ class FastRoute(APIRoute):
             raise TypeError(f"{path}: FastRoute skips dependencies that are not parameters")
         self.ordinary, self.app = self.app, self.answer
         self.readers: dict[str, Reader] = {}
-        self.user_checks: dict[str, list[Handler]] = {}
+        self.user_checks = {str(user.name): _checks(user) for user in self.dependant.dependencies}
         self.body: tuple[str, Callable[[Any], Any]] | None = None
         for name, parameter in inspect.signature(endpoint, eval_str=True).parameters.items():
             marks = getattr(parameter.annotation, "__metadata__", ())
-            if (depends := _dependency(marks)) is not None:
-                self.user_checks[name] = _checks(depends)
-            elif marks or parameter.annotation is Request:
+            if name in self.user_checks:
+                continue
+            if marks or parameter.annotation is Request:
                 self.readers[name] = _reader(name, parameter, marks)
             else:
                 self.body = name, TypeAdapter(parameter.annotation).validate_python
@@ -338,16 +339,9 @@ class FastRoute(APIRoute):
         return None
 
 
-def _dependency(marks: Any) -> Any:
-    return next((mark.dependency for mark in marks if isinstance(mark, params.Depends)), None)
-
-
-def _checks(dependency: Any) -> list[Handler]:
+def _checks(user: Dependant) -> list[Any]:
     """The dependencies that check what `get_principal` returned, the outermost last."""
-    if dependency is security.get_principal:
-        return []
-    (parameter,) = inspect.signature(dependency, eval_str=True).parameters.values()
-    return [*_checks(_dependency(parameter.annotation.__metadata__)), dependency]
+    return [] if user.call is security.get_principal else [*_checks(user.dependencies[0]), user.call]
 
 
 def _reader(name: str, parameter: inspect.Parameter, marks: Any) -> Reader:
