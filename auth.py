@@ -19,7 +19,7 @@ from api import PAGE, Router, errors, invalid_body
 from database import transactional
 from events import record_account_event
 from models import InvalidField, LoginSession, OneTimeCode, Principal, User
-from pagination import JsonObject, Listing, Page, PageQuery, page_response
+from pagination import JsonObject, Listing, Page, PageQuery, columns_of, page_response
 from schemas import Id, RequestModel, SessionPublic, Storable
 from security import CurrentUser, unauthorized
 from settings import settings
@@ -216,12 +216,9 @@ def logout_everywhere(session: Session, user: CurrentUser) -> None:
     log_out(session, user, sa.true())
 
 
-SESSION_COLUMNS = {
-    name: getattr(LoginSession, name, col(LoginSession.id) == sa.bindparam("session_id"))
-    for name in SessionPublic.model_fields
-}
+IS_CURRENT = col(LoginSession.id) == sa.bindparam("session_id")
 SESSIONS = Listing(
-    sa.select(JsonObject(SESSION_COLUMNS)),
+    sa.select(JsonObject(columns_of(LoginSession, SessionPublic, current=IS_CURRENT))),
     filters={
         "user_id": col(LoginSession.user_id) == sa.bindparam("user_id"),
         "live_at": is_live(sa.bindparam("live_at", type_=models.UtcDateTime)),

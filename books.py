@@ -15,7 +15,7 @@ import pagination
 from api import FOLLOWED_PAGE, FastRoute, Router, errors, invalid_body, or_404
 from database import CompiledQuery, transactional
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
-from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, json_response, page_response
+from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, columns_of, json_response, page_response
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
 from search import SearchTerms, best_first, count_matches, index_books, matches
 from security import Contributor, CurrentUser, Viewer, unauthorized
@@ -31,10 +31,8 @@ Sort = Literal[
     "id", "title", "author", "year", "rating", "created", "-id", "-title", "-author", "-year", "-rating", "-created"
 ]
 
-PUBLIC_COLUMNS: dict[str, Any] = {name: getattr(Book, name) for name in BookPublic.model_fields}
-PUBLIC_COLUMNS["rating"] = sa.cast(col(Book.rating_sum), sa.Float) / sa.func.nullif(
-    col(Book.rating_count), sa.text("0")
-)
+RATING = sa.cast(col(Book.rating_sum), sa.Float) / sa.func.nullif(col(Book.rating_count), sa.text("0"))
+PUBLIC_COLUMNS = columns_of(Book, BookPublic, rating=RATING)
 SELECT_BOOKS: Any = sa.select(JsonObject(PUBLIC_COLUMNS))
 FIND_BOOK = CompiledQuery(SELECT_BOOKS.add_columns(col(Book.version)).where(col(Book.id) == sa.bindparam("book_id")))
 INSERT_BOOK = CompiledQuery(sa.insert(Book).returning(col(Book.id)))

@@ -20,7 +20,7 @@ from api import FOLLOWED_PAGE, Router, errors, or_404
 from books import NO_BOOK, BookId
 from database import readonly, transactional
 from models import MAX_COPIES, MAX_RENEWALS, Book, InvalidField, Loan, LoanStatus, Principal, User
-from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
+from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
 from schemas import Id, LoanCreate, LoanPublic, StockChange, StockPublic
 from security import CurrentUser, Staff
 from settings import settings
@@ -31,11 +31,8 @@ LoanId = Annotated[Id, Path(description="The loan's `id`.")]
 NO_LOAN = "No such loan."
 IS_OPEN = col(Loan.returned_at).is_(None)
 IS_OVERDUE = col(Loan.due_at) < sa.bindparam("now", type_=models.UtcDateTime)
-LOAN_COLUMNS = {name: getattr(Loan, name, None) for name in LoanPublic.model_fields} | {
-    "username": col(User.username),
-    "title": col(Book.title),
-    "status": sa.case((sa.not_(IS_OPEN), "returned"), (IS_OVERDUE, "overdue"), else_="active"),
-}
+STATUS = sa.case((sa.not_(IS_OPEN), "returned"), (IS_OVERDUE, "overdue"), else_="active")
+LOAN_COLUMNS = columns_of(Loan, LoanPublic, username=col(User.username), title=col(Book.title), status=STATUS)
 LOANS = Listing(
     sa.select(JsonObject(LOAN_COLUMNS)).join_from(Loan, User).join(Book, col(Loan.book_id) == col(Book.id)),
     filters={

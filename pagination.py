@@ -48,6 +48,11 @@ class JsonObject(FunctionElement[str]):
         super().__init__(*columns.values())
 
 
+def columns_of(table: Any, model: type[BaseModel], **others: Any) -> dict[str, Any]:
+    """The table's columns by the fields of a response model; `others` are fields that are not columns."""
+    return {name: getattr(table, name, None) for name in model.model_fields} | others
+
+
 def _pairs(element: JsonObject, value: Callable[[Any], str]) -> str:
     return ", ".join(f"'{name}', {value(column)}" for name, column in zip(element.names, element.clauses, strict=True))
 

@@ -26,7 +26,7 @@ from database import readonly, transactional
 from events import record_account_event
 from mail import Email
 from models import Event, Principal, Role, Upload, UploadError, User
-from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
+from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
 from schemas import AccountCreate, AccountUpdate, EventPublic, Id, Name, RequestModel, UserPublic, UserUpdate
 from security import Admin, CurrentUser, check_rate_limit, check_still_authorized
 from settings import settings
@@ -130,8 +130,8 @@ class AccountExport(BaseModel):
 
 
 def _mine(shape: type[BaseModel], table: Any, condition: ColumnElement[bool]) -> Listing:
-    columns = {name: getattr(table, name) for name in shape.model_fields}
-    return Listing(sa.select(JsonObject(columns)), filters={"user_id": condition}, orders={"id": (col(table.id),)})
+    columns = JsonObject(columns_of(table, shape))
+    return Listing(sa.select(columns), filters={"user_id": condition}, orders={"id": (col(table.id),)})
 
 
 USER_ID: Any = sa.bindparam("user_id")
@@ -180,7 +180,7 @@ UserId = Annotated[Id, Path(description="The user's `id`.")]
 NO_USER = "No such user."
 SPELLINGS = ("search", "search_upper", "search_title", "search_lower")
 USERS = Listing(
-    sa.select(JsonObject({name: getattr(User, name) for name in UserPublic.model_fields})),
+    sa.select(JsonObject(columns_of(User, UserPublic))),
     filters={
         "id": col(User.id) == sa.bindparam("id"),
         # LIKE and lower() of SQLite fold ASCII only: other letters match as typed, in upper, lower or title case.
