@@ -59,8 +59,7 @@ def problem(
     return Response(content, status, headers, media_type=PROBLEM_JSON)
 
 
-async def on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def on_http_error(request: Request, error: HTTPException) -> Response:
     if error.status_code == 400 and isinstance(error.__cause__, OSError):  # an upload is spooled to a file
         error = disk_full(error.__cause__)
     detail, headers = str(error.detail), dict(error.headers or {})
@@ -87,8 +86,7 @@ async def on_disconnect(_request: Request, _error: Exception) -> Response:
     return problem(400, "The body ends before it is complete.")  # for the access log: the client is gone
 
 
-async def on_invalid_request(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
+async def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
     errors = [{"loc": list(e["loc"]), "msg": describe_error(e), "type": e["type"]} for e in error.errors()[:100]]
     first = errors[0]
     field = ".".join(str(part) for part in first["loc"][1:]) or first["loc"][0]
@@ -117,14 +115,12 @@ def invalid_body(error: ValidationError) -> RequestValidationError:
     return RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()])
 
 
-async def on_invalid_field(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, InvalidField)
+async def on_invalid_field(_request: Request, error: InvalidField) -> Response:
     return problem(422, str(error), errors=[field_error(error.field, error.message, "value_error", error.source)])
 
 
-async def on_violation(_request: Request, error: Exception) -> Response:
+async def on_violation(_request: Request, error: IntegrityError) -> Response:
     """A constraint of the database, as an error of its field."""
-    assert isinstance(error, IntegrityError)
     kind, field = database.violation(error)
     if kind == "unique":
         return problem(409, f"This {field} is taken.", errors=[field_error(field, "is taken", "unique")])

@@ -83,17 +83,11 @@ async def parse_credentials(request: Request) -> Credentials:
         raise invalid_body(error) from None
 
 
-LOGIN_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/x-www-form-urlencoded": {"schema": Credentials.model_json_schema()},
-            "application/json": {"schema": {**Credentials.model_json_schema(), "additionalProperties": False}},
-        },
-    }
+LOGIN_CONTENT = {
+    "application/x-www-form-urlencoded": {"schema": Credentials.model_json_schema()},
+    "application/json": {"schema": {**Credentials.model_json_schema(), "additionalProperties": False}},
 }
-
-
+LOGIN_BODY = {"requestBody": {"required": True, "content": LOGIN_CONTENT}}
 # Ids begin with 1.
 UNKNOWN_USER = User(id=0, username="", email="", password_hash=security.DUMMY_PASSWORD_HASH, is_active=False)
 TOKEN_SUMMARY = "Sign in (the address that OAuth2 clients expect)"

@@ -277,10 +277,8 @@ def delete_book(session: Session, book_id: BookId, user: CurrentUser, if_match: 
     """
     book = get_own_book(session, book_id, user, if_match, "delete")
     if not user.is_staff:
-        others = sa.select(col(ShelfEntry.id)).where(
-            col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id
-        )
-        if session.execute(others.limit(1)).first() is not None:
+        by_others = sa.exists().where(col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id)
+        if session.scalar(sa.select(by_others)):
             raise HTTPException(409, "Somebody else has this book on a shelf: only librarians and admins delete it.")
     if book.available < book.copies:
         raise HTTPException(409, f"{book.copies - book.available} of its copies are on loan: have them returned first.")

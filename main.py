@@ -43,7 +43,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
-import anyio
 import anyio.to_thread
 from fastapi import FastAPI, Header, HTTPException, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
@@ -167,7 +166,7 @@ PROBE_INTERVAL = 5  # seconds; requests must not keep the disk busy
 
 class _Probe:
     at = float("-inf")
-    running: asyncio.Task[None] | None = None
+    running: asyncio.Task[Setting] | None = None
 
 
 class Health(BaseModel):
@@ -186,17 +185,14 @@ async def health() -> Health:
             verb = "written"
             # One for all requests; whoever holds the lock, the answer must come.
             if _Probe.running is None or _Probe.running.done():
-                _Probe.running = asyncio.create_task(database.write(write_probe))
+                probe = Setting(key="probed", value=models.utcnow().isoformat())
+                _Probe.running = asyncio.create_task(database.write(Session.merge, probe))
             await asyncio.wait_for(asyncio.shield(_Probe.running), PROBE_TIMEOUT)
             _Probe.at = time.monotonic()
     except (DBAPIError, TimeoutError) as error:
         log.error("the database can't be %s: %s", verb, getattr(error, "orig", reason))
         raise HTTPException(503, f"The database can't be {verb}.", {"Retry-After": "5"}) from None
     return Health(status="ok", version=VERSION, database=database.backend().kind)
-
-
-def write_probe(session: Session) -> None:
-    session.merge(Setting(key="probed", value=models.utcnow().isoformat()))
 
 
 # --- backup -------------------------------------------------------------------------------------------------------

@@ -330,9 +330,7 @@ class BookBase(BaseModel):
     cover_url: Annotated[Url | None, BlankIsNull] = Field(default=None, examples=["https://example.com/dune.jpg"])
     published_date: PublishedDate | None = Field(default=None, examples=["1965-08-01"])
     publication_year: Year | None = Field(
-        default=None,
-        description="Taken from `published_date` if left out; negative before the common era.",
-        examples=[1965],
+        default=None, description="By default of `published_date`; negative before the common era.", examples=[1965]
     )
 
 

@@ -247,8 +247,7 @@ def update_user(
     role, was_active, was_admin = user.role, user.is_active, is_active_admin(user)
     fields = change.model_dump(exclude_unset=True)
     new_email = fields.pop("email", user.email)
-    for name, value in fields.items():
-        setattr(user, name, value)
+    user.sqlmodel_update(fields)
     session.flush()
     if was_admin and not is_active_admin(user):
         require_an_admin(session)
