@@ -221,15 +221,11 @@ async def back_up(admin: Admin) -> StreamingResponse:
 def open_copy(file: str) -> BinaryIO:
     """A consistent copy beside the file, without a write-ahead log. It is unlinked, so that nothing is left if the
     process is killed."""
-    handle, path = tempfile.mkstemp(prefix="books-backup-", dir=Path(file).parent)
-    os.close(handle)
-    try:
-        with contextlib.closing(sqlite3.connect(file)) as live, contextlib.closing(sqlite3.connect(path)) as copy:
+    with tempfile.NamedTemporaryFile(prefix="books-backup-", dir=Path(file).parent) as new:
+        with contextlib.closing(sqlite3.connect(file)) as live, contextlib.closing(sqlite3.connect(new.name)) as copy:
             live.backup(copy)
             copy.execute("PRAGMA journal_mode=DELETE")
-        return open(path, "rb")  # closed in `read_copy`
-    finally:
-        os.unlink(path)
+        return open(new.name, "rb")  # closed in `read_copy`
 
 
 def read_copy(copy: BinaryIO) -> Iterator[bytes]:
