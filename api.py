@@ -40,6 +40,7 @@ access_log = logging.getLogger("books.access")
 
 PROBLEM_JSON = "application/problem+json"
 TOO_LARGE = "The request is larger than this path takes."
+INTERNAL_ERROR = "Something went wrong here; it is in the server's log."
 # Where Starlette's detail is only the name of the status.
 DETAILS = {404: "There is nothing at this path.", 405: "This path does not take {method}.", 413: TOO_LARGE}
 # Why a body can't be parsed as JSON, where Python's message is not meant for clients.
@@ -463,8 +464,7 @@ class RequestMiddleware:
             await self.app(inner, receive, send_response)
         except Exception:
             if not status:
-                bug = problem(500, "Something went wrong here; it is in the server's log.")
-                await bug(scope, receive, send_response)
+                await problem(500, INTERNAL_ERROR)(scope, receive, send_response)
             raise  # the server logs it
         finally:
             if not logged:  # the server stops, or the client is gone

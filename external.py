@@ -25,7 +25,7 @@ import database
 import events
 import models
 import schemas
-from api import Router, errors, or_404
+from api import INTERNAL_ERROR, Router, errors, or_404
 from books import add_book, etag_of
 from csv_files import LOOKED_UP, ImportRow, InvalidCell, from_html, read_date, repair_isbn
 from models import InvalidField, Role, User, claim_job, schedule_job
@@ -487,13 +487,10 @@ async def harvest() -> None:
     try:
         data |= await add_newest_books(query)
         log.info("harvested %s", data)
-    except HTTPException as error:
-        log.error("the harvest failed, and is tried again in an hour: %s", error.detail)
-        data["error"] = str(error.detail)
-    except Exception:
-        # Whatever it is, admins must find it in the event log.
-        log.exception("the harvest failed, and is tried again in an hour")
-        data["error"] = "Something went wrong here; it is in the server's log."
+    except Exception as error:  # whatever it is, admins must find it in the event log
+        data["error"] = error.detail if isinstance(error, HTTPException) else INTERNAL_ERROR
+        is_bug = data["error"] == INTERNAL_ERROR
+        log.error("the harvest failed, and is tried again in an hour: %s", data["error"], exc_info=is_bug)
     await database.write(record_harvest, data)
 
 
