@@ -47,14 +47,13 @@ async def create_account(
     new: UserCreate, role: Role, tasks: BackgroundTasks, by: Principal | None = None
 ) -> UserPublic:
     security.check_password_strength("password", new.password, new.username, new.email)
-    user, email = await database.write(insert_account, new, await security.hash_password(new.password), role, by)
-    tasks.add_task(mail.send, email)
-    return user
+    password_hash = await security.hash_password(new.password)
+    return await database.write(insert_account, new, password_hash, role, tasks, by)
 
 
 def insert_account(
-    session: Session, new: UserCreate, password_hash: str, role: Role, by: Principal | None
-) -> tuple[UserPublic, Email]:
+    session: Session, new: UserCreate, password_hash: str, role: Role, tasks: BackgroundTasks, by: Principal | None
+) -> UserPublic:
     if by is not None:
         security.check_still_authorized(session, by)
     user = User(**new.model_dump(exclude={"password", "role"}), password_hash=password_hash, role=role)
@@ -62,7 +61,8 @@ def insert_account(
     session.flush()
     by_id = by.id if by else user.id
     record_account_event(session, user.id, "created", username=user.username, role=role, by=by_id)
-    return UserPublic.model_validate(user), confirmation_email(session, user, user.email)
+    tasks.add_task(mail.send, confirmation_email(session, user, user.email))
+    return UserPublic.model_validate(user)
 
 
 # --- confirming an address ----------------------------------------------------------------------------------------

@@ -57,19 +57,16 @@ async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tas
             raise HTTPException(403, "A new e-mail address needs your password, as `current_password`.")
         await check_rate_limit("verify", request, user.id)
         me = await accounts.confirm_password(user, change.current_password, request)
-    public, emails = await database.write(change_me, user, change, me.password_hash if changes_address else None)
-    for email in emails:
-        tasks.add_task(mail.send, email)
-    return public
+    verified_hash = me.password_hash if changes_address else None
+    return await database.write(change_me, user, change, verified_hash, tasks)
 
 
 def change_me(
-    session: Session, user: Principal, change: UserUpdate, verified_hash: str | None
-) -> tuple[UserPublic, list[Email]]:
-    emails: list[Email] = []
+    session: Session, user: Principal, change: UserUpdate, verified_hash: str | None, tasks: BackgroundTasks
+) -> UserPublic:
     if verified_hash is not None:
         me = accounts.get_verified_user(session, user, verified_hash)
-        emails = request_address_change(session, me, change.email)
+        request_address_change(session, me, change.email, tasks)
     else:
         check_still_authorized(session, user)
         me = session.get_one(User, user.id)
@@ -77,18 +74,18 @@ def change_me(
             accounts.cancel_address_change(session, me)
     if "full_name" in change.model_fields_set:
         me.full_name = change.full_name
-    return UserPublic.model_validate(me), emails
+    return UserPublic.model_validate(me)
 
 
-def request_address_change(session: Session, user: User, address: str) -> list[Email]:
+def request_address_change(session: Session, user: User, address: str, tasks: BackgroundTasks) -> None:
     accounts.cancel_address_change(session, user)
     with session.begin_nested() as attempt:  # 409 if it is taken now; the constraint decides again at the confirmation
         session.execute(sa.update(User).where(col(User.id) == user.id).values(email=address))
         attempt.rollback()
     user.pending_email = address
     record_account_event(session, user.id, "email_change_requested", old=user.email, new=address, by=user.id)
-    notice = mail.address_change_requested(user.email, user.username, address)
-    return [notice, accounts.confirmation_email(session, user, address)]
+    tasks.add_task(mail.send, mail.address_change_requested(user.email, user.username, address))
+    tasks.add_task(mail.send, accounts.confirmation_email(session, user, address))
 
 
 class MyPassword(RequestModel):
@@ -252,8 +249,7 @@ def update_user(
     if was_admin and not is_active_admin(user):
         require_an_admin(session)
     if new_email != user.email:
-        for email in set_address(session, user, new_email, admin.id):
-            tasks.add_task(mail.send, email)
+        set_address(session, user, new_email, admin.id, tasks)
     if user.role != role:
         record_account_event(session, user_id, "role_changed", old=role, new=user.role, by=admin.id)
     if user.is_active != was_active:
@@ -275,13 +271,14 @@ def require_an_admin(session: Session) -> None:
         raise HTTPException(409, "This is the last active admin: make another one first.")
 
 
-def set_address(session: Session, user: User, address: str, by: int) -> list[Email]:
+def set_address(session: Session, user: User, address: str, by: int, tasks: BackgroundTasks) -> None:
     """An admin's change of an address takes effect at once, unconfirmed."""
     old, user.email, user.email_verified_at, user.pending_email = user.email, address, None, None
     session.flush()
     accounts.cancel_codes(session, user.id)
     record_account_event(session, user.id, "email_changed", old=old, new=address, by=by)
-    return [mail.address_changed(old, user.username, address), accounts.confirmation_email(session, user, address)]
+    tasks.add_task(mail.send, mail.address_changed(old, user.username, address))
+    tasks.add_task(mail.send, accounts.confirmation_email(session, user, address))
 
 
 @router.delete("/{user_id:id}", status_code=204, responses=errors(403, 404, 409))

@@ -558,8 +558,8 @@ def test_changes_by_an_admin_who_was_demoted_meanwhile_are_refused(client: TestC
     changes: list[tuple[Any, ...]] = [
         (users.update_user, 1, AccountUpdate(role=Role.admin), before, BackgroundTasks()),
         (users.delete_user, other, before, BackgroundTasks()),
-        (database.write, users.change_me, before, UserUpdate(full_name="Late"), None),
-        (database.write, accounts.insert_account, new, "hash", Role.admin, before),
+        (database.write, users.change_me, before, UserUpdate(full_name="Late"), None, BackgroundTasks()),
+        (database.write, accounts.insert_account, new, "hash", Role.admin, BackgroundTasks(), before),
     ]
     assert client.portal is not None
     for change in changes:
