@@ -243,41 +243,30 @@ async def reset_password(body: PasswordReset, request: Request, tasks: Backgroun
     refuse_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS
     await security.check_rate_limit("reset", request, body.email)
     security.check_password_strength("new_password", body.new_password, body.email)
-    accepted, email = await database.write(try_code, body.email, body.otp), None
-    if accepted is not None:
-        code, user = accepted
-        security.check_password_strength("new_password", body.new_password, user.username)
-        email = await database.write(use_code, code, await security.hash_password(body.new_password))
-    if accepted is None or email is None:
+    password_hash = await security.hash_password(body.new_password)
+    username = await database.write(use_code, body, password_hash, tasks)
+    if username is None:
         await asyncio.sleep(refuse_at - asyncio.get_running_loop().time())
         raise HTTPException(400, "The code is wrong, used up or too old. Ask for a new one.")
-    tasks.add_task(mail.send, email)
     await security.reset_rate_limit("reset", request, body.email)
-    for name in (body.email, user.username.lower()):
+    for name in (body.email, username.lower()):
         await security.reset_rate_limit("login", request, name)
 
 
-def try_code(session: Session, address: str, otp: str) -> tuple[OneTimeCode, User] | None:
-    """Each attempt counts, and is committed before its result is used."""
-    codes = sa.select(OneTimeCode, User).join_from(OneTimeCode, User).where(col(User.email) == address)
+def use_code(session: Session, body: PasswordReset, password_hash: str, tasks: BackgroundTasks) -> str | None:
+    """Set the password; the user's name. None for a wrong code: the transaction counts the attempt."""
+    codes = sa.select(OneTimeCode, User).join_from(OneTimeCode, User).where(col(User.email) == body.email)
     row = session.execute(codes.where(IS_RESET, is_valid(), col(User.is_active))).first()
     if row is None:
         return None
     code, user = row
-    code.attempts += 1
-    if not secrets.compare_digest(code.code_hash, security.hmac_hash(CodePurpose.reset_password, user.id, otp)):
+    if not secrets.compare_digest(code.code_hash, security.hmac_hash(CodePurpose.reset_password, user.id, body.otp)):
+        code.attempts += 1
         return None
-    return code, user
-
-
-def use_code(session: Session, code: OneTimeCode, password_hash: str) -> Email | None:
-    """Set the password; None if another request has used the code."""
-    used = sa.delete(OneTimeCode).where(col(OneTimeCode.id) == code.id).returning(col(OneTimeCode.id))
-    if session.execute(used).first() is None:
-        return None
-    user = session.get_one(User, code.user_id)
+    security.check_password_strength("new_password", body.new_password, user.username)
     mark_verified(session, user)  # the code was mailed to that address
-    return set_password(session, user, password_hash, "password_reset", sa.true())
+    tasks.add_task(mail.send, set_password(session, user, password_hash, "password_reset", sa.true()))
+    return str(user.username)
 
 
 def set_password(session: Session, user: User, password_hash: str, event: str, ending: ColumnElement[bool]) -> Email:
