@@ -291,31 +291,23 @@ async def change_password(body: PasswordChange, user: CurrentUser, request: Requ
     me = await confirm_password(user, body.current_password, request)
     security.check_password_strength("new_password", body.new_password, me.username, me.email)
     password_hash = await security.hash_password(body.new_password)
-    tasks.add_task(mail.send, await database.write(replace_password, user, me.password_hash, password_hash))
+    tasks.add_task(mail.send, await database.write(replace_password, user, password_hash))
 
 
-def replace_password(session: Session, user: Principal, verified_hash: str, password_hash: str) -> Email:
-    me, others = get_verified_user(session, user, verified_hash), col(LoginSession.id) != user.session_id
+def replace_password(session: Session, user: Principal, password_hash: str) -> Email:
+    security.check_still_authorized(session, user)
+    me, others = session.get_one(User, user.id), col(LoginSession.id) != user.session_id
     return set_password(session, me, password_hash, "password_changed", others)
 
 
 async def confirm_password(user: Principal, password: str, request: Request) -> Any:
-    """The user's row. 403 if the password is wrong."""
+    """The user's row. 403 if the password is wrong. If it is changed meanwhile, that ends the session."""
     await security.check_rate_limit("password", request, user.id)
     me = await read_account(user)
     is_right, _ = await security.verify_password(password, me.password_hash)
     if not is_right:
         await database.write(record_account_event, user.id, "password_refused")
         raise HTTPException(403, "This is not your password.")
-    return me
-
-
-def get_verified_user(session: Session, user: Principal, verified_hash: str) -> User:
-    """The user, whose password may have been changed since it was verified, or the session ended: 401."""
-    security.check_still_authorized(session, user)
-    me = session.get_one(User, user.id)
-    if me.password_hash != verified_hash:
-        raise unauthorized()
     return me
 
 

@@ -56,22 +56,19 @@ async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tas
         if change.current_password is None:
             raise HTTPException(403, "A new e-mail address needs your password, as `current_password`.")
         await check_rate_limit("verify", request, user.id)
-        me = await accounts.confirm_password(user, change.current_password, request)
-    verified_hash = me.password_hash if changes_address else None
-    return await database.write(change_me, user, change, verified_hash, tasks)
+        await accounts.confirm_password(user, change.current_password, request)
+    return await database.write(change_me, user, change, changes_address, tasks)
 
 
 def change_me(
-    session: Session, user: Principal, change: UserUpdate, verified_hash: str | None, tasks: BackgroundTasks
+    session: Session, user: Principal, change: UserUpdate, changes_address: bool, tasks: BackgroundTasks
 ) -> UserPublic:
-    if verified_hash is not None:
-        me = accounts.get_verified_user(session, user, verified_hash)
+    check_still_authorized(session, user)
+    me = session.get_one(User, user.id)
+    if changes_address:
         request_address_change(session, me, change.email, tasks)
-    else:
-        check_still_authorized(session, user)
-        me = session.get_one(User, user.id)
-        if "email" in change.model_fields_set:  # the present one again
-            accounts.cancel_address_change(session, me)
+    elif "email" in change.model_fields_set:  # the present one again
+        accounts.cancel_address_change(session, me)
     if "full_name" in change.model_fields_set:
         me.full_name = change.full_name
     return UserPublic.model_validate(me)
@@ -98,13 +95,8 @@ async def delete_me(body: MyPassword, user: CurrentUser, request: Request, tasks
 
     Needs my password. 409 while I have books on loan: it names them.
     """
-    me = await accounts.confirm_password(user, body.password, request)
-    tasks.add_task(mail.send, await database.write(delete_verified_user, user, me.password_hash))
-
-
-def delete_verified_user(session: Session, user: Principal, verified_hash: str) -> Email:
-    accounts.get_verified_user(session, user, verified_hash)
-    return delete_account(session, user.id, user)
+    await accounts.confirm_password(user, body.password, request)
+    tasks.add_task(mail.send, await database.write(delete_account, user.id, user))
 
 
 # --- all that is stored about me ----------------------------------------------------------------------------------

@@ -558,7 +558,7 @@ def test_changes_by_an_admin_who_was_demoted_meanwhile_are_refused(client: TestC
     changes: list[tuple[Any, ...]] = [
         (users.update_user, 1, AccountUpdate(role=Role.admin), before, BackgroundTasks()),
         (users.delete_user, other, before, BackgroundTasks()),
-        (database.write, users.change_me, before, UserUpdate(full_name="Late"), None, BackgroundTasks()),
+        (database.write, users.change_me, before, UserUpdate(full_name="Late"), False, BackgroundTasks()),
         (database.write, accounts.insert_account, new, "hash", Role.admin, BackgroundTasks(), before),
     ]
     assert client.portal is not None
@@ -566,6 +566,23 @@ def test_changes_by_an_admin_who_was_demoted_meanwhile_are_refused(client: TestC
         with pytest.raises(HTTPException, match="401"):
             client.portal.call(*change)
     assert [user["username"] for user in Person(client, "rita").get("/users").json()["items"]] == ["admin", "rita"]
+
+
+def test_changes_that_verified_a_password_are_refused_when_it_is_changed_elsewhere(
+    client: TestClient, reader: Person
+) -> None:
+    mine = reader.get("/users/me").json()["id"]
+    before = Principal(mine, "rita", "reader", reader.get("/auth/sessions").json()["items"][0]["id"])
+    change = {"current_password": PASSWORD, "new_password": "another horse"}
+    assert Person(client, "rita").post("/auth/change-password", json=change).status_code == 204
+    changes: list[tuple[Any, ...]] = [
+        (users.change_me, before, UserUpdate(email="late@example.com"), True, BackgroundTasks()),
+        (accounts.replace_password, before, "hash"),
+        (users.delete_account, mine, before),
+    ]
+    for function, *arguments in changes:
+        with pytest.raises(HTTPException, match="401"):
+            database.write_sync(function, *arguments)
 
 
 def test_an_address_that_an_admin_sets_takes_effect_at_once(
