@@ -75,12 +75,8 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
 
 def allowed_methods(request: Request) -> list[str]:
     """The methods of all routes with this path; Starlette names only those of the first."""
-    routes = request.app.routes
-    return [
-        method
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
-        if any(route.matches({**request.scope, "method": method})[0] == Match.FULL for route in routes)
-    ]
+    routes = (route for route in request.app.routes if route.matches(request.scope)[0] == Match.PARTIAL)
+    return sorted({method for route in routes for method in route.methods} - {"HEAD"}) or ["GET"]  # of static files
 
 
 async def on_disconnect(_request: Request, _error: Exception) -> Response:

@@ -153,8 +153,9 @@ def test_every_error_is_a_problem_document(client: TestClient, method: str, path
 
 
 def test_405_lists_every_method_of_the_path(client: TestClient) -> None:
-    assert client.post("/books/1").headers["Allow"] == "GET, PUT, PATCH, DELETE"
+    assert client.post("/books/1").headers["Allow"] == "DELETE, GET, PATCH, PUT"
     assert client.put("/books/upload").headers["Allow"] == "GET, POST"
+    assert client.post("/static/style.css").headers["Allow"] == "GET"
 
 
 def test_an_unexpected_error_is_500_without_internals(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
