@@ -221,7 +221,11 @@ def complete_openapi(schema: dict[str, Any]) -> None:
     components["responses"] = {_name(status): _error_response(status) for status in ERRORS}
     for operation in (operation for path in schema["paths"].values() for operation in path.values()):
         for parameter in operation.get("parameters", ()):
-            parameter["schema"] = _without_null(parameter["schema"])
+            choices = parameter["schema"].get("anyOf", [])
+            if {"type": "null"} in choices:  # an address or a header has no null: it is left out
+                choices.remove({"type": "null"})
+                if len(choices) == 1:
+                    parameter["schema"] |= parameter["schema"].pop("anyOf")[0]
         if "security" in operation:
             operation["responses"].setdefault("401", errors(401)[401])
         for response in operation["responses"].values():
@@ -239,15 +243,6 @@ def _error_response(status: int) -> dict[str, Any]:
         content["text/plain"] = {"schema": {"type": "string"}, "example": "Invalid HTTP request received."}
     response: dict[str, Any] = {"description": description, "content": content}
     return response | ({"headers": {n: {"$ref": f"#/components/headers/{n}"} for n in headers}} if headers else {})
-
-
-def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A parameter that is left out is left out: an address or a header has no null."""
-    choices = [choice for choice in schema.get("anyOf", ()) if choice != {"type": "null"}]
-    if len(choices) == len(schema.get("anyOf", ())):
-        return schema
-    rest = {name: value for name, value in schema.items() if name != "anyOf"}
-    return {**rest, **choices[0]} if len(choices) == 1 else {**rest, "anyOf": choices}
 
 
 # --- routes -------------------------------------------------------------------------------------------------------
