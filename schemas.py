@@ -72,14 +72,10 @@ def _check_number(value: object, info: ValidationInfo) -> object:
 
 
 def _to_utc(moment: datetime) -> datetime:
-    """In UTC, and before 9999: SQLite rounds the last millisecond of that year up to a year that it can't hold."""
-    try:
-        in_utc = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
-    except OverflowError:
-        raise ValueError("is out of range") from None
-    if in_utc.year >= 9999:
+    """In UTC. SQLite rounds the last millisecond of 9999 up to a year that it can't hold; Python has no year 0."""
+    if not 1 < moment.year < 9999:
         raise ValueError("is out of range")
-    return in_utc
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _check_year(value: YearOrDate) -> YearOrDate:
