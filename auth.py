@@ -1,6 +1,5 @@
 """Sign in and out: `/login`, `/auth/token`, `/auth/refresh`, and the sessions behind the tokens."""
 
-import hmac
 import secrets
 from collections.abc import Sequence
 from datetime import timedelta
@@ -164,7 +163,7 @@ def rotate_session(session: Session, claims: security.Claims) -> TokenPair | Non
         return None
     jti_hash = security.sha256(claims.jti)
     next_jti = security.hmac_hash("refresh", claims.jti)  # the same at each retry
-    if hmac.compare_digest(login.refresh_hash, jti_hash):
+    if secrets.compare_digest(login.refresh_hash, jti_hash):
         return rotate_tokens(login, next_jti)
     if login.previous_hash == jti_hash and models.utcnow() - login.last_used_at <= REFRESH_RETRY:
         return create_pair(login, next_jti)
