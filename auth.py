@@ -209,6 +209,7 @@ def logout_everywhere(session: Session, user: CurrentUser) -> None:
     log_out(session, user, sa.true())
 
 
+SessionId = Annotated[Id, Path(description="The session's `id`.")]
 IS_CURRENT = col(LoginSession.id) == sa.bindparam("session_id")
 SESSIONS = Listing(
     sa.select(JsonObject(columns_of(LoginSession, SessionPublic, current=IS_CURRENT))),
@@ -229,9 +230,7 @@ async def list_sessions(query: Annotated[PageQuery, Query()], user: CurrentUser,
 
 @router.delete("/auth/sessions/{session_id:id}", status_code=204, responses=errors(404))
 @transactional
-def end_session(
-    session: Session, session_id: Annotated[Id, Path(description="The session's `id`.")], user: CurrentUser
-) -> None:
+def end_session(session: Session, session_id: SessionId, user: CurrentUser) -> None:
     """End one of my sessions: its tokens are revoked at once."""
     if not log_out(session, user, col(LoginSession.id) == session_id):
         raise HTTPException(404, "You have no such session.")

@@ -139,10 +139,8 @@ def last_event_id(connection: Connection) -> int:
 
 # --- pages --------------------------------------------------------------------------------------------------------
 
-Cursor = Annotated[
-    str,
-    Field(max_length=MAX_CURSOR, pattern=pattern(r"^[A-Za-z0-9_-]*$", "is not a cursor of this service")),
-]
+CURSOR_PATTERN = pattern(r"^[A-Za-z0-9_-]*$", "is not a cursor of this service")
+Cursor = Annotated[str, Field(max_length=MAX_CURSOR, pattern=CURSOR_PATTERN)]
 
 
 class Page(BaseModel, Generic[T]):
