@@ -132,10 +132,9 @@ async def run_every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
             await job()
-        except OperationalError as error:  # a full disk, a locked file: maybe temporary
-            log.error("%s: %s", job.__name__, error)
-        except Exception:  # must not stop the service
-            log.exception("%s failed", job.__name__)
+        except Exception as error:  # must not stop the service; a full disk or a locked file may be temporary
+            is_bug = not isinstance(error, OperationalError)
+            log.error("%s failed: %s", job.__name__, error, exc_info=is_bug)
         await anyio.sleep(seconds)
 
 
