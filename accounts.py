@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from fastapi import BackgroundTasks, HTTPException, Path, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
-from sqlalchemy import ColumnElement, Connection
+from sqlalchemy import ColumnElement
 from sqlmodel import Session, col
 
 import database
@@ -40,12 +40,10 @@ async def register(new: UserCreate, request: Request, response: Response, tasks:
     """
     await security.check_rate_limit("register", request, new.email)
     response.headers["Location"] = "/users/me"
-    return await create_account(new, Role.reader, tasks)
+    return await create_account(new, Role.reader, tasks, by=None)
 
 
-async def create_account(
-    new: UserCreate, role: Role, tasks: BackgroundTasks, by: Principal | None = None
-) -> UserPublic:
+async def create_account(new: UserCreate, role: Role, tasks: BackgroundTasks, by: Principal | None) -> UserPublic:
     security.check_password_strength("password", new.password, new.username, new.email)
     password_hash = await security.hash_password(new.password)
     return await database.write(insert_account, new, password_hash, role, tasks, by)
@@ -313,11 +311,8 @@ async def confirm_password(user: Principal, password: str, request: Request) -> 
 
 async def read_account(user: Principal) -> Any:
     """The user's row; 401 if the account was deleted since the token was verified."""
-    me = await database.read(find_user, user.id)
+    mine = sa.select(User).where(col(User.id) == user.id)
+    me = await database.read(lambda connection: connection.execute(mine).first())
     if me is None:
         raise unauthorized()
     return me
-
-
-def find_user(connection: Connection, user_id: int) -> Any:
-    return connection.execute(sa.select(User).where(col(User.id) == user_id)).first()

@@ -9,7 +9,6 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
-from operator import attrgetter
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -287,8 +286,8 @@ class Router(APIRouter):
     `include_router` adds 62 µs to each request."""
 
     def __init__(self, prefix: str = "", **options: Any) -> None:
-        name_of: Any = attrgetter("name")  # operation ids are the names of the functions
-        super().__init__(prefix=prefix, generate_unique_id_function=name_of, max_body_size=MAX_BODY, **options)
+        options["generate_unique_id_function"] = lambda route: route.name  # the name of the function
+        super().__init__(prefix=prefix, max_body_size=MAX_BODY, **options)
 
     def add_api_route(self, path: str, endpoint: Handler, **options: Any) -> None:
         # The beginning of the docstring, which as a whole is the description.

@@ -1,6 +1,5 @@
 """Sign in and out: `/login`, `/auth/token`, `/auth/refresh`, and the sessions behind the tokens."""
 
-import hmac
 import secrets
 from collections.abc import Sequence
 from datetime import timedelta
@@ -163,7 +162,7 @@ def rotate_session(session: Session, claims: security.Claims) -> TokenPair | Non
         return None
     jti_hash = security.sha256(claims.jti)
     next_jti = security.hmac_hash("refresh", claims.jti)  # the same at each retry
-    if hmac.compare_digest(login.refresh_hash, jti_hash):
+    if secrets.compare_digest(login.refresh_hash, jti_hash):
         return rotate_tokens(login, next_jti)
     if login.previous_hash == jti_hash and models.utcnow() - login.last_used_at <= REFRESH_RETRY:
         return create_pair(login, next_jti)
@@ -209,6 +208,7 @@ def logout_everywhere(session: Session, user: CurrentUser) -> None:
     log_out(session, user, sa.true())
 
 
+SessionId = Annotated[Id, Path(description="The session's `id`.")]
 IS_CURRENT = col(LoginSession.id) == sa.bindparam("session_id")
 SESSIONS = Listing(
     sa.select(JsonObject(columns_of(LoginSession, SessionPublic, current=IS_CURRENT))),
@@ -229,9 +229,7 @@ async def list_sessions(query: Annotated[PageQuery, Query()], user: CurrentUser,
 
 @router.delete("/auth/sessions/{session_id:id}", status_code=204, responses=errors(404))
 @transactional
-def end_session(
-    session: Session, session_id: Annotated[Id, Path(description="The session's `id`.")], user: CurrentUser
-) -> None:
+def end_session(session: Session, session_id: SessionId, user: CurrentUser) -> None:
     """End one of my sessions: its tokens are revoked at once."""
     if not log_out(session, user, col(LoginSession.id) == session_id):
         raise HTTPException(404, "You have no such session.")

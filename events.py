@@ -298,7 +298,7 @@ class EventTail:
         yield control_frame("ready", {"head": last}, retry=retry)
         if reset is not None:
             yield control_frame("reset", reset)
-        position, viewer = last if cursor is None or reset is not None else cursor, event_filter.viewer
+        position = last if cursor is None or reset is not None else cursor
         clock = asyncio.get_running_loop().time
         checked_at = clock()
         deadline, remaining = checked_at + (seconds or math.inf), limit or MAX_EVENT_ID
@@ -318,6 +318,7 @@ class EventTail:
                         break
             if needs_check:
                 checked_at = clock()
+                viewer = event_filter.viewer
                 if viewer is not None and not await retry_until_available(is_token_valid, viewer):
                     return
             if chunk:

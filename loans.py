@@ -203,14 +203,8 @@ def get_open_loan(session: Session, loan_id: int, user: Principal) -> Loan:
 
 def refuse_while_borrowing(session: Session, user_id: int) -> None:
     """409 that names the open loans: deleting the account would lose track of the copies."""
-    open_loans = (
-        sa.select(col(Loan.id), col(Book.title))
-        .join_from(Loan, Book, col(Loan.book_id) == col(Book.id))
-        .where(col(Loan.user_id) == user_id, IS_OPEN)
-        .order_by(col(Loan.id))
-        .limit(11)
-    )
-    rows = session.execute(open_loans).all()
+    open_loans = sa.select(col(Loan.id), col(Book.title)).join_from(Loan, Book).order_by(col(Loan.id)).limit(11)
+    rows = session.execute(open_loans.where(col(Loan.user_id) == user_id, IS_OPEN)).all()
     if rows:
         names = ", ".join(f"loan {loan_id} ({title})" for loan_id, title in rows[:10])
         raise HTTPException(409, f"Return what is on loan first: {names}{', …' if len(rows) > 10 else ''}.")

@@ -77,9 +77,7 @@ import security
 import uploads
 import users
 from api import HANDLERS, RequestMiddleware, Router, disk_full, errors
-from database import Sqlite
 from models import Setting, claim_job
-from security import Admin
 from settings import STATIC, VERSION, settings
 
 if sys.platform != "win32":
@@ -142,10 +140,9 @@ async def run_every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
     while True:
         try:
             await job()
-        except OperationalError as error:  # a full disk, a locked file: maybe temporary
-            log.error("%s: %s", job.__name__, error)
-        except Exception:  # must not stop the service
-            log.exception("%s failed", job.__name__)
+        except Exception as error:  # must not stop the service; a full disk or a locked file may be temporary
+            is_bug = not isinstance(error, OperationalError)
+            log.error("%s failed: %s", job.__name__, error, exc_info=is_bug)
         await anyio.sleep(seconds)
 
 
@@ -212,10 +209,10 @@ BACKUP = errors(403, 409, 507) | {
 
 
 @router.get("/admin/backup", response_class=StreamingResponse, responses=BACKUP)
-async def back_up(admin: Admin) -> StreamingResponse:
+async def back_up(admin: security.Admin) -> StreamingResponse:
     """Download a consistent copy of the SQLite file, while writes go on. On PostgreSQL 409: use `pg_dump`."""
     backend = database.backend()
-    if not isinstance(backend, Sqlite):
+    if not isinstance(backend, database.Sqlite):
         raise HTTPException(409, "This service keeps its data in PostgreSQL: back it up with pg_dump.")
     try:
         copy = await anyio.to_thread.run_sync(open_copy, str(backend.engine.url.database))

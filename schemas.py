@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StringConstraints, ValidationInfo
@@ -14,16 +14,13 @@ from stdnum import isbn as isbn_numbers
 import models
 from models import MAX_COPIES, MAX_ID, MIN_YEAR, LoanStatus, OnDuplicate, Role, ShelfStatus, UploadStatus
 
-T = TypeVar("T")
-YearOrDate = TypeVar("YearOrDate", int, date)
-
 # --- validators ---------------------------------------------------------------------------------------------------
 
 CSV_CONTEXT = {"cells": True}  # the validation context of CSV cells, which are all text
 
 
 def _refuse(is_invalid: Callable[[Any], object], message: str) -> AfterValidator:
-    def check(value: T) -> T:
+    def check(value: Any) -> Any:
         if is_invalid(value):
             raise ValueError(message)
         return value
@@ -78,7 +75,7 @@ def _to_utc(moment: datetime) -> datetime:
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _check_year(value: YearOrDate) -> YearOrDate:
+def _check_year(value: Any) -> Any:
     """At most two years ahead: publishers announce books that long before they print them."""
     year, latest = value.year if isinstance(value, date) else value, models.utcnow().year + 2
     if not MIN_YEAR <= year <= latest:

@@ -7,8 +7,7 @@ make both. A word is a run of letters and digits without case and accents, and m
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement, Connection
@@ -40,8 +39,7 @@ def _stored_form(word: str) -> str:
     return word.replace("-", "") if re.fullmatch(r"97[89](-\d+)+-?", word) else word
 
 
-@dataclass(frozen=True)
-class SearchTerms:
+class SearchTerms(NamedTuple):
     """The words of `search` match in any column, the others in their own.
 
     None does not restrict; a text without a word, like `???`, matches nothing.
@@ -52,7 +50,7 @@ class SearchTerms:
     publisher: str | None = None
 
     def __bool__(self) -> bool:
-        return (self.search, self.author, self.publisher) != (None, None, None)
+        return self != (None, None, None)
 
     @property
     def is_ranked(self) -> bool:

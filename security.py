@@ -31,7 +31,6 @@ from sqlmodel import Session, col
 
 import database
 import models
-from database import CompiledQuery
 from models import InvalidField, LoginSession, Principal, Role, Setting, User
 from schemas import EmailAddress, Id, Username
 from settings import COMMON_PASSWORDS, settings
@@ -142,7 +141,7 @@ def unauthorized(detail: str = "Sign in first: the token is missing, expired or 
     return HTTPException(401, detail, {"WWW-Authenticate": "Bearer"})
 
 
-_PRINCIPAL = CompiledQuery(
+_PRINCIPAL = database.CompiledQuery(
     sa.select(col(User.id), col(User.username), col(User.role), col(LoginSession.id))
     .join_from(LoginSession, User, col(LoginSession.user_id) == col(User.id))
     .where(

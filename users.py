@@ -23,7 +23,6 @@ from api import PAGE, Router, errors, or_404, readonly, transactional
 from auth import SESSIONS, end_sessions
 from books import BOOKS, disown_books
 from events import record_account_event
-from mail import Email
 from models import Event, Principal, Role, Upload, UploadError, User
 from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
 from schemas import AccountCreate, AccountUpdate, EventPublic, Id, Name, RequestModel, UserPublic, UserUpdate
@@ -282,7 +281,7 @@ def delete_user(session: Session, user_id: UserId, admin: Admin, tasks: Backgrou
     tasks.add_task(mail.send, delete_account(session, user_id, admin))
 
 
-def delete_account(session: Session, user_id: int, by: Principal) -> Email:
+def delete_account(session: Session, user_id: int, by: Principal) -> mail.Email:
     check_still_authorized(session, by)
     user = or_404(session.get(User, user_id), NO_USER)
     was_admin = is_active_admin(user)
