@@ -364,23 +364,18 @@ def deleted_accounts(connection: Connection) -> Sequence[int]:
 
 def delete_batch(session: Session, user_id: int) -> bool:
     """Delete the next rows of a deleted account, its own last. False if more are left."""
-    uploads = sa.select(col(Upload.id)).where(col(Upload.user_id) == user_id)
-    conditions = {
+    uploads, execute = sa.select(col(Upload.id)).where(col(Upload.user_id) == user_id), session.connection().execute
+    rows: dict[Any, ColumnElement[bool]] = {
         UploadError: col(UploadError.upload_id).in_(uploads),
         UploadChunk: col(UploadChunk.upload_id).in_(uploads),
-        Upload: col(Upload.user_id) == user_id,  # which ends its imports
-        Loan: col(Loan.user_id) == user_id,
-        LoginSession: col(LoginSession.user_id) == user_id,
-        Event: col(Event.user_id) == user_id,
+        **{table: col(table.user_id) == user_id for table in (Upload, Loan, LoginSession, Event)},
     }
-    execute = session.connection().execute
-    for table, condition in conditions.items():
-        key: Any = sa.inspect(table).primary_key
+    for table, condition in rows.items():
+        key = sa.inspect(table).primary_key
         batch = sa.select(*key).where(condition).limit(MAX_ROWS)
         if execute(sa.delete(table).where(sa.tuple_(*key).in_(batch))).rowcount == MAX_ROWS:
             return False
-    for change in (library.delete_entries, disown_books):
-        if change(session, user_id, MAX_BOOKS) == MAX_BOOKS:
-            return False
+    if any(change(session, user_id, MAX_BOOKS) == MAX_BOOKS for change in (library.delete_entries, disown_books)):
+        return False
     execute(sa.delete(User).where(col(User.id) == user_id))
     return True
