@@ -1,5 +1,6 @@
 """What all routes share: problem documents, documented errors, `Router`, `FastRoute` and `RequestMiddleware`."""
 
+import functools
 import inspect
 import json
 import logging
@@ -261,12 +262,15 @@ def transactional(handler: database.Write[P, T]) -> Callable[P, Awaitable[T]]:
     return _without_first_parameter(handler, database.write)
 
 
-def _without_first_parameter(handler: Any, run: Any) -> Callable[..., Awaitable[Any]]:
-    async def route(*args: Any, **kwargs: Any) -> Any:
-        return await run(handler, *args, **kwargs)
+def transactional_in_thread(handler: database.Write[P, T]) -> Callable[P, T]:
+    """`transactional` for a change that may take longer than the event loop can wait."""
+    return _without_first_parameter(handler, database.write_sync)
 
-    _, *parameters = inspect.signature(handler, eval_str=True).parameters.values()
-    route.__signature__ = inspect.signature(handler, eval_str=True).replace(parameters=parameters)  # type: ignore[attr-defined]  # PEP 362
+
+def _without_first_parameter(handler: Any, run: Any) -> Any:
+    route: Any = functools.partial(run, handler)
+    signature = inspect.signature(handler, eval_str=True)
+    route.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
     for name in ("__name__", "__qualname__", "__doc__", "__module__"):
         setattr(route, name, getattr(handler, name))
     return route

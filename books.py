@@ -12,7 +12,7 @@ import database
 import events
 import models
 import pagination
-from api import FOLLOWED_PAGE, FastRoute, Router, errors, invalid_body, or_404, transactional
+from api import FOLLOWED_PAGE, FastRoute, Router, errors, invalid_body, or_404, transactional, transactional_in_thread
 from database import CompiledQuery
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
 from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, columns_of, json_response, page_response
@@ -268,7 +268,7 @@ def merge(book: Book, change: BookUpdate) -> BookCreate:
 
 
 @router.delete("/{book_id:id}", status_code=204, responses=errors(403, 404, 409, 412))
-@transactional
+@transactional_in_thread
 def delete_book(session: Session, book_id: BookId, user: CurrentUser, if_match: IfMatch = None) -> None:
     """Delete a book with its reviews and shelf entries.
 
@@ -285,12 +285,11 @@ def delete_book(session: Session, book_id: BookId, user: CurrentUser, if_match: 
     events.record(session, "book.deleted", {"id": book.id, "title": book.title, "author": book.author})
 
 
-def disown_books(session: Session, user_id: int) -> None:
-    """Set `added_by` to null before the account is deleted, with the version and event that every change has."""
-    added = sa.update(Book).where(col(Book.added_by) == user_id)
+def disown_books(session: Session, user_id: int, limit: int) -> int:
+    """Set `added_by` of books to null, before the account is deleted; of how many."""
+    ids = session.scalars(sa.select(col(Book.id)).where(col(Book.added_by) == user_id).limit(limit)).all()
     change = {"added_by": None, "version": col(Book.version) + 1, "updated_at": models.utcnow()}
-    ids = session.scalars(added.values(change).returning(col(Book.id))).all()
-    data = JsonObject({name: column for name, column in PUBLIC_COLUMNS.items() if name != "description"})
-    for batch in (ids[start : start + 1000] for start in range(0, len(ids), 1000)):
-        rows = sa.select(data).where(col(Book.id).in_(batch)).order_by(col(Book.id))
-        events.record_each(session, "book.updated", rows)
+    session.connection().execute(sa.update(Book).where(col(Book.id).in_(ids)).values(change))
+    if ids:
+        events.record(session, "books.updated", {"count": len(ids), "first_id": min(ids), "last_id": max(ids)})
+    return len(ids)

@@ -340,6 +340,7 @@ PRAGMAS = {
     "cache_size": "-2000",  # KiB a connection, of up to a dozen; the system caches the file's pages, too
     "temp_store": "MEMORY",  # sorting a page of rows needs no file
     "recursive_triggers": "ON",  # REPLACE must update the search index, too
+    "secure_delete": "FAST",  # Debian's SQLite overwrites what is deleted: 0.6 s for an imported file of 100 MB
 }
 WRITER_PRAGMAS = {
     "cache_size": "-16000",  # KiB; holds what a batch of an import changes
@@ -371,8 +372,7 @@ class Sqlite:
         self.loop_driver = _driver(self.loop_reader)
         self.ticks = 0
         self.loop_driver.set_progress_handler(self._exceeds_budget, STEPS)
-        # Checkpoints wait for the disk, and are left to `checkpoint_wal`.
-        _driver(self.loop_writer).execute("PRAGMA wal_autocheckpoint=0")
+        _driver(self.loop_writer).execute("PRAGMA wal_autocheckpoint=0")  # left to `checkpoint_wal`: the disk is slow
         self.uncheckpointed = 0  # transactions since the last checkpoint
         self.committed: Callable[[], object] = lambda: None  # called after each commit of this process
 

@@ -65,25 +65,16 @@ INSERT_EVENT = CompiledQuery(sa.insert(Event))
 
 
 def record(
-    session: Session, event_type: str, data: dict[str, Any], owner: int | None = None, *, private: bool = False
+    session: Session, event_type: str, data: dict[str, Any], owner: int | None = None, *, private: bool | None = None
 ) -> None:
-    """Log a change, in its transaction. With `owner` it is private: visible to that user only.
+    """Log a change, in its transaction. With `owner` it is deleted with that account and, unless `private` is False,
+    visible to that user only.
 
     Admins also see `account.*`, which may be private without an owner (of an account that is deleted, or never
     existed), and `harvest.*`, which has none.
     """
-    visibility = {"user_id": owner, "private": private or owner is not None}
+    visibility = {"user_id": owner, "private": owner is not None if private is None else private}
     INSERT_EVENT.all(session, {"at": models.utcnow(), "type": event_type, "data": data, **visibility})
-
-
-def record_each(session: Session, event_type: str, rows: sa.Select[Any]) -> None:
-    """Log a public change for each row of a SELECT whose only column is the event's data as JSON."""
-    data: Any = rows.selected_columns[0]
-    if database.is_postgresql():
-        data = sa.cast(data, sa.JSON)
-    now = sa.literal(models.utcnow(), models.UtcDateTime)
-    values = rows.with_only_columns(now, sa.literal(event_type), data, sa.false(), maintain_column_froms=True)
-    session.execute(sa.insert(Event).from_select(("at", "type", "data", "private"), values))
 
 
 def record_account_event(session: Session, user_id: int | None, event: str, /, **data: object) -> None:
@@ -93,14 +84,6 @@ def record_account_event(session: Session, user_id: int | None, event: str, /, *
     accounts exist.
     """
     record(session, f"account.{event}", data, owner=user_id, private=True)
-
-
-def anonymize_reviewer(session: Session, username: str) -> None:
-    """Remove the username of a deleted account from the log: another account may take it."""
-    session.flush()
-    by_user = Event.data["username"].as_string() == username
-    for event in session.scalars(sa.select(Event).where(col(Event.type).startswith("review."), by_user)):
-        event.data = {**event.data, "username": None}
 
 
 def prune(session: Session) -> bool:

@@ -353,7 +353,7 @@ def _run_job(job: ImportJob) -> None:
             if is_ready:
                 database.write_sync(_store_batch, job, tracker, batch, file.file.position)
             if not is_ready or database.server_is_stopping():
-                database.write_sync(_release, job)
+                database.write_sync(release, job)
                 return
         database.write_sync(_finish_job, job, None)
     except UnreadableFile as error:
@@ -371,14 +371,23 @@ def _claim(session: Session, upload_id: int) -> ImportJob | None:
     upload = session.scalars(sa.select(Upload).where(col(Upload.id) == upload_id, claimable())).first()
     if upload is None:
         return None
-    now = models.utcnow()
-    upload.status, upload.worker, upload.lease_until = UploadStatus.processing, secrets.token_hex(8), now + LEASE
-    upload.started_at = upload.started_at or now
+    chunk_sizes = sa.select(sa.func.sum(sa.func.length(col(UploadChunk.data))))
+    if session.scalar(chunk_sizes.where(col(UploadChunk.upload_id) == upload_id)) != upload.size:
+        upload.error = "The service stopped before the whole file was stored: upload it again."
+        finish(session, upload, UploadStatus.failed)
+        return None
     if upload.dry_run:  # its DuplicateTracker is lost: begin again
         for name in ("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"):
             setattr(upload, name, 0)
         session.execute(sa.delete(UploadError).where(col(UploadError.upload_id) == upload_id))
-    return ImportJob(upload_id, upload.worker, upload.rows, upload.enrich, upload.shelve, now)
+    upload.started_at = upload.started_at or models.utcnow()
+    return lease(upload)
+
+
+def lease(upload: Upload) -> ImportJob:
+    now = models.utcnow()
+    upload.status, upload.worker, upload.lease_until = UploadStatus.processing, secrets.token_hex(8), now + LEASE
+    return ImportJob(upload.id, upload.worker, upload.rows, upload.enrich, upload.shelve, now)
 
 
 def claimable() -> ColumnElement[bool]:
@@ -450,9 +459,10 @@ def _store_issues(session: Session, upload_id: int, rows: Sequence[ImportRow]) -
             cells = None
 
 
-def _release(session: Session, job: ImportJob) -> None:
+def release(session: Session, job: ImportJob) -> UploadPublic:
     upload = lock_upload(session, job)
     upload.status, upload.lease_until, upload.worker = UploadStatus.queued, None, None
+    return UploadPublic.model_validate(upload)
 
 
 def _finish_job(session: Session, job: ImportJob, error: str | None) -> None:

@@ -11,6 +11,7 @@ from sqlmodel import Session, col
 
 import database
 import events
+import models
 from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404, readonly, transactional
 from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
 from models import Book, Principal, ShelfEntry, ShelfStatus, User
@@ -152,7 +153,7 @@ def record_review(session: Session, event_type: str, book: Book, entry: ShelfEnt
     # Without the text, which can be long: it is at /books/{id}/reviews.
     data = {"book_id": book.id, "title": book.title, "username": username, "rating": entry.rating}
     figures = {"book_rating": book.rating, "book_rating_count": book.rating_count}
-    events.record(session, event_type, data | figures)
+    events.record(session, event_type, data | figures, owner=entry.user_id, private=False)
 
 
 # --- reviews of a book --------------------------------------------------------------------------------------------
@@ -190,12 +191,25 @@ def remove_review(session: Session, book_id: BookId, username: Username, user: S
     revise_entry(session, entry, book, owner, EntryUpdate(rating=None, review=None))
 
 
-def withdraw_reviews(session: Session, user: User) -> None:
-    """Take a user's ratings out of the figures of the books, before the account is deleted."""
-    reviews = sa.select(ShelfEntry, Book).join_from(ShelfEntry, Book, OF_BOOK)
-    for entry, book in session.execute(reviews.where(col(ShelfEntry.user_id) == user.id, IS_REVIEW)):
-        count_rating(book, entry.rating, None)
-        record_review(session, "review.deleted", book, entry, user.username)
+def delete_entries(session: Session, user_id: int, limit: int) -> int:
+    """Delete entries of a user, with their ratings in the figures of the books; how many."""
+    columns = (col(ShelfEntry.id), col(ShelfEntry.book_id), IS_REVIEW)
+    entries = sa.select(*columns).where(col(ShelfEntry.user_id) == user_id).order_by(col(ShelfEntry.book_id))
+    rows = session.execute(entries.limit(limit)).all()
+    these = col(ShelfEntry.id).in_([entry_id for entry_id, _, _ in rows])
+    rated = sa.update(Book).where(OF_BOOK, these, col(ShelfEntry.rating).is_not(None))
+    figures = {
+        "rating_count": col(Book.rating_count) - 1,
+        "rating_sum": col(Book.rating_sum) - col(ShelfEntry.rating),
+        "version": col(Book.version) + 1,
+        "updated_at": models.utcnow(),
+    }
+    session.connection().execute(rated.values(figures))
+    session.connection().execute(sa.delete(ShelfEntry).where(these))
+    if reviewed := [book_id for _, book_id, is_review in rows if is_review]:
+        data = {"count": len(reviewed), "first_book_id": reviewed[0], "last_book_id": reviewed[-1]}
+        events.record(session, "reviews.deleted", data)
+    return len(rows)
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------

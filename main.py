@@ -120,7 +120,8 @@ def raise_file_limit() -> None:
 
 # --- recurring jobs -----------------------------------------------------------------------------------------------
 
-RESUME_INTERVAL = 5  # seconds between looks for uploads without a worker
+RESUME_INTERVAL = 5  # seconds between looks for uploads without a worker, and for deleted accounts
+PAUSE = 0.01  # seconds between two batches, for other writers
 
 
 @contextlib.asynccontextmanager
@@ -128,6 +129,7 @@ async def recurring_jobs() -> AsyncIterator[None]:
     async with anyio.create_task_group() as jobs:
         jobs.start_soon(run_every, 1, database.checkpoint_wal)
         jobs.start_soon(run_every, RESUME_INTERVAL, resume_uploads)
+        jobs.start_soon(run_every, RESUME_INTERVAL, delete_accounts)
         jobs.start_soon(run_every, 60, prune_events)
         jobs.start_soon(run_every, 600, sweep_logins)
         if settings.harvest_query is not None:
@@ -152,15 +154,22 @@ async def resume_uploads() -> None:
         await database.run_job(imports.run_upload, upload_id)
 
 
+async def delete_accounts() -> None:
+    """Go on with the accounts that were too large for one transaction. Several workers may do so at once."""
+    for user_id in await database.read(users.deleted_accounts):
+        while not await anyio.to_thread.run_sync(database.write_sync, users.delete_batch, user_id):  # noqa: ASYNC110
+            await anyio.sleep(PAUSE)
+
+
 async def prune_events() -> None:
     if await database.write(claim_job, "pruning", timedelta(seconds=50)):
-        while await database.write(events.prune):  # noqa: ASYNC110  # no event to wait for
-            await anyio.sleep(0.05)  # for other writers
+        while await anyio.to_thread.run_sync(database.write_sync, events.prune):  # noqa: ASYNC110  # no event to wait for
+            await anyio.sleep(PAUSE)
 
 
 async def sweep_logins() -> None:
     if await database.write(claim_job, "sweep", timedelta(minutes=55)):
-        await database.write(auth.delete_expired)
+        await anyio.to_thread.run_sync(database.write_sync, auth.delete_expired)
 
 
 # --- health -------------------------------------------------------------------------------------------------------

@@ -461,12 +461,13 @@ dialog.addEventListener('close', () => { // what opened it may have been drawn a
 });
 for (const link of all('footer a')) link.href = `${base}/${link.getAttribute('href')}`;
 // --- live ----------------------------------------------------------------------------------------------------------
-const TYPES = 'book.*,books.*,review.*,shelf.*,loan.*';
+const TYPES = 'book.*,books.*,review.*,reviews.*,shelf.*,loan.*';
 const ticker = document.querySelector('.ticker');
 let lastId = null, connection = null, wake = () => {};
 const TOLD = { // {book} is a link to it
   'book.created': 'New: {book} by {author}', 'book.updated': 'Changed: {book}', 'book.deleted': 'Gone: {title}',
   'book.stock': 'Copies of {book}: {available} of {copies} available', 'books.imported': 'Books that came in from a file: {count}',
+  'books.updated': 'Books that changed: {count}', 'reviews.deleted': 'Reviews that are gone: {count}',
   'review.created': '{username} on {book} {stars}', 'review.updated': '{username} on {book} {stars}', 'review.deleted': 'A review of {book} is gone',
   'shelf.created': 'You put {book} on {status}', 'shelf.updated': 'Your shelf: {book} is on {status}', 'shelf.deleted': 'You took {book} off your shelf',
   'shelf.imported': 'Books that went on your shelf: {count}', 'loan.created': 'You borrowed {book}, until {due}',

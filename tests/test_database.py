@@ -337,6 +337,44 @@ def test_a_database_of_revision_0006_loses_only_undo_links_and_unused_settings(
         assert rita.get("/users/me").json()["email"] == "rita@example.com"
 
 
+def test_events_of_reviews_from_before_revision_0009_belong_to_their_author(tmp_path: FilePath) -> None:
+    url = check_database_url(url_of(tmp_path / "old.db"))
+    engine = sa.create_engine(url)
+    users = [
+        {"id": number, "username": name, "email": f"{name}@example.com", "password_hash": "", "role": "reader"}
+        for number, name in enumerate(("Rita", "Oskar"), 1)
+    ]
+    events = [
+        ("review.created", '{"book_id": 1, "username": "Rita", "rating": 5}'),
+        ("review.deleted", '{"book_id": 1, "username": null, "rating": 5}'),
+        ("review.updated", '{"book_id": 2, "username": "Oskar", "rating": 5}'),
+        ("book.updated", '{"id": 1, "title": "Rita"}'),
+    ]
+    with engine.begin() as connection:
+        command.upgrade(database._alembic(connection), "0007")
+        connection.execute(
+            sa.text(
+                'INSERT INTO "user" (id, username, email, password_hash, role, is_active, created_at)'
+                " VALUES (:id, :username, :email, :password_hash, :role, TRUE, '2026-01-01 00:00:00')"
+            ),
+            users,
+        )
+        connection.execute(
+            sa.text(
+                "INSERT INTO event (at, type, private, data)"
+                " VALUES ('2026-01-01 00:00:00', :type, FALSE, CAST(:data AS JSON))"
+                if engine.dialect.name == "postgresql"
+                else "INSERT INTO event (at, type, private, data) VALUES ('2026-01-01 00:00:00', :type, FALSE, :data)"
+            ),
+            [{"type": kind, "data": data} for kind, data in events],
+        )
+    database.migrate(url)
+    with engine.connect() as connection:
+        owners = connection.exec_driver_sql("SELECT user_id, private FROM event ORDER BY id").all()
+    engine.dispose()
+    assert owners == [(1, False), (None, False), (2, False), (None, False)]
+
+
 def _contents(connection: sa.Connection, table: str) -> list[dict[str, Any]]:
     first = "key" if table == "setting" else "id"
     return [dict(row) for row in connection.execute(sa.text(f"SELECT * FROM {table} ORDER BY {first}")).mappings()]

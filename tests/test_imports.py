@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError
 from sqlmodel import Session, select
 
 import csv_files
 import database
 import imports
+import main
 import uploads
-from models import UploadChunk, User
+from models import Upload, UploadChunk, UploadStatus, User
 from settings import settings
 from tests.fixtures import DUNE, REAL_BOOKS, ROOT, Clock, Person, Postgres, Server, sign_up, wait_for
 
@@ -653,6 +655,50 @@ def test_upload_is_resumed_after_a_restart(serve: Callable[..., Server], how: si
     assert (upload["status"], upload["rows"], upload["inserted"]) == ("completed", 30_000, 30_000)
     assert server.client.get("/books").json()["total"] == 30_000
     assert server.client.get("/books", params={"search": "29999"}).json()["total"] == 1
+
+
+def interrupt_second_chunk(monkeypatch: pytest.MonkeyPatch, interrupt: Callable[[Session], Any]) -> None:
+    def insert_chunk(session: Session, job: Any, number: int, data: bytes, insert: Any = uploads.insert_chunk) -> None:
+        if number == 1:
+            interrupt(session)
+        insert(session, job, number, data)
+
+    monkeypatch.setattr(uploads, "CHUNK", 8)
+    monkeypatch.setattr(uploads, "insert_chunk", insert_chunk)
+
+
+def test_a_file_that_was_not_stored_whole_is_not_imported(
+    client: TestClient, reader: Person, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a crash: a chunk of it is there, and no job may take that for all."""
+
+    def crash(_: Session) -> None:
+        raise OperationalError("INSERT", None, Exception("no power"))
+
+    def count_chunks(connection: Connection) -> int:
+        return len(connection.execute(select(UploadChunk)).all())
+
+    interrupt_second_chunk(monkeypatch, crash)
+    answer = reader.post("/books/upload", files={"file": ("a.csv", b"title,author\nDune,Frank Herbert\n")})
+    assert (answer.status_code, database.read_sync(count_chunks)) == (503, 1)
+    assert client.portal is not None
+    client.portal.call(main.resume_uploads)
+    assert reader.get("/books/upload/1").json()["status"] == "processing"
+    clock.advance(seconds=16)
+    client.portal.call(main.resume_uploads)
+    upload = reader.get("/books/upload/1").json()
+    assert (upload["status"], upload["inserted"], database.read_sync(count_chunks)) == ("failed", 0, 0)
+    assert upload["error"] == "The service stopped before the whole file was stored: upload it again."
+
+
+def test_an_upload_that_is_cancelled_while_it_is_stored_ends(reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cancel(session: Session) -> None:
+        imports.finish(session, session.get_one(Upload, 1), UploadStatus.cancelled)
+
+    interrupt_second_chunk(monkeypatch, cancel)
+    answer = reader.post("/books/upload", files={"file": ("a.csv", b"title,author\nDune,Frank Herbert\n")})
+    assert answer.status_code == 409
+    assert answer.json()["detail"] == "The upload has ended: it is cancelled, not by this job."
 
 
 # The same service with a shorter lease.
