@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Concatenate
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request, Response, params
@@ -267,7 +267,7 @@ def transactional_in_thread(handler: database.Write[P, T]) -> Callable[P, T]:
     return _without_first_parameter(handler, database.write_sync)
 
 
-def _without_first_parameter(handler: Any, run: Any) -> Any:
+def _without_first_parameter(handler: Callable[Concatenate[Any, P], Any], run: Any) -> Callable[P, Any]:
     route: Any = functools.partial(run, handler)
     signature = inspect.signature(handler, eval_str=True)
     route.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
