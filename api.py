@@ -268,11 +268,11 @@ def transactional_in_thread(handler: database.Write[P, T]) -> Callable[P, T]:
 
 
 def _without_first_parameter(handler: Callable[Concatenate[Any, P], Any], run: Any) -> Callable[P, Any]:
-    route: Any = functools.partial(run, handler)
+    route = functools.partial(run, handler)
     signature = inspect.signature(handler, eval_str=True)
-    route.__signature__ = signature.replace(parameters=[*signature.parameters.values()][1:])
-    for name in ("__name__", "__qualname__", "__doc__", "__module__"):
-        setattr(route, name, getattr(handler, name))
+    names = ("__name__", "__qualname__", "__doc__", "__module__")
+    vars(route).update({name: getattr(handler, name) for name in names})
+    vars(route)["__signature__"] = signature.replace(parameters=[*signature.parameters.values()][1:])
     return route
 
 
