@@ -21,7 +21,7 @@ from pagination import (
     Listing,
     Page,
     PageQuery,
-    SortableTimestamp,
+    TimestampKey,
     json_response,
     page_response,
 )
@@ -44,11 +44,11 @@ reviews_router = Router(tags=["Catalogue"])
 ENTRY_COLUMNS: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic.model_fields if name != "book"}
 OF_BOOK = col(ShelfEntry.book_id) == col(Book.id)
 SORT_COLUMNS: dict[str, tuple[Any, ...]] = {
-    "added": (),  # ids are given out in the order of time
-    "updated": (SortableTimestamp(ShelfEntry.updated_at),),
+    "added": (sa.type_coerce(ShelfEntry.added_at, TimestampKey),),
+    "updated": (sa.type_coerce(ShelfEntry.updated_at, TimestampKey),),
     "title": (col(Book.title_key),),
     "author": (col(Book.author_key),),
-    "rating": (sa.func.coalesce(col(ShelfEntry.rating), 0),),
+    "rating": (sa.func.coalesce(col(ShelfEntry.rating), 0, type_=sa.Float),),
 }
 Sort = Literal["added", "updated", "title", "author", "rating", "-added", "-updated", "-title", "-author", "-rating"]
 ENTRIES = Listing(
@@ -129,8 +129,8 @@ def shelve_book(
 def update_entry(session: Session, book_id: BookId, change: EntryUpdate, user: CurrentUser) -> EntryPublic:
     """Move, rate, review or tag a book on my shelf (RFC 7396: null clears).
 
-    A rating or a review needs the status `completed` or `abandoned`; both are public among the reviews of the book,
-    with my user name and `finished_at`. Moving to `completed` sets `finished_at`, unless you give it.
+    A rating or a review may stand on any shelf; both are public among the reviews of the book, with my user name and
+    `finished_at`. Moving to `completed` sets `finished_at`, unless it is known or you give it: null is an unknown day.
     """
     entry, book = get_entry(session, book_id, user)
     return revise_entry(session, entry, book, user, change)
@@ -180,7 +180,7 @@ def record_entry(
     return public
 
 
-def count_rating(book: Book, old: int | None, new: int | None) -> None:
+def count_rating(book: Book, old: float | None, new: float | None) -> None:
     if old != new:
         book.rating_count += (new is not None) - (old is not None)
         book.rating_sum += (new or 0) - (old or 0)

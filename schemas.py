@@ -187,6 +187,12 @@ Number = BeforeValidator(_check_number)
 Year = Annotated[int, Number, Field(ge=MIN_YEAR, le=9999), AfterValidator(_check_year)]
 PublishedDate = Annotated[date, BeforeValidator(_check_iso), AfterValidator(_check_year)]
 Timestamp = Annotated[datetime, BeforeValidator(_check_iso), AfterValidator(_to_utc)]
+Rating = Annotated[
+    float,
+    Number,
+    Field(ge=0.25, le=5, multiple_of=0.25, allow_inf_nan=False),
+    AfterValidator(models.to_quarters),
+]
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
 BodyId = Annotated[int, Number, Field(ge=1, le=MAX_ID)]
 USERNAME_PATTERN = pattern(
@@ -227,6 +233,7 @@ def example(**values: Any) -> dict[str, Any]:
 # Types of response fields, with an example.
 Moment = Annotated[datetime, Field(examples=["2026-03-08T18:00:00Z"])]
 Count = Annotated[int, Field(examples=[2])]
+Stars = Annotated[int | float, Field(description="In quarters; whole stars are whole numbers.", examples=[5])]
 PublicId = Annotated[int, Field(examples=[1])]
 
 
@@ -330,6 +337,7 @@ class UploadPublic(BaseModel):
     started_at: Moment | None
     finished_at: Moment | None
     error: str | None = Field(description="Why the upload as a whole failed.", examples=[None])
+    hint: str | None = Field(description="What its owner should know: what becomes public.", examples=[None])
 
 
 class UploadErrorPublic(BaseModel):
@@ -412,7 +420,7 @@ class BookPublic(BaseModel):
     publication_year: int | None = Field(examples=[1965])
     copies: int = Field(examples=[3])
     available: Count
-    rating: float | None = Field(description="The average of its ratings, 1 to 5, or null.", examples=[4.5])
+    rating: float | None = Field(description="The average of its ratings, 0.25 to 5, or null.", examples=[4.5])
     rating_count: Count
     added_by: int | None = Field(examples=[2])
     version: int = Field(examples=[7])
@@ -448,7 +456,7 @@ class EntryUpdate(RequestModel, json_schema_extra=example(status="completed", ra
     """RFC 7396: fields that are left out stay as they are, null clears them."""
 
     status: ShelfStatus = ShelfStatus.wishlist
-    rating: Annotated[int, Number, Field(ge=1, le=5)] | None = None
+    rating: Rating | None = Field(default=None, description="In quarters of a star.")
     review: Annotated[LongText | None, BlankIsNull] = None
     tags: Annotated[list[Tag], Field(max_length=50)] | None = []  # pydantic copies it
     started_at: Timestamp | None = None
@@ -460,7 +468,7 @@ class EntryPublic(BaseModel):
 
     book_id: PublicId
     status: ShelfStatus
-    rating: int | None = Field(examples=[5])
+    rating: Stars | None
     review: str | None = Field(examples=["Sandy."])
     tags: list[str] = Field(examples=[["desert"]])
     started_at: Moment | None
@@ -472,7 +480,7 @@ class EntryPublic(BaseModel):
 
 class ReviewPublic(BaseModel):
     username: str = Field(examples=["rita"])
-    rating: int | None = Field(examples=[5])
+    rating: Stars | None
     review: str | None = Field(examples=["Sandy."])
     finished_at: Moment | None
     updated_at: Moment
