@@ -187,12 +187,7 @@ Number = BeforeValidator(_check_number)
 Year = Annotated[int, Number, Field(ge=MIN_YEAR, le=9999), AfterValidator(_check_year)]
 PublishedDate = Annotated[date, BeforeValidator(_check_iso), AfterValidator(_check_year)]
 Timestamp = Annotated[datetime, BeforeValidator(_check_iso), AfterValidator(_to_utc)]
-Rating = Annotated[
-    float,
-    Number,
-    Field(ge=0.25, le=5, multiple_of=0.25, allow_inf_nan=False),
-    AfterValidator(models.to_quarters),
-]
+Rating = Annotated[float, Field(ge=0.25, le=5, multiple_of=0.25), AfterValidator(models.to_quarters), Number]
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
 BodyId = Annotated[int, Number, Field(ge=1, le=MAX_ID)]
 USERNAME_PATTERN = pattern(
