@@ -1,8 +1,16 @@
-"""Files in and out: `/books/upload`, `/my-library/import`, their refused rows, and the exports."""
+"""Files in and out: `/books/upload`, `/my-library/import`, the import job, its refused rows, and the exports.
+
+A stored file is imported by a background task; `main.resume_uploads` starts it for files that a stopped process left.
+The job commits each batch together with its progress: killed in between, it is resumed from there.
+"""
 
 import json
+import logging
+import secrets
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
@@ -10,17 +18,33 @@ import sqlalchemy as sa
 from fastapi import BackgroundTasks, Depends, Form, HTTPException, Path, Query, Request, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from pydantic import BeforeValidator, Field
-from sqlalchemy import Connection
+from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
 import database
+import events
+import external
+import models
 from api import PAGE, Router, errors
 from books import BOOKS, BookFilter
-from csv_files import BOOK_COLUMNS, OUR_COLUMNS, REASON, SHELVES, printable, to_csv, to_html
+from csv_files import (
+    BOOK_COLUMNS,
+    GOODREADS_COLUMNS,
+    OUR_COLUMNS,
+    REASON,
+    SHELF_FORMATS,
+    SHELVES,
+    ImportRow,
+    UnreadableFile,
+    printable,
+    strip_invalid,
+    to_csv,
+    to_html,
+)
 from database import readonly, transactional
-from imports import CHUNK, finish, run_upload
+from imports import CHUNK, LEASE, BatchImporter, CsvUpload, DuplicateTracker, ImportJob, JobCancelled, lock_upload
 from library import ENTRIES
-from models import Book, InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus
+from models import Book, InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus, User
 from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
 from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic
 from security import Contributor, CurrentUser, Viewer, reject_repeated_fields
@@ -63,7 +87,7 @@ class ShelfForm(RequestModel):
 
 
 class UploadForm(ShelfForm):
-    shelve: bool = Field(default=False, description="Put the books of a Goodreads or StoryGraph export on my shelf.")
+    shelve: bool = Field(default=False, description="Put the books of another service's export on my shelf.")
     enrich: bool = Field(
         default=False,
         description="Look rows with an ISBN up in Open Library, and fill in what they lack; `isbn` alone will do then.",
@@ -106,9 +130,10 @@ async def import_library(
     tasks: BackgroundTasks,
     response: Response,
 ) -> UploadPublic:
-    """Import my shelf from an export of Goodreads, StoryGraph or `/my-library/export`.
+    """Import my shelf from an export of Goodreads, StoryGraph, LibraryThing, BookWyrm or `/my-library/export`.
 
-    The answer is 202, as that of `/books/upload`. Books that are not in the catalogue are added to it.
+    The answer is 202, as that of `/books/upload`. Books that are not in the catalogue are added to it. Ratings and
+    reviews become public, each with my user name and `finished_at`; the rest of my shelf stays private.
     """
     return await store_upload(form, user, tasks, response)
 
@@ -124,10 +149,17 @@ async def store_upload(form: ShelfForm, user: Principal, tasks: BackgroundTasks,
     return upload
 
 
+PUBLIC_HINT = (
+    "Ratings and reviews become public, each with your user name and the day of finishing."
+    " Everything else on your shelf stays private."
+)
+
+
 def insert_upload(session: Session, form: ShelfForm, user_id: int) -> UploadPublic:
     filename = printable(form.file.filename or "", 255) or "upload.csv"
     options = {"shelve": True} | form.model_dump(exclude={"file"})  # a ShelfForm does not have `shelve`
     upload = Upload(**options, user_id=user_id, filename=filename, size=form.file.size or 0)
+    upload.hint = PUBLIC_HINT if upload.shelve else None
     session.add(upload)
     session.flush()
     for number, piece in enumerate(iter(lambda: form.file.file.read(CHUNK), b"")):
@@ -171,6 +203,159 @@ def cancel_upload(session: Session, upload_id: UploadId, user: CurrentUser) -> U
         raise HTTPException(409, f"This upload is {upload.status} already.")
     finish(session, upload, UploadStatus.cancelled)
     return UploadPublic.model_validate(upload)
+
+
+# --- the job ------------------------------------------------------------------------------------------------------
+
+log = logging.getLogger("books.uploads")
+
+BATCH = 1000  # rows to a transaction: other writers wait some 40 ms
+ENRICH_BATCH = external.MAX_ISBNS  # the same with look-ups: each request is committed with its answer
+MAX_ERRORS = 10_000  # errors that are stored of one upload, and as many warnings; the counts stay exact
+MAX_CELL = 100_000  # characters stored of a refused row's cell: a field takes 20,000, which are more as HTML
+PROGRESS_INTERVAL = 0.34  # seconds between two events of one upload: with the last, at most four in a second
+INTERRUPTIONS = (sa.exc.OperationalError, sa.exc.TimeoutError)  # the second: of the pool of connections
+SHELF_HINT = (
+    "This is somebody's shelf: only its books go into the catalogue. Send it to /my-library/import to put them on your"
+    " shelf, with your ratings, reviews, tags and dates."
+)
+
+
+def run_upload(upload_id: int) -> None:
+    """Import a stored file. Of several workers that try, one does; what was done before is not done again."""
+    job = database.write_sync(_claim, upload_id)
+    if job is None:
+        return
+    try:
+        _run_job(job)
+    except JobCancelled as reason:
+        log.info("upload %s stopped: %s", upload_id, reason)
+    except INTERRUPTIONS as error:  # a full disk, a lost connection: it is resumed when its lease has run out
+        log.error("upload %s interrupted: %s", upload_id, error)
+
+
+def _run_job(job: ImportJob) -> None:
+    try:
+        file = CsvUpload(job)
+        database.write_sync(_describe, job, file)
+        tracker, rows = DuplicateTracker(file.columns.ours), file.rows()
+        for row in islice(rows, job.done):  # those that it did before it was interrupted
+            if row.book is not None:
+                tracker.key(row.book)
+        enricher = external.Enricher(job.renew_lease) if job.enrich else None
+        while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
+            is_ready = enricher is None or enricher.look_up_isbns(batch)
+            if is_ready:
+                database.write_sync(_store_batch, job, tracker, batch, file.file.position)
+            if not is_ready or database.server_is_stopping():
+                database.write_sync(_release, job)
+                return
+        database.write_sync(_finish_job, job, None)
+    except UnreadableFile as error:
+        database.write_sync(_finish_job, job, str(error))
+    except (JobCancelled, *INTERRUPTIONS):
+        raise
+    except Exception:
+        # Whatever happens, the job has to end in a state that its owner can see.
+        log.exception("upload %s failed", job.upload_id)
+        database.write_sync(_finish_job, job, "Something went wrong here; it is in the server's log.")
+
+
+def _claim(session: Session, upload_id: int) -> ImportJob | None:
+    """Take the upload; None where another job has it."""
+    upload = session.scalars(sa.select(Upload).where(col(Upload.id) == upload_id, claimable())).first()
+    if upload is None:
+        return None
+    now = models.utcnow()
+    upload.status, upload.worker, upload.lease_until = UploadStatus.processing, secrets.token_hex(8), now + LEASE
+    upload.started_at = upload.started_at or now
+    if upload.dry_run:  # its DuplicateTracker is lost: begin again
+        for name in ("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"):
+            setattr(upload, name, 0)
+        session.execute(sa.delete(UploadError).where(col(UploadError.upload_id) == upload_id))
+    return ImportJob(upload_id, upload.worker, upload.rows, upload.enrich, upload.shelve, now)
+
+
+def claimable() -> ColumnElement[bool]:
+    abandoned = sa.and_(col(Upload.status) == UploadStatus.processing, col(Upload.lease_until) < models.utcnow())
+    return sa.or_(col(Upload.status) == UploadStatus.queued, abandoned)
+
+
+def abandoned_uploads(connection: Connection) -> Sequence[int]:
+    """Uploads that no job has: left by a process that was stopped or killed."""
+    return connection.execute(sa.select(col(Upload.id)).where(claimable()).order_by(col(Upload.id))).scalars().all()
+
+
+def _describe(session: Session, job: ImportJob, file: CsvUpload) -> None:
+    upload, columns = lock_upload(session, job), file.columns
+    upload.format, upload.encoding, upload.delimiter = columns.format, file.encoding, file.dialect.delimiter
+    upload.header = [strip_invalid(cell[:MAX_CELL]) for cell in columns.header]
+    upload.ignored_columns = columns.ignored
+    if columns.format in SHELF_FORMATS and not upload.shelve:
+        upload.hint = SHELF_HINT
+
+
+def _store_batch(
+    session: Session, job: ImportJob, tracker: DuplicateTracker, rows: Sequence[ImportRow], position: int
+) -> None:
+    upload = lock_upload(session, job)
+    owner = session.get_one(User, upload.user_id)
+    importer = BatchImporter(session, upload, Principal(owner.id, owner.username, owner.role, 0), tracker)
+    savepoint = session.begin_nested() if upload.dry_run else None
+    importer.import_rows(rows)
+    if savepoint is not None:
+        savepoint.rollback()
+    upload.rows += len(rows)
+    for name, count in Counter(row.outcome for row in rows).items():
+        setattr(upload, name, getattr(upload, name) + count)
+    upload.warnings += sum(row.book is not None and bool(row.issues) for row in rows)
+    upload.progress = min(position / upload.size, 1)
+    _store_issues(session, upload.id, rows)
+    if time.monotonic() - job.progress_at >= PROGRESS_INTERVAL:
+        job.progress_at = time.monotonic()
+        _record_progress(session, upload)
+
+
+def _store_issues(session: Session, upload_id: int, rows: Sequence[ImportRow]) -> None:
+    rows = [row for row in rows if row.issues]
+    if not rows:
+        return
+    severity = col(UploadError.severity)
+    stored = sa.select(severity, sa.func.count()).where(col(UploadError.upload_id) == upload_id).group_by(severity)
+    counts = Counter(dict(session.execute(stored).all()))
+    for row in rows:
+        kind = "error" if row.book is None else "warning"
+        # Once for each refused row, which can be downloaded.
+        cells = [strip_invalid(cell[:MAX_CELL]) for cell in row.cells] if row.book is None else None
+        for issue in row.issues:
+            counts[kind] += 1
+            if counts[kind] <= MAX_ERRORS:
+                issue_data = issue._asdict() | {"value": printable(issue.value)}
+                session.add(UploadError(upload_id=upload_id, row=row.number, severity=kind, cells=cells, **issue_data))
+            cells = None
+
+
+def _release(session: Session, job: ImportJob) -> None:
+    upload = lock_upload(session, job)
+    upload.status, upload.lease_until, upload.worker = UploadStatus.queued, None, None
+
+
+def _finish_job(session: Session, job: ImportJob, error: str | None) -> None:
+    upload = lock_upload(session, job)
+    upload.error, upload.progress = error, upload.progress if error else 1
+    finish(session, upload, UploadStatus.failed if error else UploadStatus.completed)
+
+
+def finish(session: Session, upload: Upload, status: UploadStatus) -> None:
+    upload.status, upload.finished_at, upload.lease_until, upload.worker = status, models.utcnow(), None, None
+    session.execute(sa.delete(UploadChunk).where(col(UploadChunk.upload_id) == upload.id))
+    _record_progress(session, upload)
+
+
+def _record_progress(session: Session, upload: Upload) -> None:
+    public = UploadPublic.model_validate(upload)
+    data = public.model_dump(mode="json", exclude={"ignored_columns", "created_at", "started_at", "finished_at"})
+    events.record(session, "upload.progress", data, owner=upload.user_id)
 
 
 # --- refused rows -------------------------------------------------------------------------------------------------
@@ -280,7 +465,7 @@ async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -
 async def export_library(user: CurrentUser) -> StreamingResponse:
     """My shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""
     batches = ENTRIES.row_batches({"user_id": user.id}, "added")
-    return file_response(as_csv(SHELF_COLUMNS, batches, shelf_cells), "my-library.csv")
+    return file_response(as_csv(GOODREADS_COLUMNS + OUR_COLUMNS, batches, shelf_cells), "my-library.csv")
 
 
 def as_csv(
@@ -299,11 +484,6 @@ def book_cells(row: Sequence[Any]) -> Sequence[object]:
     return [*row[:PRICE], price_cell(row[PRICE]), *row[PRICE + 1 : len(BOOK_COLUMNS)]]
 
 
-SHELF_COLUMNS = (
-    "Book Id,Title,Author,Author l-f,Additional Authors,ISBN,ISBN13,My Rating,Average Rating,Publisher,Binding,"
-    "Number of Pages,Year Published,Original Publication Year,Date Read,Date Added,Bookshelves,"
-    "Bookshelves with positions,Exclusive Shelf,My Review,Spoiler,Private Notes,Read Count,Owned Copies"
-).split(",") + OUR_COLUMNS
 EXCLUSIVE_SHELVES = {status: name for name, status in reversed(SHELVES.items())}
 
 
