@@ -118,7 +118,7 @@ class RowParser:
         return values
 
     def _warn(self, row: ImportRow, name: str, value: str, message: str) -> None:
-        row.warn(self.names.get(name, name), value, message)
+        row.warn(self.names.get(name) or self.names.get("dates_read", name), value, message)
 
     def _read(self, row: ImportRow, name: str, text: str, read: Callable[..., T], *args: Any) -> T | None:
         try:
@@ -131,7 +131,10 @@ class RowParser:
         """At the end of a word."""
         if len(text) <= most:
             return text
-        head = (text[:most] if text[most].isspace() else text[:most].rsplit(None, 1)[0]).rstrip(" ,") or text[:most]
+        head = text[:most]
+        if not (text[most].isspace() or head[-1].isspace()):
+            head = head.rsplit(None, 1)[0]
+        head = head.rstrip(" ,") or head
         self._warn(row, name, text[len(head) :].strip(" ,"), f"has more than {most:,} characters: this was cut off")
         return head
 
@@ -163,14 +166,16 @@ class RowParser:
 
     def _read_book(self, row: ImportRow, texts: dict[str, str]) -> None:
         values = row.values
-        authors = [texts[name] for name in ("author", "additional") if name in texts]
-        if self.columns.format == "librarything":  # `Cortázar, Julio`, with `|` between others
-            authors = [re.sub("^([^,]+), ([^,]+)$", r"\2 \1", name) for name in "|".join(authors).split("|")]
-        if authors:
-            values["author"] = ", ".join(authors)
+        if "additional" in texts or self.columns.format == "librarything":
+            authors = [texts[name] for name in ("author", "additional") if name in texts]
+            if self.columns.format == "librarything":  # `Cortázar, Julio`, with `|` between others
+                authors = [re.sub("^([^,]+), ([^,]+)$", r"\2 \1", name) for name in "|".join(authors).split("|")]
+            values |= {"author": ", ".join(authors)} if any(authors) else {}
         for name, read in READERS.items():
-            if name in values and (value := self._read(row, name, values.pop(name), read)) is not None:
-                values[name] = value
+            if name in values:
+                values[name] = self._read(row, name, values[name], read)
+                if values[name] is None:
+                    del values[name]
         if published := values.pop("published_date", None):
             day, year = self._read(row, "published_date", published, read_date, self.day_first) or (None, None)
             values |= {"published_date": day} if day else {"publication_year": year, **values} if year else {}
