@@ -257,6 +257,7 @@ def read_rating(text: str) -> float | None:
     return max(0.25, models.to_quarters(stars)) if stars else None
 
 
+READERS: dict[str, Callable[[str], str]] = {"publication_year": read_number, "pages": read_number, "price": read_price}
 SLASHED = re.compile(r"(\d{1,2})([/-])(\d{1,2})\2(\d{4}|(?<=/)\d\d)")
 MONTHS = {name.lower(): n for names in (calendar.month_name, calendar.month_abbr) for n, name in enumerate(names) if n}
 MONTHS["sept"] = 9
@@ -310,6 +311,14 @@ def unescape_html(text: str) -> str:
         return html.unescape(text)
     except ValueError:  # a number with more digits than Python converts
         return text
+
+
+def unescape_cell(value: str) -> str:
+    if value.startswith('="') and value.endswith('"'):  # Excel's text
+        value = value[2:-1].strip()
+    if "&" in value:
+        value = re.sub(r"&(?:#\d+|#x[0-9a-fA-F]+|\w+);", lambda found: unescape_html(found[0]), value).strip()
+    return value
 
 
 def from_html(text: str) -> str:

@@ -25,27 +25,7 @@ import events
 import library
 import models
 from books import revise_book
-from csv_files import (
-    ALIASES,
-    LOOKED_UP,
-    SHELF_FORMATS,
-    BrokenRecord,
-    ColumnMapping,
-    ImportRow,
-    InvalidCell,
-    ShelfData,
-    UnreadableFile,
-    from_html,
-    printable,
-    read_date,
-    read_number,
-    read_price,
-    read_rating,
-    repair_isbn,
-    shelf_status,
-    unescape_formula,
-    unescape_html,
-)
+from csv_files import SHELF_FORMATS, BrokenRecord, ColumnMapping, ImportRow, InvalidCell, UnreadableFile, printable
 from database import CompiledQuery
 from models import Book, Principal, ShelfEntry, ShelfStatus, Upload, UploadChunk
 from schemas import CSV_CONTEXT, INVALID_CHARACTERS, BookBase, BookCreate, BookUpdate, is_isbn13
@@ -71,7 +51,6 @@ KINDS = {
     "publication_year": "a year of publication",
     **dict.fromkeys(("started_at", "finished_at", "added_at"), "a date"),
 }
-READERS: dict[str, Callable[[str], str]] = {"publication_year": read_number, "pages": read_number, "price": read_price}
 PERIOD = re.compile(r"(\d[\d/.-]{6,8}\d)-(\d[\d/.-]{6,8}\d)?")  # of reading, in StoryGraph's list of them
 
 
@@ -94,7 +73,7 @@ class RowParser:
             return row.refuse(None, ",".join(cells), "is the header again")
         cells = self._clean(row, cells)
         texts = {name: cells[i] for name, i in self.cells if cells[i]}
-        row.values = {name: text for name, text in texts.items() if name in ALIASES}
+        row.values = {name: text for name, text in texts.items() if name in csv_files.ALIASES}
         if "isbn" in texts and not is_isbn13(texts["isbn"]):
             self._read_isbn(row, cells)
         if row.outcome != "failed":
@@ -106,10 +85,11 @@ class RowParser:
     def _clean(self, row: ImportRow, cells: Sequence[str]) -> list[str]:
         values = [cell.strip() for cell in cells]
         if self.columns.escaped:
-            values = [unescape_formula(value) for value in values]
+            values = [csv_files.unescape_formula(value) for value in values]
         line = "".join(values)
         if not self.columns.ours and ("&" in line or '="' in line):
-            values = [value if i in self.html_cells else _plain(value) for i, value in enumerate(values)]
+            unescape, html_cells = csv_files.unescape_cell, self.html_cells
+            values = [value if i in html_cells else unescape(value) for i, value in enumerate(values)]
         if "\x00" in line or (not line.isascii() and INVALID_CHARACTERS.search(line)):
             for name, i in self.cells:
                 values[i], count = INVALID_CHARACTERS.subn("\N{REPLACEMENT CHARACTER}", values[i])
@@ -157,7 +137,7 @@ class RowParser:
         """Repair the ISBN, or do without."""
         found = [cells[i] for i in self.columns.fields["isbn"] if cells[i]]
         del row.values["isbn"]
-        if isbn := next(filter(None, map(repair_isbn, found)), None):
+        if isbn := next(filter(None, map(csv_files.repair_isbn, found)), None):
             row.values["isbn"] = isbn
         elif self.enrich and not {"title", "author"} <= row.values.keys():
             row.refuse(self.names["isbn"], found[0], "is not an ISBN, and can't be repaired; this row needs one")
@@ -171,16 +151,17 @@ class RowParser:
             if self.columns.format == "librarything":  # `Cortázar, Julio`, with `|` between others
                 authors = [re.sub("^([^,]+), ([^,]+)$", r"\2 \1", name) for name in "|".join(authors).split("|")]
             values |= {"author": ", ".join(authors)} if any(authors) else {}
-        for name, read in READERS.items():
+        for name, read in csv_files.READERS.items():
             if name in values:
                 values[name] = self._read(row, name, values[name], read)
                 if values[name] is None:
                     del values[name]
         if published := values.pop("published_date", None):
-            day, year = self._read(row, "published_date", published, read_date, self.day_first) or (None, None)
+            found = self._read(row, "published_date", published, csv_files.read_date, self.day_first)
+            day, year = found or (None, None)
             values |= {"published_date": day} if day else {"publication_year": year, **values} if year else {}
-        found = {*values, "publication_year"} if "published_date" in values else {*values}
-        needs_lookup = self.enrich and "isbn" in values and not found >= LOOKED_UP
+        known = {*values, "publication_year"} if "published_date" in values else {*values}
+        needs_lookup = self.enrich and "isbn" in values and not known >= csv_files.LOOKED_UP
         missing = [name for name in ("title", "author") if name not in values]
         if missing and not needs_lookup:
             for name in missing:
@@ -196,15 +177,14 @@ class RowParser:
         shelves, tags = (
             [name for part in texts.get(field, "").split(",") if (name := part.strip())] for field in ("status", "tags")
         )
-        known = [status for shelf in shelves if (status := shelf_status(shelf))]
-        for shelf in shelves:
-            if shelf in tags:
-                tags.remove(shelf)  # Goodreads has the exclusive shelf among the others
-        tags = [self._cut(row, "tags", tag, MAX_TAG) for tag in (*(s for s in shelves if not shelf_status(s)), *tags)]
-        tags = list(dict.fromkeys(tags))
+        statuses = {shelf: csv_files.shelf_status(shelf) for shelf in shelves}
+        for shelf in statuses.keys() & {*tags}:  # Goodreads has the exclusive shelf among the others
+            tags.remove(shelf)
+        tags = [shelf for shelf, status in statuses.items() if not status] + tags
+        tags = list(dict.fromkeys(self._cut(row, "tags", tag, MAX_TAG) for tag in tags))
         if len(tags) > MAX_TAGS:
             self._warn(row, "tags", ", ".join(tags[MAX_TAGS:]), f"more than {MAX_TAGS} tags: these were left out")
-        rating = self._read(row, "rating", texts["rating"], read_rating) if "rating" in texts else None
+        rating = self._read(row, "rating", texts["rating"], csv_files.read_rating) if "rating" in texts else None
         if rating and rating != float(texts["rating"].replace(",", ".")):
             self._warn(row, "rating", texts["rating"], f"{texts['rating']} is no quarter of a star: {rating} instead")
         started, finished = texts.get("started_at"), texts.get("finished_at")
@@ -215,30 +195,23 @@ class RowParser:
         for name, text in moments.items():
             if text and (moment := self._read(row, name, text, self._read_moment)):
                 values[name] = moment
-        status = known[0] if known else ShelfStatus.wishlist
-        if not known and (not shelves or self.columns.format == "librarything"):  # whose collections are what one owns
-            has_read = values.get("finished_at") or (shelves and rating)
-            status = ShelfStatus.completed if has_read else ShelfStatus.reading if values.get("started_at") else status
-        review = "\n\n".join(filter(None, (texts.get("review_title"), from_html(texts.get("review", "")))))
-        values |= {"status": status, "rating": rating, "review": review or None, "tags": tags[:MAX_TAGS]}
-        row.entry = self._validate(row, ShelfData, values, texts)
+        status = next(filter(None, statuses.values()), None)
+        if status is None and (not shelves or self.columns.format == "librarything"):  # whose collections are one's own
+            has_read = "finished_at" in values or (shelves and rating)
+            status = ShelfStatus.completed if has_read else ShelfStatus.reading if "started_at" in values else None
+        review = "\n\n".join(filter(None, (texts.get("review_title"), csv_files.from_html(texts.get("review", "")))))
+        values |= {"rating": rating, "review": review or None, "tags": tags[:MAX_TAGS]}
+        values["status"] = status or ShelfStatus.wishlist
+        row.entry = self._validate(row, csv_files.ShelfData, values, texts)
 
     def _read_moment(self, text: str) -> str | date:
         text = text.strip("[]")  # LibraryThing has them
         if re.match(r"\d{4}-\d\d-\d\d[T ]", text):
             return text
-        day, _ = read_date(text, self.day_first, short=True)
+        day, _ = csv_files.read_date(text, self.day_first, short=True)
         if day is None:
             raise InvalidCell("is not a full date")
         return day
-
-
-def _plain(value: str) -> str:
-    if value.startswith('="') and value.endswith('"'):  # Excel's text
-        value = value[2:-1].strip()
-    if "&" in value:
-        value = re.sub(r"&(?:#\d+|#x[0-9a-fA-F]+|\w+);", lambda found: unescape_html(found[0]), value).strip()
-    return value
 
 
 # --- rows to books and shelf entries --------------------------------------------------------------------------------

@@ -318,14 +318,16 @@ class UploadPublic(BaseModel):
     updated: Count
     skipped: Count
     failed: Count
-    warnings: int = Field(description="Rows that went in without one bad value.", examples=[1])
+    warnings: int = Field(description="Rows that went in without some value, or with a text cut.", examples=[1])
     progress: float = Field(description="From 0 to 1, by the bytes of the file.", examples=[1.0])
     ignored_columns: list[str] = Field(description="Columns that the catalogue does not have.", examples=[["shelf"]])
     shelve: bool = Field(description="Whether the books go on your shelf, too.", examples=[False])
     on_duplicate: OnDuplicate
     dry_run: bool = Field(description="Whether it only counts and explains.", examples=[False])
     enrich: bool = Field(description="Whether Open Library fills in what the file lacks.", examples=[False])
-    format: str | None = Field(description="`books`, `books-api`, `goodreads` or `storygraph`.", examples=["books"])
+    format: str | None = Field(
+        description="`books`, `books-api`, or the service that it comes from.", examples=["books"]
+    )
     encoding: str | None = Field(description="Detected.", examples=["utf-8"])
     delimiter: str | None = Field(description="Detected.", examples=[","])
     created_at: Moment

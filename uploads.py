@@ -21,26 +21,14 @@ from pydantic import BeforeValidator, Field
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
+import csv_files
 import database
 import events
 import external
 import models
 from api import PAGE, Router, errors
 from books import BOOKS, BookFilter
-from csv_files import (
-    BOOK_COLUMNS,
-    GOODREADS_COLUMNS,
-    OUR_COLUMNS,
-    REASON,
-    SHELF_FORMATS,
-    SHELVES,
-    ImportRow,
-    UnreadableFile,
-    printable,
-    strip_invalid,
-    to_csv,
-    to_html,
-)
+from csv_files import BOOK_COLUMNS, SHELF_FORMATS, ImportRow, UnreadableFile, printable, strip_invalid, to_csv
 from database import readonly, transactional
 from imports import CHUNK, LEASE, BatchImporter, CsvUpload, DuplicateTracker, ImportJob, JobCancelled, lock_upload
 from library import ENTRIES
@@ -60,7 +48,7 @@ UPLOADS = Listing(
 )
 ERRORS = Listing(
     sa.select(JsonObject({name: getattr(UploadError, name) for name in UploadErrorPublic.model_fields})),
-    filters={"upload_id": col(UploadError.upload_id) == sa.bindparam("upload_id")},
+    filters={name: getattr(UploadError, name) == sa.bindparam(name) for name in ("upload_id", "severity")},
     orders={"id": (col(UploadError.id),)},
 )
 
@@ -362,6 +350,7 @@ def _record_progress(session: Session, upload: Upload) -> None:
 
 
 class ErrorsQuery(PageQuery):
+    severity: Literal["error", "warning"] | None = Field(default=None, description="Only these.")
     format: Literal["json", "csv"] = Field(
         default="json", description="`csv`: the refused rows as they came, each with its reason, to fix and upload."
     )
@@ -387,7 +376,8 @@ def list_upload_errors(
     """Why rows were refused, and which values others went in without."""
     find_upload(connection, upload_id, user)
     if query.format == "json":
-        return page_response(request, ERRORS.page(connection, {"upload_id": upload_id}, "id", query))
+        filters = {"upload_id": upload_id, **query.model_dump(include={"severity"}, exclude_none=True)}
+        return page_response(request, ERRORS.page(connection, filters, "id", query))
     header = connection.execute(sa.select(col(Upload.header)).where(col(Upload.id) == upload_id)).scalar_one() or []
     return file_response(refused_rows(upload_id, header), f"upload-{upload_id}-refused.csv")
 
@@ -398,7 +388,7 @@ def file_response(pieces: Iterator[str], name: str) -> StreamingResponse:
 
 
 def refused_rows(upload_id: int, header: list[str]) -> Iterator[str]:
-    yield to_csv([[*header, REASON]])
+    yield to_csv([[*header, csv_files.REASON]])
     last = 0
     while refused := database.read_sync(next_refused, upload_id, last):
         yield to_csv(cells_and_reasons(list(of_row)) for _, of_row in groupby(refused, attrgetter("row")))
@@ -465,7 +455,9 @@ async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -
 async def export_library(user: CurrentUser) -> StreamingResponse:
     """My shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""
     batches = ENTRIES.row_batches({"user_id": user.id}, "added")
-    return file_response(as_csv(GOODREADS_COLUMNS + OUR_COLUMNS, batches, shelf_cells), "my-library.csv")
+    return file_response(
+        as_csv(csv_files.GOODREADS_COLUMNS + csv_files.OUR_COLUMNS, batches, shelf_cells), "my-library.csv"
+    )
 
 
 def as_csv(
@@ -484,7 +476,7 @@ def book_cells(row: Sequence[Any]) -> Sequence[object]:
     return [*row[:PRICE], price_cell(row[PRICE]), *row[PRICE + 1 : len(BOOK_COLUMNS)]]
 
 
-EXCLUSIVE_SHELVES = {status: name for name, status in reversed(SHELVES.items())}
+EXCLUSIVE_SHELVES = {status: name for name, status in reversed(csv_files.SHELVES.items())}
 
 
 def shelf_cells(row: Sequence[Any]) -> list[object]:
@@ -500,7 +492,7 @@ def shelf_cells(row: Sequence[Any]) -> list[object]:
         *(book["id"], book["title"], first, "", others, "", book["isbn"], entry["rating"] or 0),
         *(book["rating"] and round(book["rating"], 2), book["publisher"], "", book["pages"]),
         *("", book["publication_year"], dates["finished_at"], dates["added_at"]),
-        *(", ".join(tags), "", shelf, to_html(entry["review"] or ""), "", "", int(shelf == "read"), 0),
+        *(", ".join(tags), "", shelf, csv_files.to_html(entry["review"] or ""), "", "", int(shelf == "read"), 0),
         *(book["genre"], book["description"], book["language"], price_cell(book["price"] and book["price"] * 100)),
         *(book["cover_url"], book["published_date"]),
         *(entry[name] for name in ("added_at", "started_at", "finished_at")),

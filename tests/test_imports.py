@@ -393,6 +393,16 @@ def test_unreadable_files_fail_with_a_reason(reader: Person, content: bytes, rea
     assert (upload["inserted"], upload["failed"], upload["finished_at"] is None) == (0, 0, False)
 
 
+def test_refused_rows_and_warnings_are_listed_apart(reader: Person) -> None:
+    upload = reader.upload("title,author,pages\nA,B,0\n,C,1\nD,E,1\nF,G,x\n")
+    path = f"/books/upload/{upload['id']}/errors"
+    for severity, rows in (("error", [3]), ("warning", [2, 5])):
+        page = reader.get(path, params={"severity": severity}).json()
+        assert (page["total"], [error["row"] for error in page["items"]]) == (len(rows), rows)
+    assert reader.get(path).json()["total"] == 3
+    assert reader.get(path, params={"severity": "fatal"}).status_code == 422
+
+
 def test_ignored_columns_are_listed(reader: Person) -> None:
     upload = reader.upload("Title,Shelf,author,,Average Rating\nA,x,B,y,4.5\n")
     assert upload["ignored_columns"] == ["Shelf", "", "Average Rating"]

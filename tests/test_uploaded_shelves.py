@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from csv_files import GOODREADS_COLUMNS, SHELVES
-from tests.fixtures import Person, copy_of, service, without_ids
+from csv_files import (
+    FORMATS,
+    GOODREADS_COLUMNS,
+    OUR_COLUMNS,
+    SHELF_ALIASES,
+    SHELF_FORMATS,
+    SHELVES,
+    column_keys,
+)
+from tests.fixtures import ROOT, Person, copy_of, service, without_ids
 
 # --- made-up shelves, damaged at random ---------------------------------------------------------------------------
 
@@ -341,3 +350,12 @@ def test_text_that_is_cut_off_is_in_the_warning(reader: Person) -> None:
         assert whole.startswith(stored)
         assert whole[len(stored) :].strip(" ,").startswith(error["value"].rsplit(" ", 1)[0])
     assert cut == {}
+
+
+def test_documented_columns_are_those_that_are_read() -> None:
+    table = (ROOT / "docs" / "files.md").read_text().split("| | Goodreads |")[1].split("\n\n")[0]
+    columns = [line.split("|")[2:6] for line in table.splitlines()[2:]]
+    for n, name in enumerate(SHELF_FORMATS):
+        documented = set(column_keys(re.findall("`(.+?)`", " ".join(cells[n] for cells in columns))))
+        own = {key for names in SHELF_ALIASES.values() for key in names[n].split()} - {"-", *column_keys(OUR_COLUMNS)}
+        assert own <= documented <= {key for names in FORMATS[name].values() for key in names}
