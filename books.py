@@ -38,6 +38,7 @@ FIND_BOOK = CompiledQuery(SELECT_BOOKS.add_columns(col(Book.version)).where(col(
 INSERT_BOOK = CompiledQuery(sa.insert(Book).returning(col(Book.id)))
 
 YEAR: ColumnElement[int] = sa.literal_column(f"coalesce(publication_year, {UNKNOWN_YEAR})", sa.Integer)
+YEAR_ASCENDING: ColumnElement[int] = sa.literal_column(f"coalesce(publication_year, {-UNKNOWN_YEAR})", sa.Integer)
 SORT_COLUMNS: dict[str, tuple[Any, ...]] = {
     "id": (),
     "title": (col(Book.title_key), col(Book.author_key)),
@@ -70,7 +71,8 @@ BOOKS = Listing(
         "added_by": col(Book.added_by) == sa.bindparam("added_by"),
         "words": matches,
     },
-    orders={s + name: (*columns, col(Book.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")},
+    orders={s + name: (*columns, col(Book.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")}
+    | {"year": (YEAR_ASCENDING, col(Book.id))},
     counts={**COUNTED, ("words",): count_matches},
     with_event_cursor=True,
 )

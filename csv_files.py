@@ -3,6 +3,7 @@
 import calendar
 import codecs
 import csv
+import functools
 import html
 import io
 import re
@@ -12,11 +13,11 @@ from datetime import date
 from itertools import islice, takewhile
 from typing import Any, NamedTuple, TextIO
 
-from pydantic import ValidationError
 from stdnum import isbn as isbn_numbers
 
+import models
 from models import ShelfStatus
-from schemas import CSV_CONTEXT, BookBase, BookCreate, EntryUpdate, Timestamp, describe_error, is_isbn13
+from schemas import BookBase, EntryUpdate, Timestamp
 
 MAX_RECORD = 2_000_000  # characters of a record; a longer one is mostly due to a quote that never closes
 MAX_REREAD = 200_000_000  # characters of lines that are parsed again, with 20 more for each line: some two seconds
@@ -26,7 +27,7 @@ CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d]")
 UTF8_SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 csv.field_size_limit(MAX_RECORD)  # 128 KB by default
 
-# Undecodable bytes become half a surrogate pair, which no text has: their row is refused, and not the file.
+# Undecodable bytes become half a surrogate pair, which no text has, and in the end U+FFFD, with a warning.
 UNDECODABLE = "undecodable"
 codecs.register_error(UNDECODABLE, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]  # decoding errors have it
 
@@ -45,6 +46,7 @@ class BrokenRecord(NamedTuple):
 class Dialect(NamedTuple):
     delimiter: str = ","
     quote: str = '"'
+    skip_blanks: bool = False  # before a cell, and so before its quote
     backslashes: bool = False  # whether quotes are escaped as `\"` (MySQL) as well as by doubling
 
 
@@ -89,7 +91,8 @@ def detect_dialect(text: TextIO) -> Dialect:
         as_wide = sum(len(row) == len(header) for row in intact)
         return (sum(key in KNOWN_COLUMNS for key in column_keys(header)), as_wide, len(header))
 
-    best = max((Dialect(delimiter, quote) for quote in quotes for delimiter in delimiters), key=score)
+    skips = (False, True) if re.search(r"[,;\t|] +[\"']", head) else (False,)
+    best = max((Dialect(d, quote, skip) for skip in skips for quote in quotes for d in delimiters), key=score)
     quote, delimiter = re.escape(best.quote), re.escape(best.delimiter)
     return best._replace(backslashes=bool(re.search(rf"\\{quote}(?!{quote}|{delimiter}|\s*[\r\n]|$)", head)))
 
@@ -138,7 +141,8 @@ class LineReader:
 def records(text: TextIO, dialect: Dialect) -> Iterator[list[str] | BrokenRecord]:
     """The records of a CSV file (RFC 4180). Of one that can't be parsed only the first line is lost."""
     lines = LineReader(text, dialect)
-    reader = csv.reader(iter(lines.next_line, ""), delimiter=dialect.delimiter, quotechar=dialect.quote)
+    options: Any = {"delimiter": dialect.delimiter, "quotechar": dialect.quote, "skipinitialspace": dialect.skip_blanks}
+    reader = csv.reader(iter(lines.next_line, ""), **options)
     width = 0
     while True:
         lines.record, lines.size = [], 0
@@ -149,11 +153,28 @@ def records(text: TextIO, dialect: Dialect) -> Iterator[list[str] | BrokenRecord
         except csv.Error as error:
             yield BrokenRecord(lines.reject_first_line(), str(error))
             continue
-        width = width or len(cells)
-        if len(cells) != width and len(lines.record) > 1:
+        if len(cells) == 1 != width:  # maybe quoted as a whole, and ended by `;`
+            inner = next(csv.reader([cells[0].rstrip("; ")], **options), [])
+            cells = inner if len(inner) == (width or max(2, len(inner))) else cells
+        if cells and not width:
+            header, *first = split_header(cells)
+            width = len(header) if header[0] != "sep=" else 0
+            yield from (header, *first)
+        elif len(cells) != width and len(lines.record) > 1:
             yield BrokenRecord(lines.reject_first_line(), "a quote in this row does not close where it should")
         else:
             yield cells
+
+
+# The last columns of Goodreads (today's and older exports), StoryGraph, LibraryThing and BookWyrm.
+HEADER_END = re.compile(r"(Owned Copies|BCID|Owned\?|Lending End|shelf_date)(.+)", re.DOTALL)
+
+
+def split_header(cells: list[str]) -> list[list[str]]:
+    """The header, and the first row if no line break separates the two."""
+    middle = len(cells) // 2
+    found = HEADER_END.fullmatch(cells[middle]) if len(cells) % 2 else None
+    return [[*cells[:middle], found[1]], [found[2], *cells[middle + 1 :]]] if found else [cells]
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -194,12 +215,12 @@ def printable(text: str, most: int = 200) -> str:
 
 
 class InvalidCell(Exception):
-    """A value that refuses its row; its `args` are those of a RowIssue."""
+    """A value that can't be read, and why: a sentence that begins with the value."""
 
 
 def repair_isbn(text: str) -> str | None:
     """The ISBN as 13 digits: also one that lost its leading zeros to a spreadsheet, if its check digit then fits."""
-    compact = re.sub(r"[\s-]|\.0$", "", text)
+    compact = re.sub(r"[\s\[\]-]|\.0$", "", text)
     if re.fullmatch(r"\d{6,8}[\dXx]", compact):
         compact = compact.zfill(10)
     try:
@@ -216,10 +237,28 @@ def read_price(text: str) -> str:
         return text.replace(".", "").replace(",", ".")
     if re.fullmatch(r"\d{1,3}(,\d{3})+\.\d{1,2}", text):
         return text.replace(",", "")
-    raise InvalidCell("price", text, "has a comma that may be a decimal comma or one between thousands")
+    raise InvalidCell("has a comma that may be a decimal comma or one between thousands")
 
 
-SLASHED = re.compile(r"(\d{1,2})[/-](\d{1,2})[/-](\d{4})")
+def read_number(text: str) -> str:
+    """`374.0` as `374`: a number that a spreadsheet took for a float."""
+    if text.isdecimal():
+        return text
+    if re.fullmatch(r"\d{1,3}([.,]\d{3})+", text):
+        raise InvalidCell("has a decimal sign or one between thousands")
+    return re.sub(r"[.,]0+$", "", text)
+
+
+def read_rating(text: str) -> float | None:
+    """The nearest quarter of a star; None for 0."""
+    stars = float(text.replace(",", ".")) if re.fullmatch(r"\d+([.,]\d*)?", text) else -1
+    if not 0 <= stars <= 5:
+        raise InvalidCell("is not a rating from 0.25 to 5")
+    return max(0.25, models.to_quarters(stars)) if stars else None
+
+
+READERS: dict[str, Callable[[str], str]] = {"publication_year": read_number, "pages": read_number, "price": read_price}
+SLASHED = re.compile(r"(\d{1,2})([/-])(\d{1,2})\2(\d{4}|(?<=/)\d\d)")
 MONTHS = {name.lower(): n for names in (calendar.month_name, calendar.month_abbr) for n, name in enumerate(names) if n}
 MONTHS["sept"] = 9
 
@@ -227,22 +266,34 @@ MONTHS["sept"] = 9
 def day_comes_first(text: str) -> bool | None:
     """True for dates like 13/04/2008, False for those like 04/13/2008, None for any other text."""
     found = SLASHED.fullmatch(text)
-    first, second = (int(found[1]) > 12, int(found[2]) > 12) if found else (False, False)
+    first, second = (int(found[1]) > 12, int(found[3]) > 12) if found else (False, False)
     return first if first != second else None
 
 
-def read_date(name: str, text: str, day_first: Callable[[], bool | None]) -> tuple[date | None, int | None]:
+def full_year(digits: str, *, short: bool) -> int:
+    """Of two digits, which only `short` allows: never in the future, nor before 1950."""
+    year = int(digits)
+    if len(digits) == 2:
+        year += 2000 if 2000 + year <= models.utcnow().year else 1900
+        if year < 1950 or not short:
+            raise InvalidCell("has a year of two digits, which may be in another century")
+    return year
+
+
+def read_date(
+    text: str, day_first: Callable[[], bool | None], *, short: bool = False
+) -> tuple[date | None, int | None]:
     """A full date, or only the year where the text has no day."""
     try:
         if found := re.fullmatch(r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})", text):
             return date(*map(int, found.groups())), None
-        if found := re.fullmatch(r"(\d{1,2})\.(\d{1,2})\.(\d{4})", text):
-            return date(int(found[3]), int(found[2]), int(found[1])), None
+        if found := re.fullmatch(r"(\d{1,2})\.(\d{1,2})\.(\d{4}|\d\d)", text):
+            return date(full_year(found[3], short=short), int(found[2]), int(found[1])), None
         if found := SLASHED.fullmatch(text):
-            first, second, year = map(int, found.groups())
+            first, second, year = int(found[1]), int(found[3]), full_year(found[4], short=short)
             is_day = day_first() if max(first, second) <= 12 and first != second else first > 12
             if is_day is None:
-                raise InvalidCell(name, text, "may be day first or month first; no other date of the file shows which")
+                raise InvalidCell("may be day first or month first, and no other date of the file shows which")
             return date(year, *((second, first) if is_day else (first, second))), None
         if found := re.fullmatch(r"(-?\d{1,4})(?:\.0+)?|(\d{4})-\d\d", text):
             return None, int(found[1] or found[2])
@@ -251,8 +302,8 @@ def read_date(name: str, text: str, day_first: Callable[[], bool | None]) -> tup
             if month is not None and not (found[1] and found[3]):
                 return (date(int(found[4]), month, int(day)), None) if day else (None, int(found[4]))
     except ValueError:
-        raise InvalidCell(name, text, "is not a day of the calendar") from None
-    raise InvalidCell(name, text, "is not a date like 2008-08-11")
+        raise InvalidCell("is not a day of the calendar") from None
+    raise InvalidCell("is not a date like 2008-08-11")
 
 
 def unescape_html(text: str) -> str:
@@ -260,6 +311,14 @@ def unescape_html(text: str) -> str:
         return html.unescape(text)
     except ValueError:  # a number with more digits than Python converts
         return text
+
+
+def unescape_cell(value: str) -> str:
+    if value.startswith('="') and value.endswith('"'):  # Excel's text
+        value = value[2:-1].strip()
+    if "&" in value:
+        value = re.sub(r"&(?:#\d+|#x[0-9a-fA-F]+|\w+);", lambda found: unescape_html(found[0]), value).strip()
+    return value
 
 
 def from_html(text: str) -> str:
@@ -275,6 +334,11 @@ def to_html(text: str) -> str:
 # --- columns ------------------------------------------------------------------------------------------------------
 
 BOOK_COLUMNS = [*BookBase.model_fields]  # of our own export of the catalogue
+GOODREADS_COLUMNS = (
+    "Book Id,Title,Author,Author l-f,Additional Authors,ISBN,ISBN13,My Rating,Average Rating,Publisher,Binding,"
+    "Number of Pages,Year Published,Original Publication Year,Date Read,Date Added,Bookshelves,"
+    "Bookshelves with positions,Exclusive Shelf,My Review,Spoiler,Private Notes,Read Count,Owned Copies"
+).split(",")
 # What Goodreads' export does not have; a file with all of these is our own export of a shelf.
 OUR_COLUMNS = "Genre,Description,Language,Price,Cover URL,Published Date,Added At,Started At,Finished At".split(",")
 REASON = "reason"  # the column that is added to refused rows
@@ -294,34 +358,50 @@ ALIASES = {
     "published_date": ("publicationdate", "publisheddate", "publishdate"),
     "publication_year": ("publicationyear", "originalpublicationyear", "year", "yearofpublication", "yearpublished"),
 }
-SHELF_ALIASES = {  # in exports of Goodreads and StoryGraph
-    "additional": ("additionalauthors",),
-    "status": ("exclusiveshelf", "readstatus"),
-    "rating": ("myrating", "starrating"),
-    "review": ("myreview", "review"),
-    "tags": ("bookshelves", "tags"),
-    "added_at": ("addedat", "dateadded"),
-    "started_at": ("startedat",),
-    "dates_read": ("datesread",),
-    "finished_at": ("finishedat", "dateread", "lastdateread"),
+SHELF_FORMATS = ("goodreads", "storygraph", "librarything", "bookwyrm")
+# Names of columns in each of these; `-` is no column, and without any the names above hold. A file has the format whose
+# author, status and rating it has.
+SHELF_ALIASES = {
+    "author": ("", "", "primaryauthor", "authortext"),
+    "additional": ("additionalauthors", "-", "secondaryauthor", "-"),
+    "description": ("", "", "-", ""),  # LibraryThing's summary is title and author again
+    "language": ("", "", "languages", ""),
+    "pages": ("", "", "pagecount", ""),
+    "published_date": ("", "", "date", ""),
+    "status": ("exclusiveshelf", "readstatus", "collections", "shelf"),
+    "rating": ("myrating", "starrating", "rating", "rating"),
+    "review_title": ("-", "-", "-", "reviewname"),
+    "review": ("myreview", "review", "review", "reviewcontent"),
+    "tags": ("bookshelves", "tags", "tags", "-"),
+    "added_at": ("addedat dateadded", "dateadded", "entrydate", "shelfdate"),
+    "started_at": ("startedat", "-", "datestarted", "startdate"),
+    "dates_read": ("-", "datesread", "-", "-"),
+    "finished_at": ("finishedat dateread", "lastdateread", "dateread", "finishdate stoppeddate"),
 }
-KNOWN_COLUMNS = {alias for names in (ALIASES | SHELF_ALIASES).values() for alias in names}
+FORMATS = {"books": ALIASES} | {
+    name: ALIASES | {key: tuple(names[n].split()) for key, names in SHELF_ALIASES.items() if names[n]}
+    for n, name in enumerate(SHELF_FORMATS)
+}
+KNOWN_COLUMNS = {alias for fields in FORMATS.values() for names in fields.values() for alias in names}
 SHELVES = {
     "read": ShelfStatus.completed,
     "currently-reading": ShelfStatus.reading,
     "to-read": ShelfStatus.wishlist,
-    "did-not-finish": ShelfStatus.abandoned,
-    "dnf": ShelfStatus.abandoned,
-    "abandoned": ShelfStatus.abandoned,
+    **dict.fromkeys(("did-not-finish", "dnf", "abandoned", "stopped-reading", "wont-finish"), ShelfStatus.abandoned),
+    **dict.fromkeys(("dropped", "gave-up", "unfinished"), ShelfStatus.abandoned),
+    **dict.fromkeys(("reading", "on-hold", "paused"), ShelfStatus.reading),
+    "wishlist": ShelfStatus.wishlist,
+    "read-but-unowned": ShelfStatus.completed,
 }
 
 
-# By columns that only they have.
-SHELF_FORMATS = {"goodreads": {"exclusiveshelf", "myrating"}, "storygraph": {"readstatus", "starrating"}}
+@functools.lru_cache(1000)
+def shelf_status(shelf: str) -> ShelfStatus | None:
+    return SHELVES.get(re.sub(r"[\s_]+", "-", re.sub("['\u2019]", "", shelf.lower())))
 
 
 class ColumnMapping(NamedTuple):
-    format: str  # books, books-api (our own export of the catalogue), goodreads or storygraph
+    format: str  # books, books-api (our own export of the catalogue), or one of SHELF_FORMATS
     header: list[str]
     fields: dict[str, list[int]]  # the columns of each field, the one that counts first
     ignored: list[str]
@@ -339,18 +419,26 @@ def read_header(cells: Sequence[str], *, enrich: bool, shelve: bool) -> ColumnMa
     if len(cells) > MAX_COLUMNS:
         raise UnreadableFile(f"The first row has {len(cells):,} columns, more than {MAX_COLUMNS}. {shown}")
     has_reason, keys = cells[-1:] == [REASON], column_keys(cells)
-    kind = next((name for name, columns in SHELF_FORMATS.items() if columns <= set(keys)), "books")
-    if list(cells[:-1] if has_reason else cells) == BOOK_COLUMNS:
-        kind = "books-api"
-    fields: dict[str, list[int]] = {}
-    for name, names in (ALIASES | SHELF_ALIASES if kind in SHELF_FORMATS else ALIASES).items():
+    kind, fields = "books", dict[str, list[int]]()
+    for name in SHELF_FORMATS:
+        if all({*FORMATS[name][field]} & {*keys} for field in ("author", "status", "rating")):
+            kind = name
+            break
+    for name, names in FORMATS[kind].items():
         if found := [i for alias in names for i, key in enumerate(keys) if key == alias]:
             fields[name] = found
+    if list(cells[:-1] if has_reason else cells) == BOOK_COLUMNS:
+        kind = "books-api"
     missing = [name for name in ("title", "author") if name not in fields]
+    if missing and len(cells) == len(GOODREADS_COLUMNS) and shelf_status(cells[18].strip()):
+        raise UnreadableFile(
+            "This looks like Goodreads' columns without their header. Add this line before the first, and upload it"
+            f" again: {','.join(GOODREADS_COLUMNS)}"
+        )
     if missing and not (enrich and "isbn" in fields):
         raise UnreadableFile(f"The first row has no column for {' and '.join(missing)}. {shown}")
     if shelve and kind not in SHELF_FORMATS:
-        raise UnreadableFile(f"This is not an export of Goodreads or StoryGraph. {shown}")
+        raise UnreadableFile(f"This is no shelf of Goodreads, StoryGraph, LibraryThing or BookWyrm. {shown}")
     mapped = {i for found in fields.values() for i in found}
     ignored = [printable(cell, 100) for i, cell in enumerate(cells) if i not in mapped]
     ours = kind == "books-api" or (kind == "goodreads" and set(column_keys(OUR_COLUMNS)) <= set(keys))
@@ -396,127 +484,3 @@ class ImportRow:
     def warn(self, field_name: str | None, value: str, message: str) -> "ImportRow":
         self.issues.append(RowIssue(field_name, value, message))
         return self
-
-
-class RowParser:
-    """Makes rows of cells. `day_first` says for dates like 03/04/2008 what the other rows of the file show."""
-
-    def __init__(self, columns: ColumnMapping, day_first: Callable[[], bool | None], *, enrich: bool = False) -> None:
-        self.columns, self.day_first, self.enrich = columns, day_first, enrich
-        self.width = len(columns.header)
-        # Of several columns of a field the first one counts, so it comes last.
-        self.cells = [(name, i) for name, found in columns.fields.items() for i in reversed(found)]
-        self.html_cells = columns.fields.get("review", [])
-
-    def parse(self, number: int, cells: Sequence[str]) -> ImportRow:
-        row = ImportRow(number, cells)
-        if len(cells) != self.width:
-            return row.refuse(None, ",".join(cells), f"has {len(cells)} cells where the header has {self.width}")
-        if cells == self.columns.header:
-            return row.refuse(None, ",".join(cells), "is the header again")
-        cells = self._clean(cells)
-        texts = {name: cells[i] for name, i in self.cells if cells[i]}
-        row.values = {name: text for name, text in texts.items() if name in ALIASES}
-        try:
-            if "isbn" in texts and not is_isbn13(texts["isbn"]):
-                self._read_isbn(row, cells)
-            self._read_book(row, texts)
-            if self.columns.format in SHELF_FORMATS:
-                self._read_entry(row, texts)
-        except InvalidCell as error:
-            row.refuse(*error.args)
-        except ValidationError as error:
-            for e in error.errors(include_url=False):
-                name = str(e["loc"][0])
-                value = texts.get(name, str(e["input"]))
-                if any("\udc80" <= c <= "\udcff" for c in value):
-                    row.refuse(name, value, "has bytes that the encoding of the file does not have")
-                else:
-                    row.refuse(name, value, "is missing" if e["type"] == "string_too_short" else describe_error(e))
-        return row
-
-    def _clean(self, cells: Sequence[str]) -> list[str]:
-        values = [cell.strip() for cell in cells]
-        if self.columns.escaped:
-            values = [unescape_formula(value) for value in values]
-        if not self.columns.ours and ("&" in (line := "".join(values)) or '="' in line):
-            values = [value if i in self.html_cells else _plain(value) for i, value in enumerate(values)]
-        return values
-
-    def _read_isbn(self, row: ImportRow, cells: Sequence[str]) -> None:
-        """Repair the ISBN, or do without."""
-        found = [cells[i] for i in self.columns.fields["isbn"] if cells[i]]
-        del row.values["isbn"]
-        if isbn := next(filter(None, map(repair_isbn, found)), None):
-            row.values["isbn"] = isbn
-        elif self.enrich and not {"title", "author"} <= row.values.keys():
-            raise InvalidCell("isbn", found[0], "is not an ISBN, and can't be repaired; this row needs one")
-        elif self.columns.format != "storygraph":  # whose column has ids of its own, too
-            row.warn("isbn", found[0], "is not an ISBN, and can't be repaired; the book was imported without it")
-
-    def _read_book(self, row: ImportRow, texts: dict[str, str]) -> None:
-        values = row.values
-        if "additional" in texts:
-            values["author"] = f"{values.get('author', '')}, {texts['additional']}"
-        for name in ("publication_year", "pages"):
-            if name in values:
-                if re.fullmatch(r"\d{1,3}([.,]\d{3})+", values[name]):
-                    raise InvalidCell(name, values[name], "has a decimal sign or one between thousands")
-                values[name] = re.sub(r"[.,]0+$", "", values[name])  # a number that a spreadsheet took for a float
-        if "price" in values:
-            values["price"] = read_price(values["price"])
-        if published := values.pop("published_date", None):
-            day, year = read_date("published_date", published, self.day_first)
-            values |= {"published_date": day} if day else {"publication_year": year, **values}
-        found = {*values, "publication_year"} if "published_date" in values else {*values}
-        needs_lookup = self.enrich and "isbn" in values and not found >= LOOKED_UP
-        placeholder = "?" if needs_lookup else ""  # what is missing may be found, but what is wrong is refused now
-        book = BookCreate.model_validate({"title": placeholder, "author": placeholder, **values}, context=CSV_CONTEXT)
-        row.book, row.lookup_isbn = (None, values["isbn"]) if needs_lookup else (book, None)
-
-    def _read_entry(self, row: ImportRow, texts: dict[str, str]) -> None:
-        shelf = texts.get("status", "")
-        status = SHELVES.get(shelf.lower(), ShelfStatus.wishlist)
-        tags = [tag for part in texts.get("tags", "").split(",") if (tag := part.strip())]
-        if shelf in tags:
-            tags.remove(shelf)  # Goodreads has the exclusive shelf among the others
-        if shelf and shelf.lower() not in SHELVES:
-            tags.insert(0, shelf)
-        rating, review = _read_rating(row, texts.get("rating", "0")), from_html(texts.get("review", "")) or None
-        if status not in (ShelfStatus.completed, ShelfStatus.abandoned):
-            message = f"was left out: it needs a book that was read; this one is on {shelf.lower() or 'no shelf'}"
-            opinion = (("rating", rating), ("review", review))
-            row.issues += [RowIssue(name, str(value), message) for name, value in opinion if value is not None]
-            rating = review = None
-        started, finished = texts.get("started_at"), texts.get("finished_at")
-        if periods := re.findall(r"([\d/.-]{8,10})-([\d/.-]{8,10})", texts.get("dates_read", "").replace(" ", "")):
-            started, finished = periods[-1][0], finished or periods[-1][1]
-        moments = {"started_at": started, "finished_at": finished, "added_at": texts.get("added_at")}
-        dates: dict[str, Any] = {name: self._read_moment(name, text) for name, text in moments.items() if text}
-        row.entry = ShelfData(status=status, rating=rating, review=review, tags=list(dict.fromkeys(tags)), **dates)
-
-    def _read_moment(self, name: str, text: str) -> str | date:
-        if re.match(r"\d{4}-\d\d-\d\d[T ]", text):
-            return text
-        day, _ = read_date(name, text, self.day_first)
-        if day is None:
-            raise InvalidCell(name, text, "is not a full date")
-        return day
-
-
-def _plain(value: str) -> str:
-    if value.startswith('="') and value.endswith('"'):  # Excel's text
-        value = value[2:-1].strip()
-    if "&" in value:
-        value = re.sub(r"&(?:#\d+|#x[0-9a-fA-F]+|\w+);", lambda found: unescape_html(found[0]), value).strip()
-    return value
-
-
-def _read_rating(row: ImportRow, text: str) -> int | None:
-    stars = float(text.replace(",", ".")) if re.fullmatch(r"\d+([.,]\d*)?", text) else -1
-    if not 0 <= stars <= 5:
-        raise InvalidCell("rating", text, "must be a number from 0, for none, to 5")
-    rounded = max(1, int(stars + 0.5)) if stars else None
-    if rounded not in (stars, None):
-        row.warn("rating", text, f"is not a whole star: rounded to {rounded}")
-    return rounded

@@ -133,7 +133,7 @@ def date_and_year(value: Any) -> dict[str, Any]:
     """`2008-08-11`, `August 2008`, `c2008`: the date if it is complete, and the year."""
     value = text(value).strip()
     try:
-        day, year = read_date("published_date", value, lambda: None)
+        day, year = read_date(value, lambda: None)
     except InvalidCell:
         years = re.findall(r"(?<!\d)\d{4}(?!\d)", value)
         day, year = None, int(years[0]) if len(years) == 1 else None

@@ -1,54 +1,220 @@
-"""Imports: the rows of a stored file into the catalogue and onto a shelf, by a job that survives its process.
+"""Imports: the cells of a file as rows, and rows into the catalogue and onto a shelf, in batches.
 
-`uploads.py` stores the file and starts `run_upload` as a background task; `main.resume_uploads` starts it for uploads
-that a stopped process left. The job imports the file in batches and commits each together with its progress: killed in
-between, it is resumed from there. Each row is imported, or refused with a reason.
+Only rows without title or author, or with cells that can't be told apart, are refused. Any other value that can't be
+read is left out, and a text that is too long is cut, with a warning. `uploads.py` has the job that calls all this.
 """
 
 import functools
 import io
-import logging
-import secrets
-import time
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from itertools import islice
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy import ColumnElement, Connection
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import Connection
 from sqlmodel import Session, col
 
 import csv_files
 import database
 import events
-import external
 import library
 import models
 from books import revise_book
-from csv_files import BrokenRecord, ImportRow, RowParser, ShelfData, UnreadableFile, printable, strip_invalid
+from csv_files import SHELF_FORMATS, BrokenRecord, ColumnMapping, ImportRow, InvalidCell, UnreadableFile, printable
 from database import CompiledQuery
-from models import Book, InvalidField, Principal, ShelfEntry, Upload, UploadChunk, UploadError, UploadStatus, User
-from schemas import BookBase, BookUpdate, UploadPublic
+from models import Book, Principal, ShelfEntry, ShelfStatus, Upload, UploadChunk
+from schemas import CSV_CONTEXT, INVALID_CHARACTERS, BookBase, BookCreate, BookUpdate, is_isbn13
 from search import index_books
 from settings import settings
 
-log = logging.getLogger("books.imports")
-
+T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
 CHUNK = 256 * 1024  # bytes of a stored chunk
-BATCH = 1000  # rows to a transaction: other writers wait some 40 ms
-ENRICH_BATCH = external.MAX_ISBNS  # the same with look-ups: each request is committed with its answer
-MAX_ERRORS = 10_000  # errors that are stored of one upload, and as many warnings; the counts stay exact
-MAX_CELL = 100_000  # characters stored of a refused row's cell: a field takes 20,000, which are more as HTML
 LEASE = timedelta(seconds=15)  # a job that has not renewed it for so long has died
-PROGRESS_INTERVAL = 0.34  # seconds between two events of one upload: with the last, at most four in a second
 
 INSERT_BOOKS = CompiledQuery(sa.insert(Book))
-INTERRUPTIONS = (sa.exc.OperationalError, sa.exc.TimeoutError)  # the second: of the pool of connections
 
-# --- rows ---------------------------------------------------------------------------------------------------------
+# --- cells to rows --------------------------------------------------------------------------------------------------
+
+MAX_TAGS, MAX_TAG = 50, 50
+# What other values of a column are not.
+KINDS = {
+    "cover_url": "an address that begins with http:// or https://",
+    "pages": "a number of pages",
+    "price": "a price",
+    "published_date": "a date of publication",
+    "publication_year": "a year of publication",
+    **dict.fromkeys(("started_at", "finished_at", "added_at"), "a date"),
+}
+PERIOD = re.compile(r"(\d[\d/.-]{6,8}\d)-(\d[\d/.-]{6,8}\d)?")  # of reading, in StoryGraph's list of them
+
+
+class RowParser:
+    """Makes rows of cells. `day_first` says for dates like 03/04/2008 what the other rows of the file show."""
+
+    def __init__(self, columns: ColumnMapping, day_first: Callable[[], bool | None], *, enrich: bool = False) -> None:
+        self.columns, self.day_first, self.enrich = columns, day_first, enrich
+        self.width = len(columns.header)
+        self.names = {name: printable(columns.header[i].strip(), 100) for name, (i, *_) in columns.fields.items()}
+        # Of several columns of a field the first one counts, so it comes last.
+        self.cells = [(name, i) for name, found in columns.fields.items() for i in reversed(found)]
+        self.html_cells = columns.fields.get("review", [])
+
+    def parse(self, number: int, cells: Sequence[str]) -> ImportRow:
+        row = ImportRow(number, cells)
+        if len(cells) != self.width:
+            return row.refuse(None, ",".join(cells), f"has {len(cells)} cells where the header has {self.width}")
+        if cells == self.columns.header:
+            return row.refuse(None, ",".join(cells), "is the header again")
+        cells = self._clean(row, cells)
+        texts = {name: cells[i] for name, i in self.cells if cells[i]}
+        row.values = {name: text for name, text in texts.items() if name in csv_files.ALIASES}
+        if "isbn" in texts and not is_isbn13(texts["isbn"]):
+            self._read_isbn(row, cells)
+        if row.outcome != "failed":
+            self._read_book(row, texts)
+        if row.outcome != "failed" and self.columns.format in SHELF_FORMATS:
+            self._read_entry(row, texts)
+        return row
+
+    def _clean(self, row: ImportRow, cells: Sequence[str]) -> list[str]:
+        values = [cell.strip() for cell in cells]
+        if self.columns.escaped:
+            values = [csv_files.unescape_formula(value) for value in values]
+        line = "".join(values)
+        if not self.columns.ours and ("&" in line or '="' in line):
+            unescape, html_cells = csv_files.unescape_cell, self.html_cells
+            values = [value if i in html_cells else unescape(value) for i, value in enumerate(values)]
+        if "\x00" in line or (not line.isascii() and INVALID_CHARACTERS.search(line)):
+            for name, i in self.cells:
+                values[i], count = INVALID_CHARACTERS.subn("\N{REPLACEMENT CHARACTER}", values[i])
+                if count:
+                    self._warn(row, name, values[i], "has bytes that are no text, which were replaced")
+        return values
+
+    def _warn(self, row: ImportRow, name: str, value: str, message: str) -> None:
+        row.warn(self.names.get(name) or self.names.get("dates_read", name), value, message)
+
+    def _read(self, row: ImportRow, name: str, text: str, read: Callable[..., T], *args: Any) -> T | None:
+        try:
+            return read(text, *args)
+        except InvalidCell as error:
+            self._warn(row, name, text, f"{printable(text, 50)} {error}; left out")
+            return None
+
+    def _cut(self, row: ImportRow, name: str, text: str, most: int) -> str:
+        """At the end of a word."""
+        if len(text) <= most:
+            return text
+        head = text[:most]
+        if not (text[most].isspace() or head[-1].isspace()):
+            head = head.rsplit(None, 1)[0]
+        head = head.rstrip(" ,") or head
+        self._warn(row, name, text[len(head) :].strip(" ,"), f"has more than {most:,} characters: this was cut off")
+        return head
+
+    def _validate(self, row: ImportRow, model: type[Model], values: dict[str, Any], texts: dict[str, str]) -> Model:
+        """The model of the values, which lose what is invalid."""
+        while True:
+            try:
+                return model.model_validate(values, context=CSV_CONTEXT)
+            except ValidationError as error:
+                errors = error.errors(include_url=False)
+            for name, most in [(str(e["loc"][0]), e.get("ctx", {}).get("max_length", 0)) for e in errors]:
+                if name in KINDS:
+                    value = texts.get(name) or str(values[name])
+                    self._warn(row, name, value, f"{printable(value, 50)} is not {KINDS[name]}; left out")
+                    del values[name]
+                else:
+                    values[name] = self._cut(row, name, values[name], most)
+
+    def _read_isbn(self, row: ImportRow, cells: Sequence[str]) -> None:
+        """Repair the ISBN, or do without."""
+        found = [cells[i] for i in self.columns.fields["isbn"] if cells[i]]
+        del row.values["isbn"]
+        if isbn := next(filter(None, map(csv_files.repair_isbn, found)), None):
+            row.values["isbn"] = isbn
+        elif self.enrich and not {"title", "author"} <= row.values.keys():
+            row.refuse(self.names["isbn"], found[0], "is not an ISBN, and can't be repaired; this row needs one")
+        elif self.columns.format != "storygraph":  # whose column has ids of its own, too
+            self._warn(row, "isbn", found[0], f"{printable(found[0], 50)} is not an ISBN; left out")
+
+    def _read_book(self, row: ImportRow, texts: dict[str, str]) -> None:
+        values = row.values
+        if "additional" in texts or self.columns.format == "librarything":
+            authors = [texts[name] for name in ("author", "additional") if name in texts]
+            if self.columns.format == "librarything":  # `Cortázar, Julio`, with `|` between others
+                authors = [re.sub("^([^,]+), ([^,]+)$", r"\2 \1", name) for name in "|".join(authors).split("|")]
+            values |= {"author": ", ".join(authors)} if any(authors) else {}
+        for name, read in csv_files.READERS.items():
+            if name in values:
+                values[name] = self._read(row, name, values[name], read)
+                if values[name] is None:
+                    del values[name]
+        if published := values.pop("published_date", None):
+            found = self._read(row, "published_date", published, csv_files.read_date, self.day_first)
+            day, year = found or (None, None)
+            values |= {"published_date": day} if day else {"publication_year": year, **values} if year else {}
+        known = {*values, "publication_year"} if "published_date" in values else {*values}
+        needs_lookup = self.enrich and "isbn" in values and not known >= csv_files.LOOKED_UP
+        missing = [name for name in ("title", "author") if name not in values]
+        if missing and not needs_lookup:
+            for name in missing:
+                row.refuse(self.names.get(name, name), "", "is missing")
+            return
+        values |= dict.fromkeys(missing, "?")  # it may be found, but what is wrong is left out now
+        book = self._validate(row, BookCreate, values, texts)
+        for name in missing:
+            del values[name]
+        row.book, row.lookup_isbn = (None, values["isbn"]) if needs_lookup else (book, None)
+
+    def _read_entry(self, row: ImportRow, texts: dict[str, str]) -> None:
+        shelves, tags = (
+            [name for part in texts.get(field, "").split(",") if (name := part.strip())] for field in ("status", "tags")
+        )
+        statuses = {shelf: csv_files.shelf_status(shelf) for shelf in shelves}
+        for shelf in statuses.keys() & {*tags}:  # Goodreads has the exclusive shelf among the others
+            tags.remove(shelf)
+        tags = [shelf for shelf, status in statuses.items() if not status] + tags
+        tags = list(dict.fromkeys(self._cut(row, "tags", tag, MAX_TAG) for tag in tags))
+        if len(tags) > MAX_TAGS:
+            self._warn(row, "tags", ", ".join(tags[MAX_TAGS:]), f"more than {MAX_TAGS} tags: these were left out")
+        rating = self._read(row, "rating", texts["rating"], csv_files.read_rating) if "rating" in texts else None
+        if rating and rating != float(texts["rating"].replace(",", ".")):
+            self._warn(row, "rating", texts["rating"], f"{texts['rating']} is no quarter of a star: {rating} instead")
+        started, finished = texts.get("started_at"), texts.get("finished_at")
+        if periods := PERIOD.findall(texts.get("dates_read", "").replace(" ", "")):
+            started, finished = periods[-1][0], finished or periods[-1][1]
+        moments = {"started_at": started, "finished_at": finished, "added_at": texts.get("added_at")}
+        values: dict[str, Any] = {}
+        for name, text in moments.items():
+            if text and (moment := self._read(row, name, text, self._read_moment)):
+                values[name] = moment
+        status = next(filter(None, statuses.values()), None)
+        if status is None and (not shelves or self.columns.format == "librarything"):  # whose collections are one's own
+            has_read = "finished_at" in values or (shelves and rating)
+            status = ShelfStatus.completed if has_read else ShelfStatus.reading if "started_at" in values else None
+        review = "\n\n".join(filter(None, (texts.get("review_title"), csv_files.from_html(texts.get("review", "")))))
+        values |= {"rating": rating, "review": review or None, "tags": tags[:MAX_TAGS]}
+        values["status"] = status or ShelfStatus.wishlist
+        row.entry = self._validate(row, csv_files.ShelfData, values, texts)
+
+    def _read_moment(self, text: str) -> str | date:
+        text = text.strip("[]")  # LibraryThing has them
+        if re.match(r"\d{4}-\d\d-\d\d[T ]", text):
+            return text
+        day, _ = csv_files.read_date(text, self.day_first, short=True)
+        if day is None:
+            raise InvalidCell("is not a full date")
+        return day
+
+
+# --- rows to books and shelf entries --------------------------------------------------------------------------------
 
 Key = str | tuple[str, ...]
 
@@ -102,8 +268,8 @@ class BatchImporter:
         good = [row for row in good if row.book is not None]
         if self.upload.shelve:
             self._shelve(good)
-        if self.updating:  # what the shelf has refused changes no book either
-            self._update_books([row for row in good if row.book is not None and new.get(row.key) is not row])
+        if self.updating:
+            self._update_books([row for row in good if new.get(row.key) is not row])
         if self.upload.dry_run:
             self.tracker.dry_run.update(map(hash, new))
             if self.upload.shelve:
@@ -184,51 +350,39 @@ class BatchImporter:
         entries_of_owner = sa.select(ShelfEntry).where(col(ShelfEntry.user_id) == self.owner.id)
         book_ids = {book.id for book in books.values()}
         found = self.session.scalars(entries_of_owner.where(col(ShelfEntry.book_id).in_(book_ids)))
-        entries, count = {entry.book_id: entry for entry in found}, 0
+        entries, count, reviews = {entry.book_id: entry for entry in found}, 0, 0
         for row in rows:
             book = books.get(row.key)
             if row.entry is None or book is None or hash(("shelf", row.key)) in self.tracker.dry_run:
                 continue
-            if book.id not in entries:
-                entries[book.id], row.outcome = self._add_entry(row.entry, book), "inserted"
-            elif self.updating and self._update_entry(row, row.entry, entries[book.id], book):
-                row.outcome = "updated"
-            else:
+            entry = entries.get(book.id)
+            is_new = entry is None
+            if entry is None:
+                entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, status=row.entry.status)
+                entries[book.id] = entry
+                self.session.add(entry)
+            elif not self.updating:
                 continue
-            count += 1
-        if count:
-            data = {"upload_id": self.upload.id, "count": count}
-            events.record(self.session, "shelf.imported", data, owner=self.owner.id)
-
-    def _add_entry(self, data: ShelfData, book: Book) -> ShelfEntry:
-        values = dict(data) | {"added_at": data.added_at or models.utcnow()}
-        entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, **values)
-        self.session.add(entry)
-        library.count_rating(book, None, entry.rating)
-        if entry.is_review:
-            library.record_review(self.session, "review.created", book, entry, self.owner.username)
-        return entry
-
-    def _update_entry(self, row: ImportRow, new: ShelfData, entry: ShelfEntry, book: Book) -> bool:
-        data = {name: value for name, value in new if value not in (None, []) and getattr(entry, name) != value}
-        if not data:
-            return False
-        before = {name: getattr(entry, name) for name in (*ShelfData.model_fields, "updated_at")}
-        event_type = "review.updated" if entry.is_review else "review.created"
-        try:
+            data = {name: new for name, new in row.entry if new not in (None, []) and getattr(entry, name) != new}
+            if not (is_new or data):
+                continue
+            before, row.outcome = (entry.rating, entry.review), "inserted" if is_new else "updated"
             entry.revise({"finished_at": entry.finished_at, **data})  # without finished_at, it might become now
-        except InvalidField as error:
-            for name, value in before.items():  # what an earlier row has changed stays
-                setattr(entry, name, value)
-            row.refuse(error.field, "", error.message)
-            return False
-        library.count_rating(book, before["rating"], entry.rating)
-        if (before["rating"], before["review"]) != (entry.rating, entry.review):
-            library.record_review(self.session, event_type, book, entry, self.owner.username)
-        return True
+            library.count_rating(book, before[0], entry.rating)
+            reviews += before != (entry.rating, entry.review)
+            count += 1
+        data = {"upload_id": self.upload.id}
+        if count:
+            events.record(self.session, "shelf.imported", data | {"count": count}, owner=self.owner.id)
+        if reviews:
+            events.record(self.session, "reviews.imported", data | {"count": reviews})
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
+
+
+class JobCancelled(Exception):
+    """The upload was cancelled, was deleted with its owner, or another job has taken over."""
 
 
 @dataclass
@@ -245,6 +399,18 @@ class ImportJob:
         """Now and then, while the job reads or waits for others."""
         if models.utcnow() - self.renewed_at > LEASE / 5:
             database.write_sync(lock_upload, self)
+
+
+def lock_upload(session: Session, job: ImportJob) -> Upload:
+    """The upload, if it is still this job's, with the lease renewed."""
+    upload = session.get(Upload, job.upload_id)
+    if upload is None:
+        raise JobCancelled("it was deleted with its owner")
+    if upload.worker != job.worker:
+        raise JobCancelled(f"it is {upload.status}, not by this job")
+    job.renewed_at = models.utcnow()
+    upload.lease_until = job.renewed_at + LEASE
+    return upload
 
 
 class ChunkReader(io.RawIOBase):
@@ -317,167 +483,3 @@ class CsvUpload:
         rows = (row for _, row in self._records(ChunkReader(self.job)) if isinstance(row, list) and len(row) == width)
         orders = {csv_files.day_comes_first(row[i].strip()) for row in rows for i in columns} - {None}
         return orders.pop() if len(orders) == 1 else None
-
-
-# --- the job ------------------------------------------------------------------------------------------------------
-
-
-class JobCancelled(Exception):
-    """The upload was cancelled, was deleted with its owner, or another job has taken over."""
-
-
-def run_upload(upload_id: int) -> None:
-    """Import a stored file. Of several workers that try, one does; what was done before is not done again."""
-    job = database.write_sync(_claim, upload_id)
-    if job is None:
-        return
-    try:
-        _run_job(job)
-    except JobCancelled as reason:
-        log.info("upload %s stopped: %s", upload_id, reason)
-    except INTERRUPTIONS as error:  # a full disk, a lost connection: it is resumed when its lease has run out
-        log.error("upload %s interrupted: %s", upload_id, error)
-
-
-def _run_job(job: ImportJob) -> None:
-    try:
-        file = CsvUpload(job)
-        database.write_sync(_describe, job, file)
-        tracker, rows = DuplicateTracker(file.columns.ours), file.rows()
-        for row in islice(rows, job.done):  # those that it did before it was interrupted
-            if row.book is not None:
-                tracker.key(row.book)
-        enricher = external.Enricher(job.renew_lease) if job.enrich else None
-        while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
-            is_ready = enricher is None or enricher.look_up_isbns(batch)
-            if is_ready:
-                database.write_sync(_store_batch, job, tracker, batch, file.file.position)
-            if not is_ready or database.server_is_stopping():
-                database.write_sync(release, job)
-                return
-        database.write_sync(_finish_job, job, None)
-    except UnreadableFile as error:
-        database.write_sync(_finish_job, job, str(error))
-    except (JobCancelled, *INTERRUPTIONS):
-        raise
-    except Exception:
-        # Whatever happens, the job has to end in a state that its owner can see.
-        log.exception("upload %s failed", job.upload_id)
-        database.write_sync(_finish_job, job, "Something went wrong here; it is in the server's log.")
-
-
-def _claim(session: Session, upload_id: int) -> ImportJob | None:
-    """Take the upload; None where another job has it."""
-    upload = session.scalars(sa.select(Upload).where(col(Upload.id) == upload_id, claimable())).first()
-    if upload is None:
-        return None
-    chunk_sizes = sa.select(sa.func.sum(sa.func.length(col(UploadChunk.data))))
-    if session.scalar(chunk_sizes.where(col(UploadChunk.upload_id) == upload_id)) != upload.size:
-        upload.error = "The service stopped before the whole file was stored: upload it again."
-        finish(session, upload, UploadStatus.failed)
-        return None
-    if upload.dry_run:  # its DuplicateTracker is lost: begin again
-        for name in ("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"):
-            setattr(upload, name, 0)
-        session.execute(sa.delete(UploadError).where(col(UploadError.upload_id) == upload_id))
-    upload.started_at = upload.started_at or models.utcnow()
-    return lease(upload)
-
-
-def lease(upload: Upload) -> ImportJob:
-    now = models.utcnow()
-    upload.status, upload.worker, upload.lease_until = UploadStatus.processing, secrets.token_hex(8), now + LEASE
-    return ImportJob(upload.id, upload.worker, upload.rows, upload.enrich, upload.shelve, now)
-
-
-def claimable() -> ColumnElement[bool]:
-    abandoned = sa.and_(col(Upload.status) == UploadStatus.processing, col(Upload.lease_until) < models.utcnow())
-    return sa.or_(col(Upload.status) == UploadStatus.queued, abandoned)
-
-
-def abandoned_uploads(connection: Connection) -> Sequence[int]:
-    """Uploads that no job has: left by a process that was stopped or killed."""
-    return connection.execute(sa.select(col(Upload.id)).where(claimable()).order_by(col(Upload.id))).scalars().all()
-
-
-def lock_upload(session: Session, job: ImportJob) -> Upload:
-    """The upload, if it is still this job's, with the lease renewed."""
-    upload = session.get(Upload, job.upload_id)
-    if upload is None:
-        raise JobCancelled("it was deleted with its owner")
-    if upload.worker != job.worker:
-        raise JobCancelled(f"it is {upload.status}, not by this job")
-    job.renewed_at = models.utcnow()
-    upload.lease_until = job.renewed_at + LEASE
-    return upload
-
-
-def _describe(session: Session, job: ImportJob, file: CsvUpload) -> None:
-    upload, columns = lock_upload(session, job), file.columns
-    upload.format, upload.encoding, upload.delimiter = columns.format, file.encoding, file.dialect.delimiter
-    upload.header = [strip_invalid(cell[:MAX_CELL]) for cell in columns.header]
-    upload.ignored_columns = columns.ignored
-
-
-def _store_batch(
-    session: Session, job: ImportJob, tracker: DuplicateTracker, rows: Sequence[ImportRow], position: int
-) -> None:
-    upload = lock_upload(session, job)
-    owner = session.get_one(User, upload.user_id)
-    importer = BatchImporter(session, upload, Principal(owner.id, owner.username, owner.role, 0), tracker)
-    savepoint = session.begin_nested() if upload.dry_run else None
-    importer.import_rows(rows)
-    if savepoint is not None:
-        savepoint.rollback()
-    upload.rows += len(rows)
-    for name, count in Counter(row.outcome for row in rows).items():
-        setattr(upload, name, getattr(upload, name) + count)
-    upload.warnings += sum(row.book is not None and bool(row.issues) for row in rows)
-    upload.progress = min(position / upload.size, 1)
-    _store_issues(session, upload.id, rows)
-    if time.monotonic() - job.progress_at >= PROGRESS_INTERVAL:
-        job.progress_at = time.monotonic()
-        _record_progress(session, upload)
-
-
-def _store_issues(session: Session, upload_id: int, rows: Sequence[ImportRow]) -> None:
-    rows = [row for row in rows if row.issues]
-    if not rows:
-        return
-    severity = col(UploadError.severity)
-    stored = sa.select(severity, sa.func.count()).where(col(UploadError.upload_id) == upload_id).group_by(severity)
-    counts = Counter(dict(session.execute(stored).all()))
-    for row in rows:
-        kind = "error" if row.book is None else "warning"
-        # Once for each refused row, which can be downloaded.
-        cells = [strip_invalid(cell[:MAX_CELL]) for cell in row.cells] if row.book is None else None
-        for issue in row.issues:
-            counts[kind] += 1
-            if counts[kind] <= MAX_ERRORS:
-                issue_data = issue._asdict() | {"value": printable(issue.value)}
-                session.add(UploadError(upload_id=upload_id, row=row.number, severity=kind, cells=cells, **issue_data))
-            cells = None
-
-
-def release(session: Session, job: ImportJob) -> UploadPublic:
-    upload = lock_upload(session, job)
-    upload.status, upload.lease_until, upload.worker = UploadStatus.queued, None, None
-    return UploadPublic.model_validate(upload)
-
-
-def _finish_job(session: Session, job: ImportJob, error: str | None) -> None:
-    upload = lock_upload(session, job)
-    upload.error, upload.progress = error, upload.progress if error else 1
-    finish(session, upload, UploadStatus.failed if error else UploadStatus.completed)
-
-
-def finish(session: Session, upload: Upload, status: UploadStatus) -> None:
-    upload.status, upload.finished_at, upload.lease_until, upload.worker = status, models.utcnow(), None, None
-    session.execute(sa.delete(UploadChunk).where(col(UploadChunk.upload_id) == upload.id))
-    _record_progress(session, upload)
-
-
-def _record_progress(session: Session, upload: Upload) -> None:
-    public = UploadPublic.model_validate(upload)
-    data = public.model_dump(mode="json", exclude={"ignored_columns", "created_at", "started_at", "finished_at"})
-    events.record(session, "upload.progress", data, owner=upload.user_id)

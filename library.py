@@ -1,11 +1,13 @@
 """`/my-library`, its statistics, and the reviews of a book: the same shelf entries as everybody sees them."""
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import HTTPException, Query, Request, Response
 from pydantic import BaseModel, Field
-from sqlalchemy import ColumnElement, Connection
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
@@ -14,8 +16,8 @@ import events
 import models
 from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404, readonly, transactional
 from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
-from models import Book, Principal, ShelfEntry, ShelfStatus, User
-from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, SortableTimestamp, json_response, page_response
+from models import Book, Principal, ShelfEntry, ShelfStatus, User, sort_key
+from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, TimestampKey, json_response, page_response
 from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id, ReviewPublic, Username
 from security import CurrentUser, Staff
 
@@ -27,11 +29,11 @@ ENTRY_COLUMNS: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in Ent
 NOT_ON_SHELF = "This book is not on your shelf."
 OF_BOOK = col(ShelfEntry.book_id) == col(Book.id)
 SORT_COLUMNS: dict[str, tuple[Any, ...]] = {
-    "added": (),  # ids are given out in the order of time
-    "updated": (SortableTimestamp(ShelfEntry.updated_at),),
+    "added": (sa.type_coerce(ShelfEntry.added_at, TimestampKey),),
+    "updated": (sa.type_coerce(ShelfEntry.updated_at, TimestampKey),),
     "title": (col(Book.title_key),),
     "author": (col(Book.author_key),),
-    "rating": (sa.func.coalesce(col(ShelfEntry.rating), 0),),
+    "rating": (sa.func.coalesce(col(ShelfEntry.rating), 0, type_=sa.Float),),
 }
 Sort = Literal["added", "updated", "title", "author", "rating", "-added", "-updated", "-title", "-author", "-rating"]
 ENTRIES = Listing(
@@ -93,8 +95,8 @@ def shelve_book(
 def update_entry(session: Session, book_id: BookId, change: EntryUpdate, user: CurrentUser) -> EntryPublic:
     """Move, rate, review or tag a book on my shelf (RFC 7396: null clears).
 
-    A rating or a review needs the status `completed` or `abandoned`; both are public among the reviews of the book,
-    with my user name and `finished_at`. Moving to `completed` sets `finished_at`, unless you give it.
+    A rating or a review may stand on any shelf; both are public among the reviews of the book, with my user name and
+    `finished_at`. Moving to `completed` sets `finished_at`, unless it is known or you give it: null is an unknown day.
     """
     entry, book = get_entry(session, book_id, user)
     return revise_entry(session, entry, book, user, change)
@@ -142,7 +144,7 @@ def record_entry(
     return public
 
 
-def count_rating(book: Book, old: int | None, new: int | None) -> None:
+def count_rating(book: Book, old: float | None, new: float | None) -> None:
     if old != new:
         book.rating_count += (new is not None) - (old is not None)
         book.rating_sum += (new or 0) - (old or 0)
@@ -214,13 +216,18 @@ def delete_entries(session: Session, user_id: int, limit: int) -> int:
 
 # --- statistics ---------------------------------------------------------------------------------------------------
 
-TOP_COUNT = 10  # genres and authors
+TOP_COUNT = 10  # genres, tags and authors
 
 
 class YearCount(BaseModel):
     year: int
     books: int
     pages: int = Field(description="Of the books whose number of pages is known.")
+
+
+class TagCount(BaseModel):
+    tag: str
+    count: int
 
 
 class AuthorCount(BaseModel):
@@ -232,58 +239,58 @@ class ShelfStats(BaseModel):
     total: int
     by_status: dict[ShelfStatus, int]
     by_year: list[YearCount] = Field(description="Completed books by the year (UTC) of `finished_at`, newest first.")
+    undated: int = Field(description="Completed books whose day of finishing is not known.")
     average_rating: float | None
     rating_count: int
     top_genres: list[GenreCount] = Field(description="Of completed books, the ten most frequent.")
-    top_authors: list[AuthorCount] = Field(description="Of completed books, the ten most frequent.")
+    top_tags: list[TagCount] = Field(description="Of completed books, the ten most frequent.")
+    top_authors: list[AuthorCount] = Field(description="Of completed books, the ten most frequent; co-authors each.")
 
 
 @router.get("/my-library/stats")
 async def read_stats(user: CurrentUser) -> ShelfStats:
-    """Read my shelf in figures: by status and year, ratings, most frequent genres and authors."""
+    """Read my shelf in figures: by status and year, ratings, most frequent genres, tags and authors."""
     return await database.read(count_entries, user.id)
 
 
 def count_entries(connection: Connection, user_id: int) -> ShelfStats:
     mine = col(ShelfEntry.user_id) == user_id
-    completed = sa.and_(mine, col(ShelfEntry.status) == ShelfStatus.completed)
     by_status = sa.select(col(ShelfEntry.status), sa.func.count()).where(mine).group_by(col(ShelfEntry.status))
     counts = dict.fromkeys(ShelfStatus, 0) | {
         ShelfStatus(status): count for status, count in connection.execute(by_status)
     }
-    year = sa.extract("year", col(ShelfEntry.finished_at))
-    by_year = (
-        sa.select(year, sa.func.count(), sa.func.coalesce(sa.func.sum(col(Book.pages)), 0))
-        .join_from(ShelfEntry, Book, OF_BOOK)
-        .where(completed, col(ShelfEntry.finished_at).is_not(None))
-        .group_by(year)
-        .order_by(year.desc())
-    )
     rating = col(ShelfEntry.rating)
     rated, stars = connection.execute(sa.select(sa.func.count(rating), sa.func.sum(rating)).where(mine)).one()
-    genres = most_frequent(connection, completed, sa.func.lower(col(Book.genre)), col(Book.genre))
-    authors = most_frequent(connection, completed, col(Book.author_key), col(Book.author))
+    columns = (col(ShelfEntry.finished_at), col(Book.pages), col(Book.genre), col(ShelfEntry.tags), col(Book.author))
+    of_completed = sa.select(*columns).join_from(ShelfEntry, Book, OF_BOOK)
+    completed = connection.execute(of_completed.where(mine, col(ShelfEntry.status) == ShelfStatus.completed)).all()
+    books, pages = Counter[int](), Counter[int]()
+    for finished_at, page_count, *_ in completed:
+        if finished_at is not None:
+            books[finished_at.year] += 1
+            pages[finished_at.year] += page_count or 0
+    genres = most_frequent(genre for _, _, genre, _, _ in completed if genre)
+    tags = most_frequent(tag for *_, tags, _ in completed for tag in tags)
+    authors = most_frequent(author for *_, names in completed for author in names.split(", "))
     return ShelfStats(
         total=sum(counts.values()),
         by_status=counts,
-        by_year=[YearCount(year=int(y), books=books, pages=pages) for y, books, pages in connection.execute(by_year)],
+        by_year=[YearCount(year=year, books=books[year], pages=pages[year]) for year in sorted(books, reverse=True)],
+        undated=len(completed) - books.total(),
         average_rating=None if stars is None else stars / rated,
         rating_count=rated,
         top_genres=[GenreCount(genre=name, count=count) for name, count in genres],
+        top_tags=[TagCount(tag=name, count=count) for name, count in tags],
         top_authors=[AuthorCount(author=name, count=count) for name, count in authors],
     )
 
 
-def most_frequent(connection: Connection, condition: ColumnElement[bool], key: Any, spelling: Any) -> list[Any]:
-    """The most frequent keys, each with one of its spellings."""
-    count = sa.func.count()
-    return list(
-        connection.execute(
-            sa.select(sa.func.min(spelling), count)
-            .join_from(ShelfEntry, Book, OF_BOOK)
-            .where(condition, key.is_not(None))
-            .group_by(key)
-            .order_by(count.desc(), key)
-            .limit(TOP_COUNT)
-        )
-    )
+def most_frequent(names: Iterable[str]) -> list[tuple[str, int]]:
+    """The most frequent names, each in one of its spellings."""
+    spellings, counts = dict[str, str](), Counter[str]()
+    for name in names:
+        key = sort_key(name)
+        spellings.setdefault(key, name)
+        counts[key] += bool(key)
+    top = sorted(counts, key=lambda key: (-counts[key], key))[:TOP_COUNT]
+    return [(spellings[key], counts[key]) for key in top if counts[key]]

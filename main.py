@@ -19,8 +19,8 @@
     loans.py       stock and /loans
     external.py    Google Books and Open Library
     users.py       /users: profile, account export, administration
-    imports.py     the import job: batches, duplicates, recovery after a crash
-    uploads.py     /books/upload, /my-library/import, refused rows, exports
+    imports.py     cells to rows, rows into the catalogue and onto a shelf, duplicates
+    uploads.py     /books/upload, /my-library/import, the import job, refused rows, exports
 
 A request passes `api.RequestMiddleware` and reaches its route, which depends on `security.get_principal` if it needs a
 user. The route makes one read or one transaction through `database` and answers; what the transaction changed is
@@ -68,7 +68,6 @@ import books
 import database
 import events
 import external
-import imports
 import library
 import loans
 import models
@@ -150,8 +149,8 @@ async def run_every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
 
 async def resume_uploads() -> None:
     """Go on with the uploads of processes that were stopped or killed."""
-    for upload_id in await database.read(imports.abandoned_uploads):
-        await database.run_job(imports.run_upload, upload_id)
+    for upload_id in await database.read(uploads.abandoned_uploads):
+        await database.run_job(uploads.run_upload, upload_id)
 
 
 async def delete_accounts() -> None:

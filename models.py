@@ -67,6 +67,22 @@ class Cents(sa.TypeDecorator[Decimal]):
         return None if value is None else Decimal(value) / 100
 
 
+def to_quarters(stars: float) -> float:
+    """The nearest quarter of a star; whole stars as an integer, which JSON shows as 4 and not as 4.0."""
+    quarters = round(float(stars) * 4)
+    return quarters / 4 if quarters % 4 else quarters // 4
+
+
+class Stars(sa.TypeDecorator[float]):
+    """Ratings in quarters, and sums of them. NUMERIC: SQLite stores 4.0 as the integer 4, PostgreSQL exact decimals."""
+
+    impl = sa.Numeric(asdecimal=False)
+    cache_ok = True
+
+    def process_result_value(self, value: float | None, dialect: Dialect) -> float | None:
+        return None if value is None else to_quarters(value)
+
+
 # By code points on every database: PostgreSQL's default order depends on the locale of its server.
 SortKey = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 MAX_SORT_KEY = 1200  # bytes; the rest of a longer text becomes a hash, so that different texts have different keys
@@ -213,6 +229,7 @@ class Upload(SQLModel, table=True):
     progress: float = 0
     ignored_columns: list[str] = Field(default_factory=list, sa_type=sa.JSON, nullable=False)
     error: str | None = None
+    hint: str | None = None
     shelve: bool = flag_column()
     on_duplicate: str = Field(
         default=OnDuplicate.skip, max_length=10, sa_column_kwargs={"server_default": OnDuplicate.skip}
@@ -294,7 +311,7 @@ def schedule_job(session: Session, name: str, delay: timedelta) -> None:
 # --- books --------------------------------------------------------------------------------------------------------
 
 MIN_YEAR = -5000
-UNKNOWN_YEAR = -32768  # sorts before every year
+UNKNOWN_YEAR = -32768  # sorts before every year, and so last in descending order; in ascending order its negation does
 # The order by rating: the mean of all ratings and ten more of 3, so that one 5 does not beat a thousand 4s and 5s (a
 # Bayesian average). Books without ratings come last.
 SCORE = "CASE WHEN rating_count = 0 THEN 0.0 ELSE (rating_sum + 30.0) / (rating_count + 10) END"
@@ -311,11 +328,12 @@ class Book(SQLModel, table=True):
         sa.CheckConstraint(f"publication_year BETWEEN {MIN_YEAR} AND 9999", name="publication_year"),
         sa.CheckConstraint("copies >= 0", name="copies"),
         sa.CheckConstraint("available BETWEEN 0 AND copies", name="available"),
-        sa.CheckConstraint("rating_sum BETWEEN rating_count AND 5 * rating_count", name="rating"),
+        sa.CheckConstraint("rating_sum BETWEEN 0.25 * rating_count AND 5 * rating_count", name="rating"),
         # For sorting by title, detecting duplicates and finding exact titles.
         sa.Index("ix_book_title_key", "title_key", "author_key"),
         sa.Index("ix_book_author_key", "author_key"),
         sa.Index("ix_book_year", sa.text(f"coalesce(publication_year, {UNKNOWN_YEAR})")),
+        sa.Index("ix_book_year_ascending", sa.text(f"coalesce(publication_year, {-UNKNOWN_YEAR})")),
         sa.Index("ix_book_score", sa.text(SCORE)),
         sa.Index("ix_book_genre", sa.text("lower(genre)")),
         sa.Index("ix_book_language", sa.text("lower(language)")),
@@ -340,7 +358,7 @@ class Book(SQLModel, table=True):
     copies: int = 0
     available: int = 0
     rating_count: int = 0
-    rating_sum: int = 0
+    rating_sum: float = Field(default=0, sa_type=Stars, nullable=False)
     added_by: int | None = Field(default=None, foreign_key="user.id", ondelete="SET NULL", index=True)
     version: int = 1
     created_at: datetime = now_column()
@@ -391,19 +409,16 @@ class ShelfEntry(SQLModel, table=True):
     __tablename__ = "shelf_entry"
     __table_args__ = table_options(
         sa.CheckConstraint("status IN ('wishlist', 'reading', 'completed', 'abandoned')", name="status"),
-        sa.CheckConstraint("rating BETWEEN 1 AND 5", name="rating"),
-        sa.CheckConstraint(
-            "(rating IS NULL AND review IS NULL) OR status IN ('completed', 'abandoned')", name="review"
-        ),
+        sa.CheckConstraint("rating BETWEEN 0.25 AND 5 AND rating * 4 = round(rating * 4)", name="rating"),
         sa.UniqueConstraint("user_id", "book_id", name="uq_shelf_entry_book_id"),
-        sa.Index("ix_shelf_entry_user_id", "user_id", "id"),
+        sa.Index("ix_shelf_entry_added_at", "user_id", "added_at", "id"),
     )
 
     id: int = primary_key_column()
     user_id: int = Field(foreign_key="user.id", ondelete="CASCADE")
     book_id: int = Field(foreign_key="book.id", ondelete="CASCADE", index=True)
     status: str = Field(max_length=20)
-    rating: int | None = None
+    rating: float | None = Field(default=None, sa_type=Stars)
     review: str | None = None
     tags: list[str] = Field(default_factory=list, sa_type=sa.JSON, nullable=False)
     started_at: datetime | None = timestamp_column()
@@ -416,17 +431,14 @@ class ShelfEntry(SQLModel, table=True):
         return self.rating is not None or self.review is not None
 
     def revise(self, change: Mapping[str, Any]) -> None:
-        """Set the fields that `change` names. Raises InvalidField if a rule of the shelf is broken."""
+        """Set the fields that `change` names."""
         fields = dict(change)
         if "tags" in fields:
             fields["tags"] = list(dict.fromkeys(fields["tags"] or ()))
         if fields.get("status") == ShelfStatus.completed != self.status:
-            fields.setdefault("finished_at", utcnow())
+            fields.setdefault("finished_at", self.finished_at or utcnow())
         for name, value in fields.items():
             setattr(self, name, value)
-        if self.is_review and self.status not in (ShelfStatus.completed, ShelfStatus.abandoned):
-            field = "rating" if self.rating is not None else "review"
-            raise InvalidField(field, f"needs the status completed or abandoned; this book is on {self.status}")
         self.updated_at = utcnow()
 
 

@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 from urllib.parse import quote
 
@@ -96,22 +97,17 @@ def _json_build_object(element: JsonObject, compiler: Any, **options: Any) -> st
     return f"{nested(element)}::text"
 
 
-class SortableTimestamp(FunctionElement[str]):
-    """A timestamp as text in the same order, for cursors."""
+class TimestampKey(sa.TypeDecorator[str]):
+    """A timestamp whose value is text, as SQLite stores it and cursors carry it."""
 
-    inherit_cache = True
-    type = sa.String()
+    impl = UtcDateTime
+    cache_ok = True
 
+    def process_bind_param(self, value: str | None, dialect: Any) -> Any:
+        return None if value is None else datetime.fromisoformat(value).replace(tzinfo=UTC)
 
-@compiles(SortableTimestamp, "sqlite")
-def _stored_text(element: SortableTimestamp, compiler: Any, **options: Any) -> str:
-    return str(compiler.process(element.clauses, **options))
-
-
-@compiles(SortableTimestamp, "postgresql")
-def _formatted_text(element: SortableTimestamp, compiler: Any, **options: Any) -> str:
-    moment = compiler.process(element.clauses, **options)
-    return f"to_char({moment} AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')"
+    def process_result_value(self, value: Any, dialect: Any) -> str | None:
+        return None if value is None else value.replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
 def json_response(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -190,8 +186,8 @@ class Order:
 
     @functools.cached_property
     def key_types(self) -> list[Any]:
-        types = [column.type for column in self.columns]
-        return [int if isinstance(t, sa.Integer) else int | float if isinstance(t, sa.Float) else str for t in types]
+        kinds = ((sa.Integer, int), (sa.Float, int | float), (TimestampKey, datetime), (object, str))
+        return [next(key for kind, key in kinds if isinstance(column.type, kind)) for column in self.columns]
 
     def order_by(self) -> list[ColumnElement[Any]]:
         return [column.desc() if self.reverse else column.asc() for column in self.columns]
@@ -226,6 +222,11 @@ class Order:
 
 def _is_comparable(key: object, key_type: Any) -> bool:
     """Whether a database can compare this key with a column of this type."""
+    if key_type is datetime:
+        try:
+            return isinstance(key, str) and datetime.fromisoformat(key).isoformat(" ", "microseconds") == key
+        except ValueError:
+            return False
     if key_type is str:
         # JSON can hold lone surrogates, which no database takes.
         return isinstance(key, str) and "\x00" not in key and key.encode(errors="ignore").decode() == key

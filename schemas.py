@@ -1,5 +1,6 @@
 """Request and response models, and the validated types of their fields."""
 
+import functools
 import re
 from collections.abc import Callable
 from datetime import UTC, date, datetime
@@ -16,6 +17,7 @@ from models import MAX_COPIES, MAX_ID, MIN_YEAR, LoanStatus, OnDuplicate, Role, 
 
 # --- validators ---------------------------------------------------------------------------------------------------
 
+INVALID_CHARACTERS = re.compile("[\x00\ud800-\udfff]")
 CSV_CONTEXT = {"cells": True}  # the validation context of CSV cells, which are all text
 
 
@@ -32,6 +34,7 @@ def _blank_is_null(value: object) -> object:
     return None if isinstance(value, str) and not value.strip() else value
 
 
+@functools.lru_cache(100)  # an import asks twice for each row
 def is_isbn13(text: str) -> bool:
     """Whether it is an ISBN as it is stored. stdnum takes ten times as long, which counts in an import."""
     if len(text) != 13 or not (text.isascii() and text.isdecimal() and text.startswith(("978", "979"))):
@@ -120,9 +123,7 @@ class BlankIsNull:
 
 # By Python's definition of white space, not pydantic's, so that models, CSV cells and sort keys agree on what is blank.
 Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
-Storable = _refuse(
-    re.compile("[\x00\ud800-\udfff]").search, "must not contain NUL characters or halves of surrogate pairs"
-)
+Storable = _refuse(INVALID_CHARACTERS.search, "must not contain NUL characters or halves of surrogate pairs")
 NotBlank = Field(json_schema_extra={"pattern": r"\S"})  # documents that a stripped text must not be empty
 Title = Annotated[str, length(500), Stripped, Storable, NotBlank]
 Author = Annotated[str, length(1000), Stripped, Storable, NotBlank]
@@ -148,6 +149,7 @@ Number = BeforeValidator(_check_number)
 Year = Annotated[int, Number, Field(ge=MIN_YEAR, le=9999), AfterValidator(_check_year)]
 PublishedDate = Annotated[date, BeforeValidator(_check_iso), AfterValidator(_check_year)]
 Timestamp = Annotated[datetime, BeforeValidator(_check_iso), AfterValidator(_to_utc)]
+Rating = Annotated[float, Field(ge=0.25, le=5, multiple_of=0.25), AfterValidator(models.to_quarters), Number]
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
 BodyId = Annotated[int, Number, Field(ge=1, le=MAX_ID)]
 USERNAME_PATTERN = pattern(
@@ -187,6 +189,7 @@ def example(**values: Any) -> dict[str, Any]:
 # Types of response fields, with an example.
 Moment = Annotated[datetime, Field(examples=["2026-03-08T18:00:00Z"])]
 Count = Annotated[int, Field(examples=[2])]
+Stars = Annotated[int | float, Field(description="In quarters; whole stars are whole numbers.", examples=[5])]
 PublicId = Annotated[int, Field(examples=[1])]
 
 
@@ -272,20 +275,23 @@ class UploadPublic(BaseModel, from_attributes=True):
     updated: Count
     skipped: Count
     failed: Count
-    warnings: int = Field(description="Rows that went in without one bad value.", examples=[1])
+    warnings: int = Field(description="Rows that went in without some value, or with a text cut.", examples=[1])
     progress: float = Field(description="From 0 to 1, by the bytes of the file.", examples=[1.0])
     ignored_columns: list[str] = Field(description="Columns that the catalogue does not have.", examples=[["shelf"]])
     shelve: bool = Field(description="Whether the books go on your shelf, too.", examples=[False])
     on_duplicate: OnDuplicate
     dry_run: bool = Field(description="Whether it only counts and explains.", examples=[False])
     enrich: bool = Field(description="Whether Open Library fills in what the file lacks.", examples=[False])
-    format: str | None = Field(description="`books`, `books-api`, `goodreads` or `storygraph`.", examples=["books"])
+    format: str | None = Field(
+        description="`books`, `books-api`, or the service that it comes from.", examples=["books"]
+    )
     encoding: str | None = Field(description="Detected.", examples=["utf-8"])
     delimiter: str | None = Field(description="Detected.", examples=[","])
     created_at: Moment
     started_at: Moment | None
     finished_at: Moment | None
     error: str | None = Field(description="Why the upload as a whole failed.", examples=[None])
+    hint: str | None = Field(description="What its owner should know: what becomes public.", examples=[None])
 
 
 class UploadErrorPublic(BaseModel, from_attributes=True):
@@ -358,7 +364,7 @@ class BookPublic(BaseModel, from_attributes=True):
     publication_year: int | None = Field(examples=[1965])
     copies: int = Field(examples=[3])
     available: Count
-    rating: float | None = Field(description="The average of its ratings, 1 to 5, or null.", examples=[4.5])
+    rating: float | None = Field(description="The average of its ratings, 0.25 to 5, or null.", examples=[4.5])
     rating_count: Count
     added_by: int | None = Field(examples=[2])
     version: int = Field(examples=[7])
@@ -394,7 +400,7 @@ class EntryUpdate(RequestModel, json_schema_extra=example(status="completed", ra
     """RFC 7396: fields that are left out stay as they are, null clears them."""
 
     status: ShelfStatus = ShelfStatus.wishlist
-    rating: Annotated[int, Number, Field(ge=1, le=5)] | None = None
+    rating: Rating | None = Field(default=None, description="In quarters of a star.")
     review: Annotated[LongText | None, BlankIsNull] = None
     tags: Annotated[list[Tag], Field(max_length=50)] | None = []  # pydantic copies it
     started_at: Timestamp | None = None
@@ -404,7 +410,7 @@ class EntryUpdate(RequestModel, json_schema_extra=example(status="completed", ra
 class EntryPublic(BaseModel, from_attributes=True):
     book_id: PublicId
     status: ShelfStatus
-    rating: int | None = Field(examples=[5])
+    rating: Stars | None
     review: str | None = Field(examples=["Sandy."])
     tags: list[str] = Field(examples=[["desert"]])
     started_at: Moment | None
@@ -416,7 +422,7 @@ class EntryPublic(BaseModel, from_attributes=True):
 
 class ReviewPublic(BaseModel):
     username: str = Field(examples=["rita"])
-    rating: int | None = Field(examples=[5])
+    rating: Stars | None
     review: str | None = Field(examples=["Sandy."])
     finished_at: Moment | None
     updated_at: Moment

@@ -1,8 +1,16 @@
-"""Files in and out: `/books/upload`, `/my-library/import`, their refused rows, and the exports."""
+"""Files in and out: `/books/upload`, `/my-library/import`, the import job, its refused rows, and the exports.
+
+A stored file is imported by a background task; `main.resume_uploads` starts it for files that a stopped process left.
+The job commits each batch together with its progress: killed in between, it is resumed from there.
+"""
 
 import json
+import logging
+import secrets
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
@@ -11,16 +19,20 @@ import sqlalchemy as sa
 from fastapi import BackgroundTasks, Depends, Form, HTTPException, Path, Query, Request, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from pydantic import BeforeValidator, Field
-from sqlalchemy import Connection
+from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
+import csv_files
 import database
+import events
+import external
+import models
 from api import PAGE, Router, errors, or_404, readonly, transactional_in_thread
 from books import BOOKS, BookFilter
-from csv_files import BOOK_COLUMNS, OUR_COLUMNS, REASON, SHELVES, printable, to_csv, to_html
-from imports import CHUNK, ImportJob, JobCancelled, finish, lease, lock_upload, release, run_upload
+from csv_files import BOOK_COLUMNS, SHELF_FORMATS, ImportRow, UnreadableFile, printable, strip_invalid, to_csv
+from imports import CHUNK, LEASE, BatchImporter, CsvUpload, DuplicateTracker, ImportJob, JobCancelled, lock_upload
 from library import ENTRIES
-from models import Book, InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus
+from models import Book, InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus, User
 from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
 from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic
 from security import Contributor, CurrentUser, Viewer, reject_repeated_fields
@@ -36,7 +48,7 @@ UPLOADS = Listing(
 )
 ERRORS = Listing(
     sa.select(JsonObject({name: getattr(UploadError, name) for name in UploadErrorPublic.model_fields})),
-    filters={"upload_id": col(UploadError.upload_id) == sa.bindparam("upload_id")},
+    filters={name: getattr(UploadError, name) == sa.bindparam(name) for name in ("upload_id", "severity")},
     orders={"id": (col(UploadError.id),)},
 )
 
@@ -63,7 +75,7 @@ class ShelfForm(RequestModel):
 
 
 class UploadForm(ShelfForm):
-    shelve: bool = Field(default=False, description="Put the books of a Goodreads or StoryGraph export on my shelf.")
+    shelve: bool = Field(default=False, description="Put the books of another service's export on my shelf.")
     enrich: bool = Field(
         default=False,
         description="Look rows with an ISBN up in Open Library, and fill in what they lack; `isbn` alone will do then.",
@@ -104,9 +116,10 @@ async def import_library(
     tasks: BackgroundTasks,
     response: Response,
 ) -> UploadPublic:
-    """Import my shelf from an export of Goodreads, StoryGraph or `/my-library/export`.
+    """Import my shelf from an export of Goodreads, StoryGraph, LibraryThing, BookWyrm or `/my-library/export`.
 
-    The answer is 202, as that of `/books/upload`. Books that are not in the catalogue are added to it.
+    The answer is 202, as that of `/books/upload`. Books that are not in the catalogue are added to it. Ratings and
+    reviews become public, each with my user name and `finished_at`; the rest of my shelf stays private.
     """
     return await store_upload(form, user, tasks, response)
 
@@ -133,10 +146,17 @@ def store_file(form: ShelfForm, user_id: int) -> UploadPublic:
     return database.write_sync(release, job)
 
 
+PUBLIC_HINT = (
+    "Ratings and reviews become public, each with your user name and the day of finishing."
+    " Everything else on your shelf stays private."
+)
+
+
 def insert_upload(session: Session, form: ShelfForm, user_id: int) -> ImportJob:
     filename = printable(form.file.filename or "", 255) or "upload.csv"
     options = {"shelve": True} | form.model_dump(exclude={"file"})  # a ShelfForm does not have `shelve`
     upload = Upload(**options, user_id=user_id, filename=filename, size=form.file.size or 0)
+    upload.hint = PUBLIC_HINT if upload.shelve else None
     session.add(upload)
     session.flush()
     return lease(upload)
@@ -180,10 +200,174 @@ def cancel_upload(session: Session, upload_id: UploadId, user: CurrentUser) -> U
     return UploadPublic.model_validate(upload)
 
 
+# --- the job ------------------------------------------------------------------------------------------------------
+
+log = logging.getLogger("books.uploads")
+
+BATCH = 1000  # rows to a transaction: other writers wait some 40 ms
+ENRICH_BATCH = external.MAX_ISBNS  # the same with look-ups: each request is committed with its answer
+MAX_ERRORS = 10_000  # errors that are stored of one upload, and as many warnings; the counts stay exact
+MAX_CELL = 100_000  # characters stored of a refused row's cell: a field takes 20,000, which are more as HTML
+PROGRESS_INTERVAL = 0.34  # seconds between two events of one upload: with the last, at most four in a second
+INTERRUPTIONS = (sa.exc.OperationalError, sa.exc.TimeoutError)  # the second: of the pool of connections
+SHELF_HINT = (
+    "This is somebody's shelf: only its books go into the catalogue. Send it to /my-library/import to put them on your"
+    " shelf, with your ratings, reviews, tags and dates."
+)
+
+
+def run_upload(upload_id: int) -> None:
+    """Import a stored file. Of several workers that try, one does; what was done before is not done again."""
+    job = database.write_sync(_claim, upload_id)
+    if job is None:
+        return
+    try:
+        _run_job(job)
+    except JobCancelled as reason:
+        log.info("upload %s stopped: %s", upload_id, reason)
+    except INTERRUPTIONS as error:  # a full disk, a lost connection: it is resumed when its lease has run out
+        log.error("upload %s interrupted: %s", upload_id, error)
+
+
+def _run_job(job: ImportJob) -> None:
+    try:
+        file = CsvUpload(job)
+        database.write_sync(_describe, job, file)
+        tracker, rows = DuplicateTracker(file.columns.ours), file.rows()
+        for row in islice(rows, job.done):  # those that it did before it was interrupted
+            if row.book is not None:
+                tracker.key(row.book)
+        enricher = external.Enricher(job.renew_lease) if job.enrich else None
+        while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
+            is_ready = enricher is None or enricher.look_up_isbns(batch)
+            if is_ready:
+                database.write_sync(_store_batch, job, tracker, batch, file.file.position)
+            if not is_ready or database.server_is_stopping():
+                database.write_sync(release, job)
+                return
+        database.write_sync(_finish_job, job, None)
+    except UnreadableFile as error:
+        database.write_sync(_finish_job, job, str(error))
+    except (JobCancelled, *INTERRUPTIONS):
+        raise
+    except Exception:
+        # Whatever happens, the job has to end in a state that its owner can see.
+        log.exception("upload %s failed", job.upload_id)
+        database.write_sync(_finish_job, job, "Something went wrong here; it is in the server's log.")
+
+
+def _claim(session: Session, upload_id: int) -> ImportJob | None:
+    """Take the upload; None where another job has it."""
+    upload = session.scalars(sa.select(Upload).where(col(Upload.id) == upload_id, claimable())).first()
+    if upload is None:
+        return None
+    chunk_sizes = sa.select(sa.func.sum(sa.func.length(col(UploadChunk.data))))
+    if session.scalar(chunk_sizes.where(col(UploadChunk.upload_id) == upload_id)) != upload.size:
+        upload.error = "The service stopped before the whole file was stored: upload it again."
+        finish(session, upload, UploadStatus.failed)
+        return None
+    if upload.dry_run:  # its DuplicateTracker is lost: begin again
+        for name in ("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"):
+            setattr(upload, name, 0)
+        session.execute(sa.delete(UploadError).where(col(UploadError.upload_id) == upload_id))
+    upload.started_at = upload.started_at or models.utcnow()
+    return lease(upload)
+
+
+def lease(upload: Upload) -> ImportJob:
+    now = models.utcnow()
+    upload.status, upload.worker, upload.lease_until = UploadStatus.processing, secrets.token_hex(8), now + LEASE
+    return ImportJob(upload.id, upload.worker, upload.rows, upload.enrich, upload.shelve, now)
+
+
+def claimable() -> ColumnElement[bool]:
+    abandoned = sa.and_(col(Upload.status) == UploadStatus.processing, col(Upload.lease_until) < models.utcnow())
+    return sa.or_(col(Upload.status) == UploadStatus.queued, abandoned)
+
+
+def abandoned_uploads(connection: Connection) -> Sequence[int]:
+    """Uploads that no job has: left by a process that was stopped or killed."""
+    return connection.execute(sa.select(col(Upload.id)).where(claimable()).order_by(col(Upload.id))).scalars().all()
+
+
+def _describe(session: Session, job: ImportJob, file: CsvUpload) -> None:
+    upload, columns = lock_upload(session, job), file.columns
+    upload.format, upload.encoding, upload.delimiter = columns.format, file.encoding, file.dialect.delimiter
+    upload.header = [strip_invalid(cell[:MAX_CELL]) for cell in columns.header]
+    upload.ignored_columns = columns.ignored
+    if columns.format in SHELF_FORMATS and not upload.shelve:
+        upload.hint = SHELF_HINT
+
+
+def _store_batch(
+    session: Session, job: ImportJob, tracker: DuplicateTracker, rows: Sequence[ImportRow], position: int
+) -> None:
+    upload = lock_upload(session, job)
+    owner = session.get_one(User, upload.user_id)
+    importer = BatchImporter(session, upload, Principal(owner.id, owner.username, owner.role, 0), tracker)
+    savepoint = session.begin_nested() if upload.dry_run else None
+    importer.import_rows(rows)
+    if savepoint is not None:
+        savepoint.rollback()
+    upload.rows += len(rows)
+    for name, count in Counter(row.outcome for row in rows).items():
+        setattr(upload, name, getattr(upload, name) + count)
+    upload.warnings += sum(row.book is not None and bool(row.issues) for row in rows)
+    upload.progress = min(position / upload.size, 1)
+    _store_issues(session, upload.id, rows)
+    if time.monotonic() - job.progress_at >= PROGRESS_INTERVAL:
+        job.progress_at = time.monotonic()
+        _record_progress(session, upload)
+
+
+def _store_issues(session: Session, upload_id: int, rows: Sequence[ImportRow]) -> None:
+    rows = [row for row in rows if row.issues]
+    if not rows:
+        return
+    severity = col(UploadError.severity)
+    stored = sa.select(severity, sa.func.count()).where(col(UploadError.upload_id) == upload_id).group_by(severity)
+    counts = Counter(dict(session.execute(stored).all()))
+    for row in rows:
+        kind = "error" if row.book is None else "warning"
+        # Once for each refused row, which can be downloaded.
+        cells = [strip_invalid(cell[:MAX_CELL]) for cell in row.cells] if row.book is None else None
+        for issue in row.issues:
+            counts[kind] += 1
+            if counts[kind] <= MAX_ERRORS:
+                issue_data = issue._asdict() | {"value": printable(issue.value)}
+                session.add(UploadError(upload_id=upload_id, row=row.number, severity=kind, cells=cells, **issue_data))
+            cells = None
+
+
+def release(session: Session, job: ImportJob) -> UploadPublic:
+    upload = lock_upload(session, job)
+    upload.status, upload.lease_until, upload.worker = UploadStatus.queued, None, None
+    return UploadPublic.model_validate(upload)
+
+
+def _finish_job(session: Session, job: ImportJob, error: str | None) -> None:
+    upload = lock_upload(session, job)
+    upload.error, upload.progress = error, upload.progress if error else 1
+    finish(session, upload, UploadStatus.failed if error else UploadStatus.completed)
+
+
+def finish(session: Session, upload: Upload, status: UploadStatus) -> None:
+    upload.status, upload.finished_at, upload.lease_until, upload.worker = status, models.utcnow(), None, None
+    session.execute(sa.delete(UploadChunk).where(col(UploadChunk.upload_id) == upload.id))
+    _record_progress(session, upload)
+
+
+def _record_progress(session: Session, upload: Upload) -> None:
+    public = UploadPublic.model_validate(upload)
+    data = public.model_dump(mode="json", exclude={"ignored_columns", "created_at", "started_at", "finished_at"})
+    events.record(session, "upload.progress", data, owner=upload.user_id)
+
+
 # --- refused rows -------------------------------------------------------------------------------------------------
 
 
 class ErrorsQuery(PageQuery):
+    severity: Literal["error", "warning"] | None = Field(default=None, description="Only these.")
     format: Literal["json", "csv"] = Field(
         default="json", description="`csv`: the refused rows as they came, each with its reason, to fix and upload."
     )
@@ -208,7 +392,8 @@ def list_upload_errors(
     """List why rows were refused, and which values others went in without."""
     find_upload(connection, upload_id, user)
     if query.format == "json":
-        return page_response(request, ERRORS.page(connection, {"upload_id": upload_id}, "id", query))
+        filters = {"upload_id": upload_id, **query.model_dump(include={"severity"}, exclude_none=True)}
+        return page_response(request, ERRORS.page(connection, filters, "id", query))
     header = connection.execute(sa.select(col(Upload.header)).where(col(Upload.id) == upload_id)).scalar_one() or []
     return file_response(refused_rows(upload_id, header), f"upload-{upload_id}-refused.csv")
 
@@ -219,7 +404,7 @@ def file_response(pieces: Iterator[str], name: str) -> StreamingResponse:
 
 
 def refused_rows(upload_id: int, header: list[str]) -> Iterator[str]:
-    yield to_csv([[*header, REASON]])
+    yield to_csv([[*header, csv_files.REASON]])
     last = 0
     while refused := database.read_sync(next_refused, upload_id, last):
         yield to_csv(cells_and_reasons(list(of_row)) for _, of_row in groupby(refused, attrgetter("row")))
@@ -285,7 +470,9 @@ async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -
 async def export_library(user: CurrentUser) -> StreamingResponse:
     """Download my shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""
     batches = ENTRIES.row_batches({"user_id": user.id}, "added")
-    return file_response(as_csv(SHELF_COLUMNS, batches, shelf_cells), "my-library.csv")
+    return file_response(
+        as_csv(csv_files.GOODREADS_COLUMNS + csv_files.OUR_COLUMNS, batches, shelf_cells), "my-library.csv"
+    )
 
 
 def as_csv(
@@ -304,12 +491,7 @@ def book_cells(row: Sequence[Any]) -> Sequence[object]:
     return [*row[:PRICE], price_cell(row[PRICE]), *row[PRICE + 1 : len(BOOK_COLUMNS)]]
 
 
-SHELF_COLUMNS = (
-    "Book Id,Title,Author,Author l-f,Additional Authors,ISBN,ISBN13,My Rating,Average Rating,Publisher,Binding,"
-    "Number of Pages,Year Published,Original Publication Year,Date Read,Date Added,Bookshelves,"
-    "Bookshelves with positions,Exclusive Shelf,My Review,Spoiler,Private Notes,Read Count,Owned Copies"
-).split(",") + OUR_COLUMNS
-EXCLUSIVE_SHELVES = {status: name for name, status in reversed(SHELVES.items())}
+EXCLUSIVE_SHELVES = {status: name for name, status in reversed(csv_files.SHELVES.items())}
 
 
 def shelf_cells(row: Sequence[Any]) -> list[object]:
@@ -325,7 +507,7 @@ def shelf_cells(row: Sequence[Any]) -> list[object]:
         *(book["id"], book["title"], first, "", others, "", book["isbn"], entry["rating"] or 0),
         *(book["rating"] and round(book["rating"], 2), book["publisher"], "", book["pages"]),
         *("", book["publication_year"], dates["finished_at"], dates["added_at"]),
-        *(", ".join(tags), "", shelf, to_html(entry["review"] or ""), "", "", int(shelf == "read"), 0),
+        *(", ".join(tags), "", shelf, csv_files.to_html(entry["review"] or ""), "", "", int(shelf == "read"), 0),
         *(book["genre"], book["description"], book["language"], price_cell(book["price"] and book["price"] * 100)),
         *(book["cover_url"], book["published_date"]),
         *(entry[name] for name in ("added_at", "started_at", "finished_at")),

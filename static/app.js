@@ -25,7 +25,7 @@ const plural = (n, one, many = `${one}s`) => `${n.toLocaleString('en')} ${n === 
 const day = moment => new Date(moment).toLocaleDateString('en', { dateStyle: 'medium' });
 const year = y => y == null ? null : y < 0 ? `${-y} BCE` : String(y);
 const star = (seen, heard, more = '') => el('span', {}, el('span', { class: 'star', 'aria-hidden': true }, seen), el('span', { class: 'unseen' }, heard), more);
-const stars = n => star('★'.repeat(n) + '☆'.repeat(5 - n), `${n} of 5 stars`);
+const stars = n => star('★'.repeat(n) + ['', '¼', '½', '¾'][n % 1 * 4] + '☆'.repeat(5 - n), `${n} of 5 stars`);
 const rating = ({ rating_count: n, rating }) => n > 0 && star('★ ', 'rated ', `${rating.toFixed(1)} (${n})`);
 const say = text => { $('say').textContent = text; };
 // --- requests ------------------------------------------------------------------------------------------------------
@@ -235,14 +235,18 @@ onSubmit($('stock'), async ({ quantity }) => {
   await readBook(id);
 });
 mine.elements.status.append(...options(STATUSES));
-$('stars').append(...['', 1, 2, 3, 4, 5].map(n => el('label', {},
-  el('input', { class: 'unseen', type: 'radio', name: 'rating', value: n, 'aria-label': n ? plural(n, 'star') : 'no rating' }), n ? '★' : 'no rating')));
+function drawStars(rating) { // a rating between whole stars is kept, and is one choice more
+  put($('stars'), el('legend', {}, 'My rating, for everybody to see'), [...new Set([0, 1, 2, 3, 4, 5, rating ?? 0])].sort().map(n => el('label', {},
+    el('input', { class: 'unseen', type: 'radio', name: 'rating', value: n || '', checked: n === (rating ?? 0), 'aria-label': n ? plural(n, 'star') : 'no rating' }),
+    n ? n % 1 ? String(n) : '★' : 'no rating')));
+}
 function drawMine(now, told = '') {
   entry = now;
   clear(mine);
   note(told);
-  const { status, rating, review } = mine.elements;
-  [status.value, rating.value, review.value] = [entry?.status ?? 'wishlist', entry?.rating ?? '', entry?.review ?? ''];
+  const { status, review } = mine.elements;
+  [status.value, review.value] = [entry?.status ?? 'wishlist', entry?.review ?? ''];
+  drawStars(entry?.rating);
   [mine.hidden, $('opinion').hidden, $('unshelve').hidden] = [false, !entry, !entry];
   mine.querySelector('.strong').textContent = entry ? 'Save' : 'Put it on my shelf';
 }
@@ -268,10 +272,10 @@ const shelf = pages({
     review && el('p', { class: 'text' }, review.length > 200 ? `${review.slice(0, 200)}…` : review),
     el('select', { 'aria-label': `Status of ${book.title}`, onchange: event => move(book, status, event.target) }, options(STATUSES, status)),
     alertSlot(),
-    ['completed', 'abandoned'].includes(status) && button('Rate and review', () => openBook(book_id)),
+    button('Rate and review', () => openBook(book_id)),
   ],
   empty: () => [el('h3', {}, 'Nothing here yet.'),
-    el('p', {}, 'Find a book in the catalogue and put it on your shelf, or bring in a shelf from Goodreads.'),
+    el('p', {}, 'Find a book in the catalogue and put it on your shelf, or bring in a shelf from Goodreads, StoryGraph, LibraryThing or BookWyrm.'),
     el('a', { href: '#/' }, 'To the catalogue'), ' · ', el('a', { href: '#/import' }, 'Import')],
 });
 async function move({ id, title }, was, select) {
@@ -293,14 +297,15 @@ function chart(title, unit, bars) {
 const loadStats = () => attempt($('view-stats'), async () => {
   const whose = me, stats = await get('my-library/stats');
   if (me !== whose) return;
-  const { by_status, by_year, average_rating, top_genres, top_authors } = stats;
+  const { by_status, by_year, undated, average_rating, top_genres, top_tags, top_authors } = stats;
   put($('charts'),
     el('div', { class: 'panel' }, el('h3', {}, 'My average rating'), el('p', { class: 'big' }, average_rating == null ? '–' : `★ ${average_rating.toFixed(2)}`),
       Object.values(by_status).every(n => !n) && el('p', {}, 'Your shelf is empty. ', el('a', { href: '#/' }, 'Find a book'))),
     chart('On my shelf', 'books', Object.entries(STATUSES).map(([status, name]) => [name, by_status[status]])),
-    chart('Books finished by year', 'books', by_year.map(({ year, books }) => [String(year), books])),
+    chart('Books finished by year', 'books', [...by_year.map(({ year, books }) => [String(year), books]), ...undated ? [['day not known', undated]] : []]),
     chart('Pages finished by year', 'pages', by_year.map(({ year, pages }) => [String(year), pages])),
     chart('Top genres', 'books', top_genres.map(({ genre, count }) => [genre, count])),
+    chart('Top tags', 'books', top_tags.map(({ tag, count }) => [tag, count])),
     chart('Top authors', 'books', top_authors.map(({ author, count }) => [author, count])));
 });
 // --- the lending desk ----------------------------------------------------------------------------------------------
@@ -348,21 +353,22 @@ async function watch(upload) {
 }
 function drawJob(now) {
   job = now;
-  const { dry_run, rows, inserted, updated, skipped, failed, warnings } = job, view = $('job');
+  const { dry_run, rows, inserted, updated, skipped, failed, warnings, hint } = job, view = $('job');
   $('job-name').textContent = job.filename;
   view.querySelector('progress').value = job.progress;
   view.querySelector('.problem').textContent = job.error ?? '';
   if ($('job-state').textContent !== WORDS[job.status]) $('job-state').textContent = WORDS[job.status]; // else it is read aloud again
   $('job-counts').textContent = [dry_run ? 'only tried' : [], plural(rows, 'row'), `${inserted} new`, `${updated} updated`, `${skipped} skipped`,
     `${failed} refused`, plural(warnings, 'warning')].flat().join(' · ');
-  [view.hidden, $('job-download').hidden, $('job-errors').hidden] = [false, !failed, running(job) || !(failed || warnings)];
-  if (!$('job-errors').hidden) problems.restart();
+  $('job-hint').textContent = hint ?? '';
+  [view.hidden, $('job-refused').hidden, $('job-warnings').hidden] = [false, running(job) || !failed, running(job) || !warnings];
+  if (!$('job-refused').hidden) refused.restart();
+  if (!$('job-warnings').hidden) warned.restart();
 }
-const problems = pages({
-  root: $('job-errors'), path: () => `books/upload/${job.id}/errors`, tag: 'tr', limit: 20, key: JSON.stringify,
-  row: ({ row, severity, field, value, message }) =>
-    [row, severity === 'error' ? 'refused' : 'warning', field, value, message].map(cell => el('td', {}, cell)),
-});
+const [refused, warned] = ['job-refused', 'job-warnings'].map(id => pages({
+  root: $(id), path: () => `books/upload/${job.id}/errors`, tag: 'tr', limit: 20, key: JSON.stringify,
+  row: ({ row, field, value, message }) => [row, field, value, message].map(cell => el('td', {}, cell)),
+}));
 $('job-download').onclick = () => attempt($('job'), async () => {
   const file = await (await send(`books/upload/${job.id}/errors?format=csv`)).blob();
   const link = el('a', { href: URL.createObjectURL(file), download: `upload-${job.id}-refused.csv` });
@@ -409,7 +415,7 @@ async function signedIn() {
 async function signedOut(why = '') {
   keep(null);
   me = job = null;
-  for (const list of [shelf, loans, problems]) list.forget(); // the next at this machine may be somebody else
+  for (const list of [shelf, loans, refused, warned]) list.forget(); // the next at this machine may be somebody else
   for (const node of all('#charts, .ticker')) put(node);
   $('job').hidden = true;
   dialog.close();
@@ -469,6 +475,7 @@ const TOLD = { // {book} is a link to it
   'book.stock': 'Copies of {book}: {available} of {copies} available', 'books.imported': 'Books that came in from a file: {count}',
   'books.updated': 'Books that changed: {count}', 'reviews.deleted': 'Reviews that are gone: {count}',
   'review.created': '{username} on {book} {stars}', 'review.updated': '{username} on {book} {stars}', 'review.deleted': 'A review of {book} is gone',
+  'reviews.imported': 'Ratings and reviews that came in from a file: {count}',
   'shelf.created': 'You put {book} on {status}', 'shelf.updated': 'Your shelf: {book} is on {status}', 'shelf.deleted': 'You took {book} off your shelf',
   'shelf.imported': 'Books that went on your shelf: {count}', 'loan.created': 'You borrowed {book}, until {due}',
   'loan.renewed': 'You may keep {book} until {due}', 'loan.returned': 'You brought back {book}',

@@ -632,3 +632,19 @@ def test_the_longest_titles_and_authors_can_be_paged(client: TestClient, reader:
         seen += [book["id"] for book in page["items"]]
         cursor = page["next"]
     assert sorted(seen) == books
+
+
+def test_unknown_years_are_last_in_both_directions(reader: Person) -> None:
+    years = [1996, None, -2000, 2020, None, 1813]
+    for year in years:
+        reader.add_book(title=str(year), publication_year=year)
+    known = sorted(year for year in years if year is not None)
+    for sort, expected in (("year", [*known, None, None]), ("-year", [*known[::-1], None, None])):
+        walked: list[int | None] = []
+        query: dict[str, Any] = {"sort": sort, "limit": 2}
+        while query.get("cursor", "") is not None:
+            page = reader.get("/books", params=query).json()
+            walked += [book["publication_year"] for book in page["items"]]
+            query["cursor"] = page["next"]
+        assert walked == expected
+        assert [b["publication_year"] for b in reader.get("/books", params={"sort": sort}).json()["items"]] == expected

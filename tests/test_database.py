@@ -375,6 +375,77 @@ def test_events_of_reviews_from_before_revision_0009_belong_to_their_author(tmp_
     assert owners == [(1, False), (None, False), (2, False), (None, False)]
 
 
+def test_migration_to_quarters_keeps_every_rating_and_review(
+    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "database_url", check_database_url(url_of(tmp_path / "old.db")))
+    moment = "2026-01-01 00:00:00"
+    user = {"id": 2, "username": "rita", "email": "rita@example.com", "password_hash": PASSWORD_HASH}
+    book = {"title": "Dune", "author": "A", "title_key": "dune", "author_key": "a", "copies": 1, "available": 1}
+    book |= {"genre": "Novel", "version": 3, "created_at": moment, "updated_at": moment}
+    entry = {"user_id": 2, "status": "completed", "tags": "[]", "added_at": moment, "updated_at": moment}
+    rows: dict[str, list[dict[str, Any]]] = {
+        '"user"': [user | {"role": "reader", "is_active": True, "created_at": moment}],
+        "book": [
+            book | {"id": 5, "rating_count": 0, "rating_sum": 0},
+            book | {"id": 1, "rating_count": 3, "rating_sum": 13},
+            book | {"id": 2, "rating_count": 1, "rating_sum": 1},
+            book | {"id": 7, "rating_count": 1, "rating_sum": 2},
+        ],
+        "shelf_entry": [
+            entry | {"id": 1, "book_id": 1, "rating": 4, "review": "Sandy."},
+            entry | {"id": 4, "book_id": 2, "rating": 1, "review": None},
+            entry | {"id": 7, "book_id": 5, "rating": None, "review": "'quoted' -- rating INTEGER"},
+            entry | {"id": 9, "book_id": 7, "rating": 2, "review": None},
+        ],
+    }
+    engine = sa.create_engine(settings.database_url)
+    with engine.begin() as connection:
+        command.upgrade(database._alembic(connection), "0007")
+        for table, values in rows.items():
+            names = [*values[0]]
+            columns, parameters = ", ".join(names), ", ".join(f":{name}" for name in names)
+            connection.execute(sa.text(f"INSERT INTO {table} ({columns}) VALUES ({parameters})"), values)
+        if engine.dialect.name == "sqlite":
+            connection.exec_driver_sql(
+                "INSERT INTO book_fts (rowid, title, author, isbn, publisher)"
+                " SELECT id, title, author, isbn, publisher FROM book"
+            )
+        else:
+            for table in ("book", "shelf_entry", '"user"'):
+                connection.exec_driver_sql(f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), 9)")
+        connection.exec_driver_sql("DELETE FROM shelf_entry WHERE id = 9")
+        connection.exec_driver_sql("DELETE FROM book WHERE id = 7")
+        before = {table: _contents(connection, table) for table in rows}
+        triggers = _triggers(connection)
+    database.migrate(settings.database_url)
+    with engine.connect() as connection:
+        assert {table: _contents(connection, table) for table in rows} == before
+        assert _triggers(connection) == triggers
+        if engine.dialect.name == "sqlite":
+            assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
+            assert connection.exec_driver_sql("PRAGMA foreign_key_check").all() == []
+    engine.dispose()
+    with TestClient(app) as client:
+        rita = Person(client, "rita")
+        assert [book["rating"] for book in client.get("/books").json()["items"]] == [13 / 3, 1.0, None]
+        assert rita.get("/my-library/stats").json()["average_rating"] == 2.5
+        assert rita.patch("/my-library/1", json={"rating": 4.25, "status": "reading"}).status_code == 200
+        assert rita.get("/books/1").json()["rating"] == 13.25 / 3
+        assert client.get("/books?search=dune").json()["total"] == 3
+        assert rita.patch("/books/1", json={"title": "Emma"}).status_code == 403
+        assert rita.add_book(title="Emma", genre="Novel")["id"] > 7, "the id of a deleted book is not used again"
+        assert client.get("/books/genres").json() == [{"genre": "Novel", "count": 4}]
+        assert client.get("/books").json()["total"] == 4
+
+
+def _triggers(connection: sa.Connection) -> list[Any]:
+    of_sqlite = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' ORDER BY 1"
+    of_postgresql = "SELECT tgname, tgrelid FROM pg_trigger WHERE NOT tgisinternal ORDER BY 1"
+    statement = of_sqlite if connection.dialect.name == "sqlite" else of_postgresql
+    return [tuple(row) for row in connection.exec_driver_sql(statement)]
+
+
 def _contents(connection: sa.Connection, table: str) -> list[dict[str, Any]]:
     first = "key" if table == "setting" else "id"
     return [dict(row) for row in connection.execute(sa.text(f"SELECT * FROM {table} ORDER BY {first}")).mappings()]

@@ -21,6 +21,7 @@ from fastapi.testclient import TestClient
 import database
 import external
 import imports
+import uploads
 from external import Candidate, Source, date_and_year, make_candidate, parse_edition, parse_google_volume, parse_work
 from models import Setting, UploadStatus
 from settings import settings
@@ -574,9 +575,10 @@ def test_values_of_the_file_win(client: TestClient, reader: Person, others: Cata
     assert (other["title"], other["publisher"]) == ("Other", None)
 
 
-def test_invalid_rows_are_not_looked_up(reader: Person, others: Catalogues) -> None:
+def test_an_invalid_value_is_looked_up(reader: Person, others: Catalogues) -> None:
     upload = reader.upload(f"isbn,pages\n{EMMA},-1\n", enrich="true")
-    assert (counts(upload)[4], upload["errors"][0]["field"], others.requests) == (1, "pages", [])
+    assert (counts(upload), upload["errors"][0]["field"]) == ((1, 1, 0, 0, 0, 1), "pages")
+    assert reader.get("/books/1").json()["pages"] == 474
 
 
 def test_update_fills_only_missing_fields_of_a_book(client: TestClient, reader: Person, others: Catalogues) -> None:
@@ -599,10 +601,10 @@ def test_shelf_import_with_look_up(reader: Person, others: Catalogues) -> None:
     header = "Title,Author,ISBN13,My Rating,Exclusive Shelf,Date Read\n"
     rows = f"Emma,,{EMMA},4,read,2020/01/02\nDune,Frank Herbert,9780441172719,9,read,\n"
     upload = reader.upload(header + rows, enrich="true", shelve="true")
-    assert counts(upload) == (2, 1, 0, 0, 1, 0)
-    assert reasons(upload) == [(3, "rating", "must be a number from 0, for none, to 5")]
-    assert others.requests[0].count("ISBN") == 1, "a row that is refused anyway is not asked for"
-    (entry,) = reader.get("/my-library").json()["items"]
+    assert counts(upload) == (2, 2, 0, 0, 0, 1)
+    assert reasons(upload) == [(3, "My Rating", "9 is not a rating from 0.25 to 5; left out")]
+    assert reader.get("/my-library/2").json()["rating"] is None
+    entry = reader.get("/my-library/1").json()
     assert (entry["rating"], entry["finished_at"]) == (4, "2020-01-02T00:00:00Z")
     assert (entry["book"]["author"], entry["book"]["pages"]) == ("Jane Austen", 474)
 
@@ -623,7 +625,7 @@ def isbn13(number: int) -> str:
 def test_pause_between_two_requests_of_a_job(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(imports, "ENRICH_BATCH", 1)
+    monkeypatch.setattr(uploads, "ENRICH_BATCH", 1)
     monkeypatch.setattr(external, "LOOKUP_PAUSE", 0.4)
     started = time.monotonic()
     reader.upload(f"isbn\n{EMMA}\n9780441172719\n{UNKNOWN}\n", enrich="true")
@@ -635,7 +637,7 @@ def test_pause_between_two_requests_of_a_job(
 def test_outage_refuses_only_rows_that_need_a_look_up(
     client: TestClient, reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(imports, "ENRICH_BATCH", 2)
+    monkeypatch.setattr(uploads, "ENRICH_BATCH", 2)
     others.faults = [answering({}, 503)] * (external.JOB_POLICY.tries + 1)
     rows = f"{EMMA},,\n9780441172719,Dune,Frank Herbert\n{UNKNOWN},,\n,No ISBN,Nobody\n0-14-143958-0,,\n"
     upload = reader.upload(f"isbn,title,author\n{rows}", enrich="true")
@@ -659,6 +661,7 @@ def test_waiting_job_keeps_its_lease_and_blocks_no_writer(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imports, "LEASE", timedelta(seconds=1))
+    monkeypatch.setattr(uploads, "LEASE", timedelta(seconds=1))
     monkeypatch.setattr(external, "STOP_CHECK_INTERVAL", 0.05)
     asked = threading.Event()
 
@@ -673,7 +676,7 @@ def test_waiting_job_keeps_its_lease_and_blocks_no_writer(
         assert asked.wait(5)
         waits: list[float] = []
         while not upload.done():
-            assert database.read_sync(imports.abandoned_uploads) == []
+            assert database.read_sync(uploads.abandoned_uploads) == []
             started = time.monotonic()
             reader.add_book(title=f"Meanwhile {len(waits)}")
             waits.append(time.monotonic() - started)

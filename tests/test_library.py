@@ -1,5 +1,7 @@
 """My library: shelves, ratings, reviews and statistics."""
 
+import base64
+import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -74,6 +76,10 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"status": "completed", "rating": 5, "review": " Good. "},
         {"rating": 5, "review": "Good."},
     ),
+    "rating on the wishlist": ({"rating": 5}, {"status": "wishlist", "rating": 5}),
+    "review while reading": ({"status": "reading", "review": "So far."}, {"status": "reading", "review": "So far."}),
+    "smallest rating": ({"rating": 0.25}, {"rating": 0.25}),
+    "rating in quarters": ({"rating": 4.75}, {"rating": 4.75}),
     "blank review": ({"status": "completed", "review": "  "}, {"review": None}),
     "repeated tags": ({"tags": ["sf", " desert ", "sf"]}, {"tags": ["sf", "desert"]}),
     "null tags": ({"tags": None}, {"tags": []}),
@@ -95,11 +101,12 @@ def test_a_change_sets_the_fields_of_an_entry(
 
 
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
-    "rating on the wishlist": ({"rating": 5}, "rating"),
-    "review while reading": ({"status": "reading", "review": "So far so good"}, "review"),
     "rating 0": ({"status": "completed", "rating": 0}, "rating"),
     "rating 6": ({"status": "completed", "rating": 6}, "rating"),
-    "rating 3.5": ({"status": "completed", "rating": 3.5}, "rating"),
+    "rating 3.3": ({"rating": 3.3}, "rating"),
+    "rating 4.25 and a trifle": ({"rating": 4.2500000001}, "rating"),
+    "rating 0.2": ({"rating": 0.2}, "rating"),
+    "rating as text": ({"rating": "4"}, "rating"),
     "unknown status": ({"status": "lost"}, "status"),
     "null status": ({"status": None}, "status"),
     "blank tag": ({"tags": [" "]}, "tags"),
@@ -125,12 +132,59 @@ def test_an_invalid_change_is_422_and_changes_nothing(reader: Person, change: di
     assert reader.get(shelf).json() == before
 
 
-def test_a_rated_book_changes_to_reading_only_without_its_rating(reader: Person) -> None:
+def test_a_rated_book_keeps_its_rating_on_any_shelf(reader: Person) -> None:
     shelf = f"/my-library/{reader.add_book()['id']}"
-    reader.post(shelf, json={"status": "completed"})
-    reader.patch(shelf, json={"rating": 3})
-    assert reader.patch(shelf, json={"status": "reading"}).status_code == 422
-    assert reader.patch(shelf, json={"status": "reading", "rating": None}).status_code == 200
+    reader.post(shelf)
+    reader.patch(shelf, json={"rating": 3, "review": "Hm."})
+    for status in ("reading", "completed", "abandoned", "wishlist"):
+        entry = reader.patch(shelf, json={"status": status}).json()
+        assert (entry["status"], entry["rating"], entry["review"]) == (status, 3, "Hm.")
+
+
+@pytest.mark.parametrize(("rating", "shown"), [(4, "4"), (4.0, "4"), (4.25, "4.25"), (4.5, "4.5")])
+def test_whole_stars_are_whole_numbers(client: TestClient, reader: Person, rating: float, shown: str) -> None:
+    shelf = f"/my-library/{reader.add_book()['id']}"
+    reader.post(shelf)
+    start = client.get("/events").json()["next"]
+    answers = [reader.patch(shelf, json={"rating": rating}), reader.patch(shelf, json={"tags": ["sf"]})]
+    answers += [reader.get(shelf), reader.get("/my-library"), client.get("/books/1/reviews")]
+    answers += [client.get("/events", params={"after": start}), reader.get("/events?types=shelf.*")]
+    for answer in answers:
+        assert f'"rating":{shown},' in answer.text.replace(" ", ""), answer.text
+
+
+def test_a_known_day_of_finishing_stays(clock: Clock, reader: Person) -> None:
+    shelf = f"/my-library/{reader.add_book()['id']}"
+    reader.post(shelf)
+    reader.patch(shelf, json={"finished_at": "2020-01-02"})
+    assert reader.patch(shelf, json={"status": "completed"}).json()["finished_at"] == "2020-01-02T00:00:00Z"
+    assert reader.patch(shelf, json={"finished_at": None}).json()["finished_at"] is None
+    assert reader.patch(shelf, json={"rating": 4, "status": "completed"}).json()["finished_at"] is None
+
+
+def test_the_shelf_is_sorted_by_the_time_of_adding_not_by_the_order_of_an_import(reader: Person) -> None:
+    days = ["2019/05/01", "2021/01/01", "2018/02/03", "2021/01/01", "2020/12/24"]
+    rows = "".join(f"Book {n},A,0,to-read,{day}\n" for n, day in enumerate(days))
+    reader.upload(f"Title,Author,My Rating,Exclusive Shelf,Date Added\n{rows}", path="/my-library/import")
+    for sort in ("added", "-added"):
+        walked: list[tuple[str, str]] = []
+        query: dict[str, Any] = {"sort": sort, "limit": 2}
+        while query.get("cursor", "") is not None:
+            page = reader.get("/my-library", params=query).json()
+            walked += [(entry["added_at"], entry["book"]["title"]) for entry in page["items"]]
+            query["cursor"] = page["next"]
+        expected = sorted((f"{day.replace('/', '-')}T00:00:00Z", f"Book {n}") for n, day in enumerate(days))
+        assert walked == expected[:: -1 if sort == "-added" else 1]
+    assert reader.get("/my-library", params={"cursor": cursor_of("-added", 3)}).status_code == 422
+
+
+@pytest.mark.parametrize("key", ["", "2021-13-01 00:00:00.000000", "2021-01-01T00:00:00Z", 7, None], ids=repr)
+def test_an_invalid_time_in_a_cursor_is_422(reader: Person, key: object) -> None:
+    assert reader.get("/my-library", params={"cursor": cursor_of("-added", key, 3)}).status_code == 422
+
+
+def cursor_of(*keys: object) -> str:
+    return base64.urlsafe_b64encode(json.dumps(keys).encode()).decode().rstrip("=")
 
 
 def test_the_shelf_can_be_filtered_and_sorted(clock: Clock, reader: Person) -> None:
@@ -188,7 +242,7 @@ def test_rating_and_rating_count_follow_any_sequence_of_changes(
 ) -> None:
     chance = random.Random(7)
     book = reader.add_book()["id"]
-    ratings: dict[str, int | None] = {}
+    ratings: dict[str, float | None] = {}
     for _ in range(120):
         person = chance.choice([reader, other_reader])
         shelf, name = f"/my-library/{book}", person.username
@@ -197,7 +251,7 @@ def test_rating_and_rating_count_follow_any_sequence_of_changes(
                 if person.post(shelf, json={"status": "completed"}).status_code == 201:
                     ratings[name] = None
             case "rate":
-                stars = chance.randint(1, 5)
+                stars = chance.randint(1, 20) / 4
                 if person.patch(shelf, json={"rating": stars}).status_code == 200:
                     ratings[name] = stars
             case "clear":
@@ -264,9 +318,11 @@ def test_statistics_of_an_empty_shelf(reader: Person) -> None:
         "total": 0,
         "by_status": {"wishlist": 0, "reading": 0, "completed": 0, "abandoned": 0},
         "by_year": [],
+        "undated": 0,
         "average_rating": None,
         "rating_count": 0,
         "top_genres": [],
+        "top_tags": [],
         "top_authors": [],
     }
 
@@ -274,25 +330,34 @@ def test_statistics_of_an_empty_shelf(reader: Person) -> None:
 def test_statistics_count_by_status_year_genre_and_author(reader: Person, other_reader: Person) -> None:
     austen, done = {"author": "Jane Austen", "genre": "Romance"}, {"status": "completed"}
     shelve(reader, {**austen, "title": "Emma", "pages": 474}, **done, finished_at="2024-12-31T23:59:59Z", rating=5)
-    shelve(reader, {**austen, "title": "Persuasion", "pages": 249}, **done, finished_at="2025-01-01", rating=4)
+    shelve(
+        reader,
+        {**austen, "title": "Persuasion", "pages": 249},
+        **done,
+        finished_at="2025-01-01",
+        rating=4,
+        tags=["sea", "bath"],
+    )
     # In the new year in Berlin, but not in UTC; without `pages`; with another spelling of the author.
     moment = "2025-01-01T00:30:00+01:00"
-    shelve(reader, {"author": "JANE  AUSTEN", "genre": "romance"}, **done, finished_at=moment)
-    shelve(reader, {"author": "Émile Zola", "genre": "Novel", "pages": 500}, **done, finished_at=None)
+    shelve(reader, {"author": "JANE  AUSTEN", "genre": "romance"}, **done, finished_at=moment, tags=["Sea"])
+    shelve(reader, {"author": "Émile Zola, Jane Austen", "genre": "Novel", "pages": 500}, **done, finished_at=None)
     shelve(reader, {"author": "Frank Herbert", "pages": 900}, status="abandoned", rating=1, finished_at="2025-05-05")
-    shelve(reader, {"author": "Frank Herbert", "genre": "Science fiction"}, status="reading")
+    shelve(reader, {"author": "Frank Herbert", "genre": "Science fiction"}, status="reading", tags=["sea", "bath"])
     shelve(other_reader, {"pages": 10**4}, **done, finished_at="2025-01-01", rating=1)
     stats = reader.get("/my-library/stats").json()
-    for row in (*stats["top_genres"], *stats["top_authors"]):  # any of several spellings
+    for row in (*stats["top_genres"], *stats["top_tags"], *stats["top_authors"]):  # any of several spellings
         row.update({name: normalize(text) for name, text in row.items() if name != "count"})
     assert stats == {
         "total": 6,
         "by_status": {"wishlist": 0, "reading": 1, "completed": 4, "abandoned": 1},
         "by_year": [{"year": 2025, "books": 1, "pages": 249}, {"year": 2024, "books": 2, "pages": 474}],
+        "undated": 1,
         "average_rating": pytest.approx(10 / 3),
         "rating_count": 3,
         "top_genres": [{"genre": "romance", "count": 3}, {"genre": "novel", "count": 1}],
-        "top_authors": [{"author": "jane austen", "count": 3}, {"author": "emile zola", "count": 1}],
+        "top_tags": [{"tag": "sea", "count": 2}, {"tag": "bath", "count": 1}],
+        "top_authors": [{"author": "jane austen", "count": 4}, {"author": "emile zola", "count": 1}],
     }
 
 

@@ -26,7 +26,6 @@ from sqlmodel import Session, select
 
 import database
 import events
-import imports
 import main
 import models
 import uploads
@@ -225,7 +224,7 @@ def test_recurring_jobs_run_at_the_start(
     for number in range(30):
         reader.add_book(title=f"Book {number}")
     exported = reader.get("/books/export").content
-    monkeypatch.setattr(imports, "BATCH", 20)
+    monkeypatch.setattr(uploads, "BATCH", 20)
     stopping = iter([True])
     monkeypatch.setattr(database, "server_is_stopping", lambda: next(stopping, False))
     where = reader.post("/books/upload", files={"file": ("books.csv", exported)}).headers["Location"]

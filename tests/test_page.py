@@ -177,7 +177,7 @@ def test_a_reader_signs_up_shelves_rates_and_reviews(server: Server, visit: Visi
     expect(dialog).to_contain_text("It is on your shelf.")
     dialog.get_by_role("radio", name="5 stars").check(force=True)
     dialog.get_by_role("button", name="Save").click()
-    expect(dialog.locator("#mine .problem")).to_contain_text("completed")
+    expect(dialog.locator("#book-reviews")).to_contain_text("5 of 5 stars")
     dialog.get_by_label("Status").select_option("completed")
     dialog.get_by_role("radio", name="4 stars").check(force=True)
     dialog.get_by_label("My review").fill("Sandy.\nVery.")
@@ -374,10 +374,15 @@ def test_refused_rows_are_shown_with_their_reasons(server: Server, visit: Visit)
     upload(page, name, rows)
     expect(page.locator("#job-state")).to_have_text("Done.")
     expect(page.locator("#job-name")).to_have_text(name)
-    expect(page.locator("#job-counts")).to_contain_text("3 rows · 1 new")
-    table = page.get_by_role("table", name="Rows with problems")
-    expect(table.get_by_role("row", name=re.compile("^3 refused title"))).to_be_visible()
-    expect(table.get_by_role("row", name=re.compile("^4 refused price"))).to_contain_text(EVIL[0])
+    expect(page.locator("#job-counts")).to_contain_text("3 rows · 2 new")
+    refused = page.get_by_role("table", name="Refused rows")
+    expect(refused.get_by_role("row", name=re.compile("^3 title"))).to_be_visible()
+    expect(refused.get_by_role("row")).to_have_count(2)
+    warnings = page.get_by_role("table", name="Warnings")
+    expect(warnings.get_by_role("row", name=re.compile("^4 price"))).to_contain_text(
+        f"{EVIL[0]} is not a price; left out"
+    )
+    expect(warnings.get_by_role("row")).to_have_count(2)
     expect(page.locator("img")).to_have_count(0)
 
 
@@ -406,16 +411,44 @@ def test_a_dropped_file_shows_its_progress_and_its_refused_rows(server: Server, 
     page.locator("#view-import h2").dispatch_event("drop", {"dataTransfer": dropped})
     expect(page.locator("#job-name")).to_have_text("box.csv")
     expect(page.locator("#job-state")).to_have_text("Done.")
-    expect(page.locator("#job-counts")).to_contain_text("20,002 rows · 20000 new")
+    expect(page.locator("#job-counts")).to_contain_text("20,002 rows · 20001 new")
     seen = page.evaluate("progress")
     assert seen == sorted(seen)
     assert seen[-1] == 1
     assert [value for value in seen if 0 < value < 1]
-    table = page.get_by_role("table", name="Rows with problems")
-    expect(table.get_by_role("row", name=re.compile("^20002 refused title"))).to_be_visible()
+    table = page.get_by_role("table", name="Refused rows")
+    expect(table.get_by_role("row", name=re.compile("^20002 title"))).to_be_visible()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the refused rows as CSV").click()
     assert "Nobody" in Path(download.value.path()).read_text("utf-8")
+
+
+def test_a_shelf_is_imported_with_its_quarters(server: Server, visit: Visit) -> None:
+    sign_up(server.client, "Rita")
+    page, other = visit(server), visit(server)
+    sign_in(page, "Rita")
+    go(page, "Import")
+    expect(page.locator("#upload")).to_contain_text("ratings and reviews become public")
+    page.get_by_label("Also put them on my shelf").check()
+    upload(page, "a.csv", "Title,Author,My Rating,Exclusive Shelf,Number of Pages\nEmma,Jane Austen,3.5,to-read,0\n")
+    expect(page.locator("#job-hint")).to_contain_text("Ratings and reviews become public")
+    warnings = page.get_by_role("table", name="Warnings")
+    expect(warnings).to_contain_text("0 is not a number of pages; left out")
+    expect(page.get_by_role("table", name="Refused rows")).to_be_hidden()
+    expect(other.locator(".ticker")).to_contain_text("Ratings and reviews that came in from a file: 1")
+    go(page, "My shelf")
+    expect(cards(page)).to_contain_text("★★★½☆")
+    page.get_by_role("button", name="Rate and review").click()
+    dialog = page.get_by_role("dialog", name="Emma")
+    expect(dialog.get_by_role("radio", name="3.5 stars")).to_be_checked()
+    dialog.get_by_label("My review").fill("So far.")
+    dialog.get_by_role("button", name="Save").click()
+    expect(dialog.locator("#book-reviews")).to_contain_text("So far.")
+    expect(dialog.locator("#book-reviews")).to_contain_text("3.5 of 5 stars")
+    dialog.get_by_role("radio", name="4 stars").check(force=True)
+    dialog.get_by_role("button", name="Save").click()
+    expect(dialog.get_by_role("radio", name="3.5 stars")).to_have_count(0)
+    expect(dialog.get_by_role("radio", name="4 stars")).to_be_checked()
 
 
 def test_changes_show_on_other_pages_at_once(server: Server, visit: Visit) -> None:
@@ -579,12 +612,15 @@ def test_statistics_are_drawn(server: Server, visit: Visit) -> None:
         "Books finished by year: 2024 1 books, 2023 1 books",
         "Pages finished by year: 2024 412 pages, 2023 474 pages",
         "Top genres: Novel 1 books, Science fiction 1 books",
+        "Top tags: sea 1 books",
         "Top authors: Frank Herbert 1 books, Jane Austen 1 books",
     ):
         expect(page.get_by_role("img", name=told)).to_be_visible()
     assert page.locator("svg rect").evaluate_all("bars => Math.max(...bars.map(bar => bar.width.baseVal.value))") > 100
     rita.patch("/my-library/3", json={"status": "reading"})
     expect(page.get_by_role("img", name="Wishlist 0 books, Reading 1 books")).to_be_visible()
+    rita.patch("/my-library/3", json={"status": "completed", "finished_at": None})
+    expect(page.get_by_role("img", name="2024 1 books, 2023 1 books, day not known 1 books")).to_be_visible()
 
 
 def read_a_little(reader: Person) -> None:
@@ -592,7 +628,13 @@ def read_a_little(reader: Person) -> None:
         ({**DUNE, "pages": 412}, {"status": "completed", "rating": 5, "finished_at": "2024-05-01T12:00:00Z"}),
         (
             {"title": "Emma", "author": "Jane Austen", "genre": "Novel", "pages": 474},
-            {"status": "completed", "rating": 3, "review": "Handsome.", "finished_at": "2023-05-01T12:00:00Z"},
+            {
+                "status": "completed",
+                "rating": 3,
+                "review": "Handsome.",
+                "finished_at": "2023-05-01T12:00:00Z",
+                "tags": ["sea"],
+            },
         ),
         ({"title": "Ulysses", "author": "James Joyce", "genre": "Novel"}, {}),
     ]
