@@ -12,7 +12,17 @@ import database
 import events
 import models
 import pagination
-from api import FOLLOWED_PAGE, FastRoute, Router, errors, invalid_body, or_404, transactional, transactional_in_thread
+from api import (
+    FOLLOWED_PAGE,
+    FastRoute,
+    Router,
+    errors,
+    invalid_body,
+    or_404,
+    readonly,
+    transactional,
+    transactional_in_thread,
+)
 from database import CompiledQuery
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
 from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, columns_of, json_response, page_response
@@ -158,12 +168,9 @@ def books_by_id(connection: Connection, ids: list[int]) -> dict[int, str]:
 
 
 @router.get("/genres")
-async def list_genres() -> list[GenreCount]:
+@readonly
+def list_genres(connection: Connection) -> list[GenreCount]:
     """List the genres and how many books each has, the largest first."""
-    return await database.read(count_genres)
-
-
-def count_genres(connection: Connection) -> list[GenreCount]:
     key, count = sa.func.lower(col(Facet.name)), sa.func.sum(col(Facet.count))
     genres = sa.select(sa.func.min(col(Facet.name)), count).where(col(Facet.kind) == "genre")
     rows = connection.execute(genres.group_by(key).order_by(count.desc(), key))

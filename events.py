@@ -31,7 +31,7 @@ from starlette.types import Receive, Scope, Send
 import database
 import models
 import security
-from api import Router, errors
+from api import Router, errors, readonly
 from database import CompiledQuery
 from models import Event, Principal, Role, Setting
 from pagination import last_event_id, pruned_up_to_query
@@ -385,18 +385,15 @@ STREAM_RESPONSES = errors(429) | {200: {"description": "Events, until the client
 
 
 @router.get("/events")
-async def list_events(query: Annotated[EventsQuery, Query()], viewer: Viewer) -> EventPage:
+@readonly
+def list_events(connection: Connection, query: Annotated[EventsQuery, Query()], viewer: Viewer) -> EventPage:
     """Read the change log, oldest first: for clients that poll.
 
     Public changes for anyone; with a bearer token also your own private ones.
     """
-    return await database.read(_read_events, EventFilter(viewer, query.types), query)
-
-
-def _read_events(connection: Connection, event_filter: EventFilter, query: EventsQuery) -> EventPage:
     rows = connection.execute(
         sa.select(col(Event.id), col(Event.at), col(Event.type), col(Event.data))
-        .where(col(Event.id) > query.after, event_filter.condition())
+        .where(col(Event.id) > query.after, EventFilter(viewer, query.types).condition())
         .order_by(col(Event.id))
         .limit(query.limit)
     ).all()

