@@ -335,7 +335,7 @@ class Book(SQLModel, table=True):
         sa.Index("ix_book_year", sa.text(f"coalesce(publication_year, {UNKNOWN_YEAR})")),
         sa.Index("ix_book_year_ascending", sa.text(f"coalesce(publication_year, {-UNKNOWN_YEAR})")),
         sa.Index("ix_book_score", sa.text(SCORE)),
-        sa.Index("ix_book_genre", sa.text("lower(genre)")),
+        sa.Index("ix_book_genre", sa.text("lower(genre)")),  # on PostgreSQL with the id (migration 0010)
         sa.Index("ix_book_language", sa.text("lower(language)")),
         sa.Index("ix_book_available", "id", "available", sqlite_where=HAS_AVAILABLE, postgresql_where=HAS_AVAILABLE),
     )
