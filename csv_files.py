@@ -243,8 +243,6 @@ def read_price(text: str) -> str:
 
 def read_number(text: str) -> str:
     """`374.0` as `374`: a number that a spreadsheet took for a float."""
-    if text.isdecimal():
-        return text
     if re.fullmatch(r"\d{1,3}([.,]\d{3})+", text):
         raise InvalidCell("has a decimal sign or one between thousands")
     return re.sub(r"[.,]0+$", "", text)
