@@ -154,8 +154,9 @@ def records(text: TextIO, dialect: Dialect) -> Iterator[list[str] | BrokenRecord
             yield BrokenRecord(lines.reject_first_line(), str(error))
             continue
         if len(cells) == 1 != width:  # maybe quoted as a whole, and ended by `;`
-            inner = next(csv.reader([cells[0].rstrip("; ")], **options), [])
-            cells = inner if len(inner) == (width or max(2, len(inner))) else cells
+            inner = [*csv.reader(io.StringIO(cells[0].rstrip("; "), newline=""), **options)]
+            if len(inner) == 1 and len(inner[0]) == (width or max(2, len(inner[0]))):
+                cells = inner[0]
         if cells and not width:
             header, *first = split_header(cells)
             width = len(header) if header[0] != "sep=" else 0
@@ -242,8 +243,6 @@ def read_price(text: str) -> str:
 
 def read_number(text: str) -> str:
     """`374.0` as `374`: a number that a spreadsheet took for a float."""
-    if text.isdecimal():
-        return text
     if re.fullmatch(r"\d{1,3}([.,]\d{3})+", text):
         raise InvalidCell("has a decimal sign or one between thousands")
     return re.sub(r"[.,]0+$", "", text)

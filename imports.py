@@ -152,7 +152,7 @@ class RowParser:
                 authors = [re.sub("^([^,]+), ([^,]+)$", r"\2 \1", name) for name in "|".join(authors).split("|")]
             values |= {"author": ", ".join(authors)} if any(authors) else {}
         for name, read in csv_files.READERS.items():
-            if name in values:
+            if name in values and not values[name].isdecimal():
                 values[name] = self._read(row, name, values[name], read)
                 if values[name] is None:
                     del values[name]

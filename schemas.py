@@ -140,9 +140,9 @@ Url = Annotated[str, length(2000), StringConstraints(pattern=URL_PATTERN), Strip
 Isbn = Annotated[str, length(32), Stripped, AfterValidator(_to_isbn13)]
 Price = Annotated[
     Decimal,
-    BeforeValidator(_no_bool),
     Field(ge=0, max_digits=9, decimal_places=2, allow_inf_nan=False),
     AfterValidator(abs),  # of -0.0
+    BeforeValidator(_no_bool),  # before `Field`, pydantic would check the digits in Python: #11576
     pydantic.PlainSerializer(float, return_type=float, when_used="json"),
 ]
 Number = BeforeValidator(_check_number)

@@ -338,6 +338,14 @@ def test_goodreads_columns_without_their_header_are_recognised(reader: Person) -
     assert reader.upload(f"{header}\n{FULL}\n", path="/my-library/import")["inserted"] == 1
 
 
+def test_a_quoted_cell_with_a_line_break_is_no_row(reader: Person) -> None:
+    upload = reader.upload('title,author\n"A,B\nC,D"\nE,F\n')
+    assert (upload["status"], upload["inserted"]) == ("completed", 2)
+    assert [(error["row"], error["message"]) for error in upload["errors"]] == [
+        (2, "a quote in this row does not close where it should")
+    ]
+
+
 def test_text_that_is_cut_off_is_in_the_warning(reader: Person) -> None:
     author, review = ", ".join(f"Author {n}" for n in range(100)), " ".join(f"word{n}" for n in range(3000))
     content = f'Title,Author,My Rating,Exclusive Shelf,My Review\nA,"{author}",4,read,{review}\n'
