@@ -471,7 +471,7 @@ class CompiledQuery:
 
     def __init__(self, statement: Any) -> None:
         self.statement = statement
-        self.too_long: set[tuple[Any, ...]] = set()  # values with which it exceeded the budget of a read
+        self.too_long: set[str] = set()  # values with which it exceeded the budget of a read
 
     @functools.cached_property
     def _compiled(self) -> tuple[str, dict[str, Any], list[tuple[str, Callable[[Any], Any]]]]:
@@ -495,7 +495,7 @@ class CompiledQuery:
 
     def all(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> list[Any]:
         driver, bound = _driver(connection), self._bind(values)
-        if self.too_long and driver is backend().loop_driver and tuple(bound.values()) in self.too_long:
+        if self.too_long and driver is backend().loop_driver and str(bound) in self.too_long:
             raise OperationalError(self._compiled[0], None, sqlite3.OperationalError(INTERRUPTED))
         try:
             rows: list[Any] = _call(_fetch_all, driver, self._compiled[0], bound)
@@ -504,7 +504,7 @@ class CompiledQuery:
             if str(error.orig) == INTERRUPTED:
                 if len(self.too_long) >= 1000:
                     self.too_long.clear()
-                self.too_long.add(tuple(bound.values()))
+                self.too_long.add(str(bound))
             raise
 
     def first(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> Any:
