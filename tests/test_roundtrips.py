@@ -78,7 +78,7 @@ MOMENTS = st.datetimes(datetime(1990, 1, 1), datetime(2026, 1, 1), timezones=st.
 ENTRY = st.fixed_dictionaries(
     {"status": st.sampled_from(["wishlist", "reading", "completed", "abandoned"])},
     optional={
-        "rating": st.integers(1, 5),
+        "rating": st.integers(1, 20).map(lambda quarters: quarters / 4),
         "review": ODD | TEXT | st.sampled_from(["<b>x</b>", "a & b &lt; c", "one\n\ntwo", "<br/>"]),
         "tags": st.lists(st.sampled_from(["read", "to-read", "sf", "=x", "'", "a b", "é"]), max_size=4, unique=True),
         "started_at": MOMENTS,
