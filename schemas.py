@@ -142,7 +142,7 @@ Price = Annotated[
     Decimal,
     Field(ge=0, max_digits=9, decimal_places=2, allow_inf_nan=False),
     AfterValidator(abs),  # of -0.0
-    BeforeValidator(_no_bool),  # before `Field`, pydantic would check the digits in Python: #11576
+    BeforeValidator(_no_bool),  # before `Field`, the digits would be checked in Python (pydantic #11576)
     pydantic.PlainSerializer(float, return_type=float, when_used="json"),
 ]
 Number = BeforeValidator(_check_number)
