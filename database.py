@@ -45,7 +45,7 @@ def to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-Change = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # and its arguments
+Change = tuple[Callable[..., Any], Any, Any]  # and its arguments
 
 
 class _Queued(NamedTuple):
@@ -61,7 +61,7 @@ class _Database:
         is_sqlite = url.startswith("sqlite")
         self.backend: Sqlite | Postgresql = Sqlite(url) if is_sqlite else _postgresql().Postgresql(url, to_json)
         self.readers = anyio.CapacityLimiter(self.backend.threads)
-        self.jobs = anyio.CapacityLimiter(JOBS)
+        self.jobs, self.committers = anyio.CapacityLimiter(JOBS), anyio.CapacityLimiter(1)
         self.changes: deque[_Queued] = deque()
         self.committer: asyncio.Task[None] | None = None
 
@@ -69,13 +69,13 @@ class _Database:
         """Commit the queued changes in groups, until none is left."""
         while self.changes:
             group: list[_Queued] = []
-            outcomes: list[Any]
             try:
                 if isinstance(self.backend, Sqlite):
                     outcomes = _commit(self.backend.loop_writer, self._take(group))
                     self.backend.uncheckpointed += 1
                 else:
-                    outcomes = await anyio.to_thread.run_sync(self._commit_in_thread, group)
+                    engine, changes = self.backend.committer, self._take(group)
+                    outcomes = await anyio.to_thread.run_sync(_commit_with, engine, changes, limiter=self.committers)
             except Exception as error:
                 if not group:  # the transaction could not begin
                     is_busy, now = self.backend.is_busy(error), time.monotonic()
@@ -90,10 +90,6 @@ class _Database:
                     else:
                         done.set_result(outcome)
             await asyncio.sleep(0)
-
-    def _commit_in_thread(self, group: list[_Queued]) -> list[Any]:
-        with self.backend.writer.connect() as connection:
-            return _commit(connection, self._take(group))
 
     def _take(self, group: list[_Queued]) -> Iterator[Change]:
         """Move queued changes into `group`, for as long as others can wait."""
@@ -129,7 +125,10 @@ def open_database(url: str) -> None:
     _Open.database = _Database(url)
 
 
-def close_database() -> None:
+async def close_database() -> None:
+    _Open.database.changes.clear()  # of jobs that are cancelled
+    if _Open.database.committer is not None:
+        await _Open.database.committer
     backend().close()
     del _Open.database
 
@@ -192,9 +191,8 @@ def write_sync(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     changes, deadline = [(change, args, kwargs)], time.monotonic() + BUSY_TIMEOUT
     while True:
         try:
-            with backend().writer.connect() as connection:
-                result: T = _commit(connection, changes, alone=True)[0]
-                return result
+            result: T = _commit_with(backend().writer, changes, alone=True)[0]
+            return result
         except OperationalError as error:
             if not backend().is_busy(error) or time.monotonic() > deadline:
                 raise
@@ -222,12 +220,12 @@ def _commit(connection: Connection, changes: Iterable[Change], *, alone: bool = 
             except Exception as error:
                 if alone:
                     raise
-                outcome = error
+                outcome = RuntimeError(repr(error)) if isinstance(error, StopIteration) else error  # no future takes it
                 session.rollback()
                 try:
                     _call(execute, "ROLLBACK TO change")
-                except DBAPIError:  # a full disk, or a lost connection, has ended the transaction
-                    raise error from None
+                except DBAPIError as lost:  # a full disk, or a lost connection, has ended the transaction
+                    raise (error if isinstance(error, OperationalError) else lost) from None
             if not alone:
                 _call(execute, "RELEASE change")
             session.expunge_all()
@@ -235,6 +233,11 @@ def _commit(connection: Connection, changes: Iterable[Change], *, alone: bool = 
         _run_deferred(session)
     backend().committed()
     return outcomes
+
+
+def _commit_with(engine: sa.Engine, changes: Iterable[Change], *, alone: bool = False) -> list[Any]:
+    with engine.connect() as connection:
+        return _commit(connection, changes, alone=alone)
 
 
 def defer(session: Session, function: Callable[[Session, list[Any]], object], value: object) -> None:
@@ -323,14 +326,12 @@ def violation(error: IntegrityError) -> Violation:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether the disk is full."""
     return backend().is_full(getattr(error, "orig", None) or error)
 
 
 # --- SQLite -------------------------------------------------------------------------------------------------------
 
 log = logging.getLogger("books.sqlite")
-
 BUSY_TIMEOUT = 10  # seconds that a writer waits for others
 PRAGMAS = {
     "journal_mode": "WAL",  # readers and the writer do not block each other
@@ -364,10 +365,9 @@ class Sqlite:
         # AUTOCOMMIT: `_transaction` begins and ends transactions.
         options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True, "json_serializer": to_json}
         self.engine = create_engine(url, pool_size=self.threads, max_overflow=4, **options)
-        self.writer = create_engine(url, pool_size=JOBS, **options)
+        self.writer = create_engine(url, pool_size=1 + JOBS, max_overflow=0, pool_timeout=BUSY_TIMEOUT, **options)
         configure(self.engine, PRAGMAS)
         configure(self.writer, PRAGMAS | WRITER_PRAGMAS)
-        # The event loop's connections.
         self.loop_reader, self.loop_writer = self.engine.connect(), self.writer.connect()
         self.loop_driver = _driver(self.loop_reader)
         self.ticks = 0
@@ -424,7 +424,7 @@ class Sqlite:
         if match := re.search(r"UNIQUE constraint failed: (?:index 'uq_[a-z]+_(\w+)'|.*\.(\w+)$)", text):
             return "unique", match[1] or match[2]
         if match := re.search(r"CHECK constraint failed: ck_(\w+)$", text):
-            table = next(name for name in SQLModel.metadata.tables if match[1].startswith(f"{name}_"))
+            table = next((name for name in SQLModel.metadata.tables if match[1].startswith(f"{name}_")), "")
             return "check", match[1].removeprefix(f"{table}_")
         if match := re.search(r"NOT NULL constraint failed: \w+\.(\w+)$", text):
             return "check", match[1]
@@ -494,14 +494,14 @@ class CompiledQuery:
         return {**constants, **values, **processed}
 
     def all(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> list[Any]:
-        driver, bound = _driver(connection), self._bind(values)
+        driver, bound, ticks = _driver(connection), self._bind(values), backend().ticks
         if self.too_long and driver is backend().loop_driver and str(bound) in self.too_long:
             raise OperationalError(self._compiled[0], None, sqlite3.OperationalError(INTERRUPTED))
         try:
             rows: list[Any] = _call(_fetch_all, driver, self._compiled[0], bound)
             return rows
         except OperationalError as error:
-            if str(error.orig) == INTERRUPTED:
+            if str(error.orig) == INTERRUPTED and ticks <= MAX_TICKS // 2:  # most of the budget was this statement's
                 if len(self.too_long) >= 1000:
                     self.too_long.clear()
                 self.too_long.add(str(bound))
@@ -517,7 +517,7 @@ class CompiledQuery:
         """For an INSERT without RETURNING; `common` are values of all rows. Ids are in their order, without gaps."""
         database = backend()
         if not isinstance(database, Sqlite):
-            database.copy_rows(_core(connection), self.statement.table, [{**row, **common} for row in rows])
+            _call(database.copy_rows, _core(connection), self.statement.table, [{**row, **common} for row in rows])
             return
         # By position, with common values converted once: a dict for each row took a tenth of the time of an import.
         compiled: Any = self.statement.compile(dialect=sqlite_dialect(), column_keys=[*rows[0], *common])

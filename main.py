@@ -280,7 +280,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
             signal.raise_signal(signal.SIGTERM)
         raise
     finally:
-        database.close_database()
+        await database.close_database()
 
 
 # --- the front page -----------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Postgresql:
     begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"  # one snapshot for all statements
     begin_write = f"BEGIN; SELECT pg_advisory_xact_lock({WRITE_LOCK}); NOTIFY {CHANNEL}"  # sent at the commit
     driver_error = psycopg.Error
-    loop_driver = None  # reads run in threads
+    loop_driver, ticks = None, 0  # reads run in threads
 
     def __init__(self, url: str, to_json: Callable[[object], str]) -> None:
         self.url = url
@@ -46,7 +46,9 @@ class Postgresql:
         }
         self.engine = create_engine(url, pool_size=self.threads, max_overflow=4, **options)
         # A change is not tried again where its connection turns out to be broken.
-        self.writer = create_engine(url, pool_size=3, pool_pre_ping=True, **options)
+        one = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 10, "pool_pre_ping": True}
+        self.committer = create_engine(url, **one, **options)
+        self.writer = create_engine(url, **one | {"pool_size": 2}, **options)  # for threads
         self.dialect = self.engine.dialect
 
         @event.listens_for(self.engine, "connect")
@@ -54,6 +56,7 @@ class Postgresql:
             connection.adapters.register_loader("numeric", FloatLoader)  # sort keys, which go into cursors
 
     def close(self) -> None:
+        self.committer.dispose()
         self.writer.dispose()
         self.engine.dispose()
 

@@ -54,7 +54,7 @@ def count_up(url: str) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        database.close_database()
+        await database.close_database()
 
     anyio.run(run)
 
@@ -514,7 +514,7 @@ def small_app(first_start: FilePath, tmp_path: FilePath) -> Iterator[TestClient]
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         database.open_database(url)
         yield
-        database.close_database()
+        await database.close_database()
 
     app = FastAPI(lifespan=lifespan, exception_handlers=HANDLERS)
     app.put("/settings/{key}", status_code=201)(put_setting)

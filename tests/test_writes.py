@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlmodel import Session
 
 import books
@@ -247,3 +247,46 @@ def test_a_killed_service_has_all_that_it_acknowledged_and_no_event_without_its_
     assert set(acknowledged) <= stored
     assert sorted(logged) == sorted(stored)
     assert indexed == len(stored)
+
+
+def test_a_lost_transaction_does_not_answer_others_with_one_change_s_error(client: TestClient) -> None:
+    def lose(session: Session) -> None:
+        database._driver(session).execute("ROLLBACK")  # as a full disk or a broken connection does
+        raise Refused
+
+    outcomes = together(client, lambda: database.write(add, "Dune"), lambda: database.write(lose))
+    assert [isinstance(outcome, DBAPIError) for outcome in outcomes] == [True, True]
+    assert client.get("/books").json()["total"] == 0
+    assert isinstance(together(client, lambda: database.write(add, "Emma"))[0], int)
+
+
+def test_a_change_that_raises_stop_iteration_answers_its_group(client: TestClient) -> None:
+    def stop(_session: Session) -> None:
+        raise StopIteration
+
+    stopped, added = together(client, lambda: database.write(stop), lambda: database.write(add, "Dune"))
+    assert isinstance(stopped, RuntimeError)
+    assert added == 1
+
+
+@pytest.mark.sqlite
+def test_a_statement_that_ends_the_budget_of_another_is_not_remembered(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = database.CompiledQuery(
+        sa.text("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :most) SELECT max(i) FROM n")
+    )
+    quick = database.CompiledQuery(slow.statement)
+
+    threads = []
+
+    def run_both(connection: sa.Connection) -> None:
+        threads.append(threading.current_thread())
+        slow.first(connection, {"most": 1200})
+        quick.first(connection, {"most": 900})
+
+    assert client.portal is not None
+    for _ in range(3):
+        client.portal.call(database.read, run_both)
+    assert len(set(threads)) > 1, "together they exceed the budget"
+    assert (len(slow.too_long), len(quick.too_long)) == (0, 0)
