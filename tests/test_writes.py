@@ -33,6 +33,12 @@ class Refused(Exception):
     pass
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes that are made together share a transaction, however slow the machine is."""
+    monkeypatch.setattr(database, "MAX_GROUP_TIME", 60)
+
+
 def add(session: Session, title: str, fail: bool = False) -> int:
     book = books.add_book(session, BookCreate(title=title, author="A"), 1)
     if fail:
