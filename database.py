@@ -352,9 +352,7 @@ POLL_INTERVAL = 0.1  # seconds; a check for commits of other processes takes 3 Â
 
 class Sqlite:
     kind = "sqlite"
-    # Also the size of the pool, so that no thread waits for a connection. A burst of slow searches leaves the other
-    # threads of the process free.
-    threads = 8
+    threads = 2  # for reads beyond their budget; with more, they keep the event loop from the processor
     begin_read = "BEGIN"
     # A deferred transaction that reads first and writes later fails at once ("database is locked").
     begin_write = "BEGIN IMMEDIATE"
@@ -364,7 +362,7 @@ class Sqlite:
     def __init__(self, url: str) -> None:
         # AUTOCOMMIT: `_transaction` begins and ends transactions.
         options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True, "json_serializer": to_json}
-        self.engine = create_engine(url, pool_size=self.threads, max_overflow=4, **options)
+        self.engine = create_engine(url, pool_size=8, max_overflow=4, **options)
         self.writer = create_engine(url, pool_size=1 + JOBS, max_overflow=0, pool_timeout=BUSY_TIMEOUT, **options)
         configure(self.engine, PRAGMAS)
         configure(self.writer, PRAGMAS | WRITER_PRAGMAS)

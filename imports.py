@@ -392,6 +392,7 @@ class ImportJob:
     done: int  # rows
     enrich: bool
     shelve: bool
+    batch: int  # rows to a transaction
     renewed_at: datetime
     progress_at: float = 0
 

@@ -205,6 +205,7 @@ def cancel_upload(session: Session, upload_id: UploadId, user: CurrentUser) -> U
 log = logging.getLogger("books.uploads")
 
 BATCH = 1000  # rows to a transaction: other writers wait some 40 ms
+SHELF_BATCH = 100  # the same onto a shelf or with updates, which take up to ten times as long
 ENRICH_BATCH = external.MAX_ISBNS  # the same with look-ups: each request is committed with its answer
 MAX_ERRORS = 10_000  # errors that are stored of one upload, and as many warnings; the counts stay exact
 MAX_CELL = 100_000  # characters stored of a refused row's cell: a field takes 20,000, which are more as HTML
@@ -238,7 +239,7 @@ def _run_job(job: ImportJob) -> None:
             if row.book is not None:
                 tracker.key(row.book)
         enricher = external.Enricher(job.renew_lease) if job.enrich else None
-        while batch := list(islice(rows, ENRICH_BATCH if enricher else BATCH)):
+        while batch := list(islice(rows, job.batch)):
             is_ready = enricher is None or enricher.look_up_isbns(batch)
             if is_ready:
                 database.write_sync(_store_batch, job, tracker, batch, file.file.position)
@@ -277,7 +278,9 @@ def _claim(session: Session, upload_id: int) -> ImportJob | None:
 def lease(upload: Upload) -> ImportJob:
     now = models.utcnow()
     upload.status, upload.worker, upload.lease_until = UploadStatus.processing, secrets.token_hex(8), now + LEASE
-    return ImportJob(upload.id, upload.worker, upload.rows, upload.enrich, upload.shelve, now)
+    slow = upload.shelve or upload.on_duplicate == OnDuplicate.update
+    batch = ENRICH_BATCH if upload.enrich else min(BATCH, SHELF_BATCH) if slow else BATCH
+    return ImportJob(upload.id, upload.worker, upload.rows, upload.enrich, upload.shelve, batch, now)
 
 
 def claimable() -> ColumnElement[bool]:
