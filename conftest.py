@@ -8,6 +8,8 @@ NEEDS = {
     "test_properties.py": "hypothesis",
     "test_roundtrips.py": "hypothesis",
     "test_desk.py": "hypothesis",
+    "test_uploaded_shelves.py": "hypothesis",
+    "test_writes.py": "hypothesis",
     "test_mail.py": "aiosmtpd",
     "test_docs.py": "jsonschema_rs",
     "test_schema.py": "schemathesis",

@@ -1,4 +1,4 @@
-"""`database.write`: changes that are made at the same time share a transaction."""
+"""`database.write`: changes that are made at the same time share a transaction. Needs hypothesis."""
 
 import asyncio
 import contextlib
