@@ -98,16 +98,13 @@ def _json_build_object(element: JsonObject, compiler: Any, **options: Any) -> st
 
 
 class TimestampKey(sa.TypeDecorator[str]):
-    """A timestamp whose value is text, as SQLite stores it and cursors carry it."""
+    """A timestamp that is bound as text, as SQLite stores it and cursors carry it."""
 
     impl = UtcDateTime
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Any) -> Any:
         return None if value is None else datetime.fromisoformat(value).replace(tzinfo=UTC)
-
-    def process_result_value(self, value: Any, dialect: Any) -> str | None:
-        return None if value is None else value.replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
 def json_response(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -310,7 +307,10 @@ class Listing:
         for statement in self._compiled(self.names(filters), order, keys is not None):
             rows += statement.all(connection, {**values, "limit": limit + 1 - len(rows)})
             if len(rows) > limit:
-                return rows[:limit], rows[limit - 1][-len(order.columns) :]
+                return rows[:limit], [
+                    key.replace(tzinfo=None).isoformat(" ", "microseconds") if isinstance(key, datetime) else key
+                    for key in rows[limit - 1][-len(order.columns) :]
+                ]
         return rows, None
 
     def first(self, connection: Connection | Session, filters: Filters) -> str | None:

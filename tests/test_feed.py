@@ -279,7 +279,7 @@ def test_the_write_lock_keeps_ids_in_commit_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: bool
 ) -> None:
     if not locked:
-        monkeypatch.setattr(postgresql, "take_write_lock", lambda _connection: None)
+        monkeypatch.setattr(postgresql.Postgresql, "begin_write", f"BEGIN; NOTIFY {postgresql.CHANNEL}")
     has_id, may_commit = threading.Event(), threading.Event()
 
     def write_slowly(session: Session) -> None:
