@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +137,8 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(books=st.lists(BOOKS, min_size=1, max_size=6), damage=DAMAGE)
 def test_nothing_that_a_reader_has_said_is_lost(empty: Path, books: list[Book], damage: dict[str, Any]) -> None:
     content, titles = render(books, damage)
-    one, other = empty.with_name("one.db"), empty.with_name("other.db")
+    folder = Path(tempfile.mkdtemp(dir=empty.parent))
+    one, other = folder / "one.db", folder / "other.db"
     copy_of(empty, one)
     copy_of(empty, other)
     with service(one) as admin:
