@@ -258,15 +258,23 @@ async def get_answer(client: httpx2.AsyncClient, source: Source, url: httpx2.URL
     if source is Source.google and settings.google_books_key is not None:
         url = url.copy_merge_params({"key": settings.google_books_key.get_secret_value()})
     try:
-        async with client.stream("GET", url) as response:  # which follows no redirect
-            return await read_answer(source, response, parse)
+        # At most three redirects. httpx2 would follow them to any host, and read their bodies whatever their size.
+        for _ in range(4):
+            async with client.stream("GET", url) as response:
+                if not response.has_redirect_location:
+                    return await read_answer(source, response, parse)
+                target = url.join(response.headers["Location"])
+            if (target.scheme, target.netloc) != (url.scheme, url.netloc):
+                raise SourceError(502, source, "redirects to another server")
+            url = target
     except httpx2.TimeoutException:
         raise SourceError(504, source, "does not answer in time", pause=0) from None
-    except httpx2.RequestError as error:
+    except (httpx2.RequestError, httpx2.InvalidURL) as error:
         log.info("%s: %s", source.label, type(error).__name__)
         raise SourceError(502, source, "can't be reached, or breaks off", pause=0) from None
     except ValueError:
         raise SourceError(502, source, "answers what can't be read", pause=0) from None
+    raise SourceError(502, source, "redirects too often")
 
 
 async def read_answer(source: Source, response: httpx2.Response, parse: Parser[T]) -> T | None:

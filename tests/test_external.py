@@ -383,7 +383,7 @@ FAULTS: dict[str, tuple[Fault, int, int]] = {
     "compressed body": (answering(b"\x1f\x8b", Content_Encoding="gzip"), 502, 1),
     "redirect to another origin": (answering({}, 302, Location="http://localhost:1/volumes"), 502, 1),
     "redirect to a file": (answering({}, 302, Location="file:///etc/passwd"), 502, 1),
-    "redirect to the same origin": (answering({}, 301, Location="/volumes?q=again"), 502, 1),
+    "redirect loop": (answering({}, 301, Location="/volumes?q=again"), 502, 4),
 }
 
 
@@ -429,6 +429,11 @@ def test_retry_after_is_respected(reader: Person, others: Catalogues) -> None:
     assert look(reader, q="emma")["total"] == 4
     assert 1 <= time.monotonic() - started < 3
     assert len(others.requests) == 3
+
+
+def test_redirect_to_the_same_origin_is_followed(reader: Person, others: Catalogues) -> None:
+    others.faults = [answering({}, 302, Location=f"{others.url}/volumes?q=dune&startIndex=0&maxResults=10")]
+    assert [book["title"] for book in look(reader, q="emma")["items"]] == ["Dune"]
 
 
 def test_broken_items_are_left_out(reader: Person, others: Catalogues) -> None:
