@@ -477,7 +477,7 @@ class RequestMiddleware:
 
         try:
             await self.app(inner, receive, send_response)
-        except Exception:
+        except Exception:  # a bug, or the connection is lost
             if not status:
                 await problem(500, INTERNAL_ERROR)(scope, receive, send_response)
             raise  # the server logs it

@@ -76,7 +76,7 @@ class _Database:
                 else:
                     engine, changes = self.backend.committer, self._take(group)
                     outcomes = await anyio.to_thread.run_sync(_commit_with, engine, changes, limiter=self.committers)
-            except Exception as error:
+            except Exception as error:  # whatever it is, each of the group is to be answered
                 if not group:  # the transaction could not begin
                     is_busy, now = self.backend.is_busy(error), time.monotonic()
                     while self.changes and (self.changes[0].deadline <= now or not is_busy):
@@ -217,7 +217,7 @@ def _commit(connection: Connection, changes: Iterable[Change], *, alone: bool = 
             try:
                 outcome = function(session, *args, **kwargs)
                 session.flush()
-            except Exception as error:
+            except Exception as error:  # of this change, which is answered with it
                 if alone:
                     raise
                 outcome = RuntimeError(repr(error)) if isinstance(error, StopIteration) else error  # no future takes it

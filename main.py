@@ -156,7 +156,7 @@ async def resume_uploads() -> None:
 async def delete_accounts() -> None:
     """Go on with the accounts that were too large for one transaction. Several workers may do so at once."""
     for user_id in await database.read(users.deleted_accounts):
-        while not await anyio.to_thread.run_sync(database.write_sync, users.delete_batch, user_id):  # noqa: ASYNC110
+        while not await anyio.to_thread.run_sync(database.write_sync, users.delete_batch, user_id):  # noqa: ASYNC110  # no event to wait for
             await anyio.sleep(PAUSE)
 
 

@@ -222,6 +222,15 @@ def first_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def two_services(first_start: Path) -> tuple[Path, Path]:
+    """Two databases of their own, for an example of a property."""
+    folder = Path(tempfile.mkdtemp(dir=first_start.parent))
+    one, other = folder / "one.db", folder / "other.db"
+    copy_of(first_start, one)
+    copy_of(first_start, other)
+    return one, other
+
+
 @contextmanager
 def service(file: Path) -> Iterator[Person]:
     with pytest.MonkeyPatch.context() as patch:

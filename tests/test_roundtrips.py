@@ -1,6 +1,5 @@
 """Exports are imported unchanged, whatever they contain. Needs hypothesis (requirements-dev.txt)."""
 
-import tempfile
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -10,28 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stdnum import ean
 
-from tests.fixtures import copy_of, service, without_ids
+from tests.fixtures import service, two_services, without_ids
 
 pytestmark = pytest.mark.slow
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-
-
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database as the first start leaves it."""
-    file = tmp_path_factory.mktemp("empty") / "books.db"
-    with service(file):
-        pass
-    return file
-
-
-def two_services(empty: Path) -> tuple[Path, Path]:
-    folder = Path(tempfile.mkdtemp(dir=empty.parent))
-    one, other = folder / "one.db", folder / "other.db"
-    copy_of(empty, one)
-    copy_of(empty, other)
-    return one, other
 
 
 # Few titles and authors, so that books repeat, and characters special to CSV, spreadsheets and our escaping.
@@ -58,8 +40,8 @@ CATALOGUE = st.lists(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(books=CATALOGUE)
-def test_catalogue_survives_export_and_import(empty: Path, books: list[dict[str, Any]]) -> None:
-    one, other = two_services(empty)
+def test_catalogue_survives_export_and_import(first_start: Path, books: list[dict[str, Any]]) -> None:
+    one, other = two_services(first_start)
     with service(one) as admin:
         for book in books:
             assert admin.post("/books", json=book).status_code in (201, 409, 422)
@@ -89,8 +71,10 @@ ENTRY = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shelf=st.lists(st.tuples(CATALOGUE.filter(bool).map(lambda books: books[0]), ENTRY), max_size=5))
-def test_shelf_survives_export_and_import(empty: Path, shelf: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    one, other = two_services(empty)
+def test_shelf_survives_export_and_import(
+    first_start: Path, shelf: list[tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+    one, other = two_services(first_start)
     with service(one) as admin:
         for book, entry in shelf:
             answer = admin.post("/books", json=book)

@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from csv_files import (
     SHELVES,
     column_keys,
 )
-from tests.fixtures import ROOT, Person, copy_of, service, without_ids
+from tests.fixtures import ROOT, Person, service, two_services, without_ids
 
 # --- made-up shelves, damaged at random ---------------------------------------------------------------------------
 
@@ -124,23 +123,12 @@ def as_html(text: str) -> str:
     return text.replace("&", "&amp;").replace("\n", "<br/>")
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("empty") / "books.db"
-    with service(file):
-        pass
-    return file
-
-
 @pytest.mark.slow
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(books=st.lists(BOOKS, min_size=1, max_size=6), damage=DAMAGE)
-def test_nothing_that_a_reader_has_said_is_lost(empty: Path, books: list[Book], damage: dict[str, Any]) -> None:
+def test_nothing_that_a_reader_has_said_is_lost(first_start: Path, books: list[Book], damage: dict[str, Any]) -> None:
     content, titles = render(books, damage)
-    folder = Path(tempfile.mkdtemp(dir=empty.parent))
-    one, other = folder / "one.db", folder / "other.db"
-    copy_of(empty, one)
-    copy_of(empty, other)
+    one, other = two_services(first_start)
     with service(one) as admin:
         upload = admin.upload(content, path="/my-library/import")
         assert (upload["status"], upload["error"]) == ("completed", None)
