@@ -25,7 +25,7 @@ from mail import Email
 from models import CodePurpose, InvalidField, LoginSession, OneTimeCode, Principal, Role, User
 from pagination import json_response
 from schemas import EmailAddress, Password, RequestModel, Storable, UserCreate, UserPublic, pattern
-from security import CurrentUser, unauthorized
+from security import CurrentUser, authorized, unauthorized
 
 router = Router(tags=["Accounts"])
 
@@ -49,11 +49,10 @@ async def create_account(new: UserCreate, role: Role, tasks: BackgroundTasks, by
     return await database.write(insert_account, new, password_hash, role, tasks, by)
 
 
+@authorized
 def insert_account(
     session: Session, new: UserCreate, password_hash: str, role: Role, tasks: BackgroundTasks, by: Principal | None
 ) -> UserPublic:
-    if by is not None:
-        security.check_still_authorized(session, by)
     user = User(**new.model_dump(exclude={"password", "role"}), password_hash=password_hash, role=role)
     session.add(user)
     session.flush()
@@ -292,21 +291,26 @@ async def change_password(body: PasswordChange, user: CurrentUser, request: Requ
     tasks.add_task(mail.send, await database.write(replace_password, user, password_hash))
 
 
+@authorized
 def replace_password(session: Session, user: Principal, password_hash: str) -> Email:
-    security.check_still_authorized(session, user)
     me, others = session.get_one(User, user.id), col(LoginSession.id) != user.session_id
     return set_password(session, me, password_hash, "password_changed", others)
 
 
 async def confirm_password(user: Principal, password: str, request: Request) -> Any:
-    """The user's row. 403 if the password is wrong. If it is changed meanwhile, that ends the session."""
+    """The user's row. 403 if the password is wrong. A change of it ends the session, so that later writes are 401."""
     await security.check_rate_limit("password", request, user.id)
     me = await read_account(user)
     is_right, _ = await security.verify_password(password, me.password_hash)
     if not is_right:
-        await database.write(record_account_event, user.id, "password_refused")
+        await database.write(record_refusal, user)
         raise HTTPException(403, "This is not your password.")
     return me
+
+
+@authorized
+def record_refusal(session: Session, user: Principal) -> None:
+    record_account_event(session, user.id, "password_refused")
 
 
 async def read_account(user: Principal) -> Any:

@@ -258,13 +258,14 @@ def readonly(handler: database.Read[P, T]) -> Callable[P, Awaitable[T]]:
 
 
 def transactional(handler: database.Write[P, T]) -> Callable[P, Awaitable[T]]:
-    """Run a route handler as one `write`. FastAPI does not see its first parameter, the session."""
-    return _without_first_parameter(handler, database.write)
+    """Run a route handler as one `write`, if its user is still authorized then. FastAPI does not see its first
+    parameter, the session."""
+    return _without_first_parameter(security.authorized(handler), database.write)
 
 
 def transactional_in_thread(handler: database.Write[P, T]) -> Callable[P, T]:
     """`transactional` for a change that may take longer than the event loop can wait."""
-    return _without_first_parameter(handler, database.write_sync)
+    return _without_first_parameter(security.authorized(handler), database.write_sync)
 
 
 def _without_first_parameter(handler: Callable[Concatenate[Any, P], Any], run: Any) -> Callable[P, Any]:

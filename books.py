@@ -204,9 +204,10 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
 
 
 @hot.post("", status_code=201, response_model=BookPublic, responses=errors(403, 409, sends={201: "Location ETag"}))
-async def create_book(new: BookCreate, user: Contributor) -> Response:
+@transactional
+def create_book(session: Session, new: BookCreate, user: Contributor) -> Response:
     """Add a book. An ISBN that is here already is refused with 409."""
-    book = await database.write(add_book, new, user.id)
+    book = add_book(session, new, user.id)
     headers = {"Location": f"/books/{book.id}", "ETag": etag_of(book.version)}
     return json_response(book.model_dump_json(), 201, headers)
 

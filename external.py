@@ -28,9 +28,9 @@ import schemas
 from api import INTERNAL_ERROR, Router, errors, or_404
 from books import add_book, etag_of
 from csv_files import LOOKED_UP, ImportRow, InvalidCell, from_html, read_date, repair_isbn
-from models import InvalidField, Role, User, claim_job, schedule_job
+from models import InvalidField, Principal, Role, User, claim_job, schedule_job
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, Isbn, Price, RequestModel, Title
-from security import Contributor, CurrentUser
+from security import Contributor, CurrentUser, authorized
 from settings import VERSION, settings
 
 T = TypeVar("T")
@@ -414,9 +414,14 @@ async def add_external_book(payload: ExternalBook, user: Contributor, response: 
         raise InvalidField("ref", f"is not one of {payload.source.label}")
     no_book = f"{payload.source.label} has no such book."
     candidate = or_404(await fetch_candidate(payload.source, payload.ref), no_book)
-    book = await database.write(add_book, candidate.book(), user.id)
+    book = await database.write(add_found_book, candidate.book(), user)
     response.headers.update({"Location": f"/books/{book.id}", "ETag": etag_of(book.version)})
     return book
+
+
+@authorized
+def add_found_book(session: Session, new: BookCreate, user: Principal) -> BookPublic:
+    return add_book(session, new, user.id)
 
 
 # --- look-up by ISBN for imports ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import limits
 import sqlalchemy as sa
@@ -31,11 +31,11 @@ from sqlmodel import Session, col
 
 import database
 import models
+from database import P, T
 from models import InvalidField, LoginSession, Principal, Role, Setting, User
 from schemas import EmailAddress, Id, Username
 from settings import COMMON_PASSWORDS, settings
 
-T = TypeVar("T")
 log = logging.getLogger("books.security")
 MAX_TOKEN = 4000  # characters; ours have some 300
 
@@ -177,10 +177,18 @@ async def is_token_valid(principal: Principal) -> bool:
     return current == principal and models.utcnow().timestamp() < principal.expires_at
 
 
-def check_still_authorized(session: Session, principal: Principal) -> None:
-    """401 if session or role have changed while the transaction waited for its turn."""
-    if _find_principal(session, principal.id, principal.session_id, principal.expires_at) != principal:
-        raise unauthorized()
+def authorized(change: database.Write[P, T]) -> database.Write[P, T]:
+    """`change`, once its transaction has verified that the rights of the Principal among its arguments are still those
+    that the token gave: 401 if the session has ended, or the account or its role has changed."""
+
+    @functools.wraps(change)
+    def checked(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        for user in (each for each in (*args, *kwargs.values()) if isinstance(each, Principal)):
+            if _find_principal(session, user.id, user.session_id, user.expires_at) != user:
+                raise unauthorized()
+        return change(session, *args, **kwargs)
+
+    return checked
 
 
 async def get_current_user(principal: Annotated[Principal | None, Depends(get_principal)]) -> Principal:

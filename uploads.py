@@ -35,7 +35,7 @@ from library import ENTRIES
 from models import Book, InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus, User
 from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
 from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic
-from security import Contributor, CurrentUser, Viewer, reject_repeated_fields
+from security import Contributor, CurrentUser, Viewer, authorized, reject_repeated_fields
 from settings import settings
 
 router = Router(tags=["In and out"])
@@ -130,7 +130,7 @@ async def store_upload(form: ShelfForm, user: Principal, tasks: BackgroundTasks,
     if form.file.size > settings.max_upload_mb << 20:
         raise HTTPException(413, f"Files have at most {settings.max_upload_mb} MiB.")
     try:
-        upload = await anyio.to_thread.run_sync(store_file, form, user.id)
+        upload = await anyio.to_thread.run_sync(store_file, form, user)
     except JobCancelled as reason:
         raise HTTPException(409, f"The upload has ended: {reason}.") from None
     tasks.add_task(database.run_job, run_upload, upload.id)
@@ -138,9 +138,9 @@ async def store_upload(form: ShelfForm, user: Principal, tasks: BackgroundTasks,
     return upload
 
 
-def store_file(form: ShelfForm, user_id: int) -> UploadPublic:
+def store_file(form: ShelfForm, user: Principal) -> UploadPublic:
     """As a job, so that none begins before the file is whole. In one transaction, 100 MB hold the writer for 0.3 s."""
-    job = database.write_sync(insert_upload, form, user_id)
+    job = database.write_sync(insert_upload, form, user)
     for number, data in enumerate(iter(lambda: form.file.file.read(CHUNK), b"")):
         database.write_sync(insert_chunk, job, number, data)
     return database.write_sync(release, job)
@@ -152,10 +152,11 @@ PUBLIC_HINT = (
 )
 
 
-def insert_upload(session: Session, form: ShelfForm, user_id: int) -> ImportJob:
+@authorized
+def insert_upload(session: Session, form: ShelfForm, user: Principal) -> ImportJob:
     filename = printable(form.file.filename or "", 255) or "upload.csv"
     options = {"shelve": True} | form.model_dump(exclude={"file"})  # a ShelfForm does not have `shelve`
-    upload = Upload(**options, user_id=user_id, filename=filename, size=form.file.size or 0)
+    upload = Upload(**options, user_id=user.id, filename=filename, size=form.file.size or 0)
     upload.hint = PUBLIC_HINT if upload.shelve else None
     session.add(upload)
     session.flush()

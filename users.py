@@ -27,7 +27,7 @@ from events import record_account_event
 from models import Event, Loan, LoginSession, Principal, Role, Upload, UploadChunk, UploadError, User
 from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
 from schemas import AccountCreate, AccountUpdate, EventPublic, Id, Name, RequestModel, UserPublic, UserUpdate
-from security import Admin, CurrentUser, check_rate_limit, check_still_authorized
+from security import Admin, CurrentUser, authorized, check_rate_limit
 from settings import settings
 
 router = Router(prefix="/users", tags=["Users"])
@@ -59,10 +59,10 @@ async def update_me(change: UserUpdate, user: CurrentUser, request: Request, tas
     return await database.write(change_me, user, change, changes_address, tasks)
 
 
+@authorized
 def change_me(
     session: Session, user: Principal, change: UserUpdate, changes_address: bool, tasks: BackgroundTasks
 ) -> UserPublic:
-    check_still_authorized(session, user)
     me = session.get_one(User, user.id)
     if changes_address:
         request_address_change(session, me, change.email, tasks)
@@ -96,7 +96,7 @@ async def delete_me(body: MyPassword, user: CurrentUser, request: Request, tasks
     reviews, without my name, is deleted in the seconds after the answer.
     """
     await accounts.confirm_password(user, body.password, request)
-    email = await anyio.to_thread.run_sync(database.write_sync, delete_account, user.id, user)
+    email = await anyio.to_thread.run_sync(database.write_sync, authorized(delete_account), user.id, user)
     tasks.add_task(mail.send, email)
 
 
@@ -231,7 +231,6 @@ def update_user(
 
     Deactivating ends all sessions at once. The last active admin stays one: 409.
     """
-    check_still_authorized(session, admin)
     user = get_user(session, user_id)
     role, was_active, was_admin = user.role, user.is_active, is_active_admin(user)
     fields = change.model_dump(exclude_unset=True)
@@ -296,7 +295,6 @@ def delete_account(session: Session, user_id: int, by: Principal) -> mail.Email:
     The answer does not wait for them: 50,000 books take longer than a proxy waits, and after a crash that job must go
     on anyway.
     """
-    check_still_authorized(session, by)
     user = get_user(session, user_id)
     was_admin = is_active_admin(user)
     loans.refuse_while_borrowing(session, user_id)

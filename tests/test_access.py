@@ -1,16 +1,22 @@
 """Access control: every route, requested with every kind of token."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import httpx2 as httpx
 import pytest
+import sqlalchemy as sa
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+from sqlmodel import SQLModel
 
 import database
+import security
 from main import app
 from models import Role
-from tests.fixtures import NEW, PASSWORD, make
+from tests.fixtures import NEW, PASSWORD, Person, Server, make
 
 DOCS = ("/docs", "/docs/oauth2-redirect", "/redoc")
 # "reader" owns what is requested; "deactivated" and "logged-out" still have an access token.
@@ -208,3 +214,107 @@ def test_each_route_answers_each_user_with_the_right_status(
     if route == "GET /admin/backup" and database.is_postgresql():
         expected = succeeding_with(409, expected)  # pg_dump does this
     assert statuses == dict(zip(USERS, expected, strict=True))
+
+
+# --- rights that end while a request is under way -----------------------------------------------------------------
+
+RIGHT_PASSWORD: dict[str, dict[str, Any]] = {
+    "POST /auth/change-password": {"current_password": PASSWORD, "new_password": "another horse"},
+    "PATCH /users/me": {"email": "new@example.com", "current_password": PASSWORD},
+}
+WRITES = [
+    pytest.param(route, body, id=f"{route}{note}")
+    for route, access in MATRIX.items()
+    if not route.startswith("GET ") and access.statuses[0] == 401
+    for note, body in (("", None), (" with the password", RIGHT_PASSWORD.get(route)))
+    if body or not note
+]
+ENDINGS = {
+    "signed out": "UPDATE login_session SET revoked_at = created_at WHERE user_id = :id",
+    "switched off": 'UPDATE "user" SET is_active = false WHERE id = :id',
+    "demoted": "UPDATE \"user\" SET role = 'reader' WHERE id = :id",
+    "deleted": 'DELETE FROM "user" WHERE id = :id',
+}
+
+
+@pytest.mark.parametrize(("route", "body"), WRITES)
+@pytest.mark.usefixtures("others")
+def test_a_write_is_refused_when_rights_end_after_the_token_was_verified(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, route: str, body: dict[str, Any] | None
+) -> None:
+    """The worst case of a race: they end between the read of the dependency and the transaction of the write."""
+    access, world = MATRIX[route], World(client)
+    method, pattern = route.split()
+    read: Any = database.read
+    ending, before = "", {}
+
+    async def read_and_end(query: Any, *args: Any, **kwargs: Any) -> Any:
+        result = await read(query, *args, **kwargs)
+        if query is security._find_principal:
+            statement = sa.text(ENDINGS[ending]).bindparams(id=result.id)
+            database.write_sync(lambda session: session.connection().execute(statement))
+            before.update(database.read_sync(everything))
+        return result
+
+    for ending in ENDINGS:
+        person = make(client, ending.replace(" ", "-"), Role.admin)
+        path = pattern.format(
+            **(access.path(world) if access.path else {"book_id": world.book, "upload_id": world.upload})
+        )
+        options = {"json": body} if body else access.body(world) if access.body else {}
+        monkeypatch.setattr(database, "read", read_and_end)
+        answer = person.request(method, path, **options)
+        monkeypatch.setattr(database, "read", read)
+        assert answer.status_code == 401, f"{ending}: {answer.text}"
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert database.read_sync(everything) == before, ending
+
+
+def everything(connection: sa.Connection) -> dict[str, list[Any]]:
+    """All rows, but for accounts and sessions: these are changed by the test."""
+    tables = [table for name, table in SQLModel.metadata.tables.items() if name not in ("user", "login_session")]
+    return {table.name: sorted(map(repr, connection.execute(sa.select(table)))) for table in tables}
+
+
+SWITCHED_OFF = {"is_active": False}
+REMOVALS: dict[str, tuple[str, Callable[[Person, Person, int], httpx.Response]]] = {
+    "demoted": ("account.role_changed", lambda admin, _, id_: admin.patch(f"/users/{id_}", json={"role": "reader"})),
+    "switched off": ("account.switched_off", lambda admin, _, id_: admin.patch(f"/users/{id_}", json=SWITCHED_OFF)),
+    "deleted": ("account.deleted", lambda admin, _, id_: admin.delete(f"/users/{id_}")),
+    "signed out": ("account.logout", lambda _, person, id_: person.post("/auth/logout-all")),
+}
+ROUNDS = 5
+
+
+@pytest.mark.parametrize(("event", "remove"), REMOVALS.values(), ids=REMOVALS)
+def test_no_write_is_committed_after_the_event_that_ends_its_rights(
+    serve: Callable[..., Server], event: str, remove: Callable[[Person, Person, int], httpx.Response]
+) -> None:
+    """Eight requests at a time of a librarian, on two workers, who loses the account, the role or the session."""
+    server = serve("--workers", "2")
+    admin = Person(server.client, "admin", "admin")
+    late = written = 0
+    for number in range(ROUNDS):
+        new = {**NEW, "username": f"rita{number}", "email": f"rita{number}@example.com", "role": "librarian"}
+        user_id = admin.post("/users", json=new).json()["id"]
+        person, book = Person(server.client, new["username"]), admin.add_book()["id"]
+        start = admin.get("/books", params={"limit": 1}).headers["X-Event-Cursor"]
+        with ThreadPoolExecutor(8) as pool:
+            writers = [pool.submit(write_while_allowed, person, book, letter) for letter in "abcdefgh"]
+            time.sleep(0.05)
+            assert remove(admin, person, user_id).status_code in (200, 204)
+        assert {writer.result() for writer in writers} <= {401, 403}
+        query = {"after": start, "types": f"{event},book.updated", "limit": 100}
+        types = [each["type"] for each in admin.get("/events", params=query).json()["items"]]
+        written, late = written + types.count("book.updated"), late + len(types) - types.index(event) - 1
+    assert written > ROUNDS
+    assert late == 0, f"{late} of {written} writes were late"
+
+
+def write_while_allowed(person: Person, book: int, letter: str) -> int:
+    """Change a book until the answer is not 200; the status."""
+    for number in range(10):
+        status = person.patch(f"/books/{book}", json={"title": f"{letter}{number}"}).status_code
+        if status != 200:
+            return status
+    return 401

@@ -9,10 +9,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import sqlalchemy as sa
-from fastapi import BackgroundTasks, HTTPException
 from fastapi.testclient import TestClient
 
-import accounts
 import csv_files
 import database
 import events
@@ -20,8 +18,8 @@ import main
 import security
 import users
 from mail import Email
-from models import Principal, Role
-from schemas import AccountUpdate, UserCreate, UserPublic, UserUpdate
+from models import Principal
+from schemas import UserPublic
 from settings import check_database_url, settings
 from tests.fixtures import DUNE, NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in, url_of, wait_for
 
@@ -688,41 +686,6 @@ def test_the_last_admin_can_not_be_removed_while_unconfirmed(
     assert admin.request(method, "/users/1", json=body).status_code == 409
     reader = admin.post("/users", json=NEW).json()["id"]
     assert admin.delete(f"/users/{reader}").status_code == 204
-
-
-def test_changes_by_an_admin_who_was_demoted_meanwhile_are_refused(client: TestClient, admin: Person) -> None:
-    other = admin.post("/users", json={**NEW, "role": "admin"}).json()["id"]
-    before = Principal(1, "admin", "admin", admin.get("/auth/sessions").json()["items"][0]["id"])
-    assert Person(client, "rita").patch("/users/1", json={"role": "reader"}).status_code == 200
-    new = UserCreate(username="late", email="late@example.com", password=PASSWORD)
-    changes: list[tuple[Any, ...]] = [
-        (users.update_user, 1, AccountUpdate(role=Role.admin), before, BackgroundTasks()),
-        (users.delete_user, other, before, BackgroundTasks()),
-        (database.write, users.change_me, before, UserUpdate(full_name="Late"), False, BackgroundTasks()),
-        (database.write, accounts.insert_account, new, "hash", Role.admin, BackgroundTasks(), before),
-    ]
-    assert client.portal is not None
-    for change in changes:
-        with pytest.raises(HTTPException, match="401"):
-            client.portal.call(*change)
-    assert [user["username"] for user in Person(client, "rita").get("/users").json()["items"]] == ["admin", "rita"]
-
-
-def test_changes_that_verified_a_password_are_refused_when_it_is_changed_elsewhere(
-    client: TestClient, reader: Person
-) -> None:
-    mine = reader.get("/users/me").json()["id"]
-    before = Principal(mine, "rita", "reader", reader.get("/auth/sessions").json()["items"][0]["id"])
-    change = {"current_password": PASSWORD, "new_password": "another horse"}
-    assert Person(client, "rita").post("/auth/change-password", json=change).status_code == 204
-    changes: list[tuple[Any, ...]] = [
-        (users.change_me, before, UserUpdate(email="late@example.com"), True, BackgroundTasks()),
-        (accounts.replace_password, before, "hash"),
-        (users.delete_account, mine, before),
-    ]
-    for function, *arguments in changes:
-        with pytest.raises(HTTPException, match="401"):
-            database.write_sync(function, *arguments)
 
 
 def test_an_address_that_an_admin_sets_takes_effect_at_once(
