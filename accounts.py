@@ -165,6 +165,12 @@ def cancel_address_change(session: Session, user: User) -> None:
     user.pending_email = None
 
 
+def cancel_all_mailed(session: Session, user: User) -> None:
+    """Cancel every code and link, and a change of address."""
+    cancel_codes(session, user.id)
+    user.pending_email = None
+
+
 class VerificationRequest(RequestModel):
     email: EmailAddress = Field(examples=["rita@example.com"])
 
@@ -268,8 +274,7 @@ def use_code(session: Session, body: PasswordReset, password_hash: str, tasks: B
 
 def set_password(session: Session, user: User, password_hash: str, event: str, ending: ColumnElement[bool]) -> Email:
     user.password_hash = password_hash
-    cancel_codes(session, user.id, IS_RESET)
-    cancel_address_change(session, user)  # somebody who knew the old password may have requested it
+    cancel_all_mailed(session, user)  # somebody who knew the old password may have requested it
     end_sessions(session, user.id, ending)
     record_account_event(session, user.id, event)
     return mail.password_changed(user.email, user.username)

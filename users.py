@@ -229,22 +229,25 @@ def update_user(
 ) -> UserPublic:
     """Change an account's role, address or name, or deactivate and reactivate it (RFC 7396).
 
-    Deactivating ends all sessions at once. The last active admin stays one: 409.
+    Deactivating ends all sessions at once, and cancels every mailed link and code. The last active admin stays one, and
+    with `REQUIRE_VERIFIED_EMAIL` keeps the confirmed address: 409.
     """
     user = get_user(session, user_id)
-    role, was_active, was_admin = user.role, user.is_active, is_active_admin(user)
+    role, was_active, was_admin, old_email = user.role, user.is_active, is_active_admin(user), user.email
     fields = change.model_dump(exclude_unset=True)
-    new_email = fields.pop("email", user.email)
+    new_email = fields.pop("email", old_email)
     user.sqlmodel_update(fields)
-    session.flush()
-    if was_admin and not is_active_admin(user):
-        require_an_admin(session)
-    if new_email != user.email:
+    if was_active and not user.is_active:  # before a new address gets its link
+        end_sessions(session, user_id, sa.true())  # also for when it is reactivated
+        accounts.cancel_all_mailed(session, user)
+    if new_email != old_email:
         set_address(session, user, new_email, admin.id, tasks)
+    session.flush()
+    if was_admin and (new_email != old_email or not is_active_admin(user)):
+        require_an_admin(session)
     if user.role != role:
         record_account_event(session, user_id, "role_changed", old=role, new=user.role, by=admin.id)
     if user.is_active != was_active:
-        end_sessions(session, user_id, sa.true())  # also for when it is reactivated
         record_account_event(session, user_id, "switched_on" if user.is_active else "switched_off", by=admin.id)
     return UserPublic.model_validate(user)
 
@@ -268,9 +271,9 @@ def require_an_admin(session: Session) -> None:
 
 def set_address(session: Session, user: User, address: str, by: int, tasks: BackgroundTasks) -> None:
     """An admin's change of an address takes effect at once, unconfirmed."""
-    old, user.email, user.email_verified_at, user.pending_email = user.email, address, None, None
+    old, user.email, user.email_verified_at = user.email, address, None
     session.flush()
-    accounts.cancel_codes(session, user.id)
+    accounts.cancel_all_mailed(session, user)
     record_account_event(session, user.id, "email_changed", old=old, new=address, by=by)
     tasks.add_task(mail.send, mail.address_changed(old, user.username, address))
     tasks.add_task(mail.send, accounts.confirmation_email(session, user, address))

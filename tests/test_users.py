@@ -181,22 +181,52 @@ def test_the_present_address_cancels_a_change_of_address(
     assert confirmed.get("/users/me").json() == before
 
 
-@pytest.mark.parametrize("way", ["change", "reset"])
-def test_a_new_password_cancels_a_change_of_address(
-    client: TestClient, confirmed: Person, mailbox: list[Email], way: str
+def reset_password(admin: Person, rita: Person, mailbox: list[Email]) -> None:
+    assert reset(rita.client, mailbox, "rita@example.com", "another horse") == 204
+
+
+def change_password(admin: Person, rita: Person, mailbox: list[Email]) -> None:
+    body = {"current_password": PASSWORD, "new_password": "another horse"}
+    assert rita.post("/auth/change-password", json=body).status_code == 204
+
+
+def switch_off_and_on(admin: Person, rita: Person, mailbox: list[Email]) -> None:
+    for is_active in (False, True):
+        assert admin.patch("/users/2", json={"is_active": is_active}).status_code == 200
+
+
+Cancel = Callable[[Person, Person, list[Email]], None]
+
+
+@pytest.mark.parametrize("cancel", [reset_password, change_password, switch_off_and_on])
+def test_a_new_password_and_deactivation_cancel_all_that_was_mailed(
+    client: TestClient, admin: Person, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch, cancel: Cancel
 ) -> None:
-    """Somebody who knew the old one may have requested it. The mail to the old address says so."""
-    confirmed.patch("/users/me", json=NEW_ADDRESS)
-    assert "A new password cancels the change." in mailbox[0].text
-    link = mailbox[-1]
-    if way == "change":
-        body = {"current_password": PASSWORD, "new_password": "another horse"}
-        assert confirmed.post("/auth/change-password", json=body).status_code == 204
-    else:
-        assert reset(client, mailbox, "rita@example.com", "another horse") == 204
-    assert confirm(client, link) == 404
-    me = Person(client, "rita", "another horse").get("/users/me").json()
+    """Somebody who knew the old password may have requested it. The mail to the old address says so."""
+    monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
+    rita = sign_up(client, "rita")
+    rita.patch("/users/me", json=NEW_ADDRESS)
+    client.post("/auth/forgot-password", json={"email": "rita@example.com"})
+    link, notice, pending_link, code = mailbox
+    assert "A new password cancels the change." in notice.text
+    cancel(admin, rita, mailbox)
+    assert (confirm(client, link), confirm(client, pending_link)) == (404, 404)
+    body = {"email": "rita@example.com", "otp": code_in(code), "new_password": "a third horse"}
+    assert client.post("/auth/reset-password", json=body).status_code == 400
+    mailbox.clear()
+    client.post("/auth/verify-email", json={"email": "new@example.com"})
+    assert mailbox == [], "no account waits for the new address"
+    me = admin.get("/users/2").json()
     assert (me["email"], me["pending_email"]) == ("rita@example.com", None)
+
+
+@pytest.mark.parametrize("is_active", [False, True], ids=["deactivated", "reactivated"])
+def test_the_link_to_an_address_that_is_set_with_the_deactivation_is_valid(
+    client: TestClient, admin: Person, reader: Person, mailbox: list[Email], is_active: bool
+) -> None:
+    admin.patch("/users/2", json={"is_active": not is_active})
+    admin.patch("/users/2", json={"is_active": is_active, "email": "new@example.com"})
+    assert confirm(client, mailbox[-1]) == 200
 
 
 def test_an_unconfirmed_address_can_be_confirmed_beside_a_pending_one(client: TestClient, mailbox: list[Email]) -> None:
@@ -645,6 +675,9 @@ def test_an_admin_deletes_an_account(client: TestClient, admin: Person, reader: 
     assert admin.patch("/users/2", json={"full_name": "Nobody"}).status_code == 404
 
 
+NO_OTHER_ADMIN = "This is the last active admin: make another one first."
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [
@@ -659,7 +692,7 @@ def test_the_last_active_admin_can_not_be_removed(
 ) -> None:
     answer = admin.request(method, path, json=body)
     assert answer.status_code == 409
-    assert answer.json()["detail"] == "This is the last active admin: make another one first."
+    assert answer.json()["detail"] == NO_OTHER_ADMIN
     assert admin.patch("/users/me", json={"full_name": "Still here"}).status_code == 200
     # A deactivated one does not count.
     other = admin.post("/users", json={**NEW, "role": "admin"}).json()["id"]
@@ -677,12 +710,39 @@ def test_an_admin_who_can_not_sign_in_does_not_count(admin: Person, monkeypatch:
     assert admin.patch("/users/1", json={"role": "reader"}).status_code == 200
 
 
+@pytest.mark.parametrize("change", [{}, {"full_name": "Adam"}, {"role": "admin"}], ids=str)
+def test_the_last_admin_keeps_a_confirmed_address_where_one_is_required(
+    client: TestClient, admin: Person, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """Nobody could sign in again if its link were lost."""
+    monkeypatch.setattr(settings, "require_verified_email", True)
+    before = admin.get("/users/1").json()
+    answer = admin.patch("/users/1", json={"email": "typo@example.com", **change})
+    assert (answer.status_code, answer.json()["detail"]) == (409, NO_OTHER_ADMIN)
+    assert (admin.get("/users/1").json(), mailbox) == (before, [])
+    assert login(client, "admin", "admin") == 200
+    admin.post("/users", json={**NEW, "role": "admin"})
+    assert admin.patch("/users/1", json={"email": "typo@example.com"}).status_code == 409, "the other is unconfirmed"
+    assert confirm(client, mailbox.pop()) == 200
+    assert admin.patch("/users/1", json={"email": "right@example.com"}).status_code == 200
+
+
+def test_the_last_admin_changes_the_address_by_confirming_it(
+    client: TestClient, admin: Person, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "require_verified_email", True)
+    assert admin.patch("/users/me", json={**NEW_ADDRESS, "current_password": "admin"}).status_code == 200
+    assert login(client, "admin", "admin") == 200
+    assert confirm(client, mailbox[-1]) == 200
+    assert login(client, "new@example.com", "admin") == 200
+
+
 @pytest.mark.parametrize(("method", "body"), [("PATCH", {"role": "reader"}), ("DELETE", None)], ids=str)
 def test_the_last_admin_can_not_be_removed_while_unconfirmed(
     admin: Person, monkeypatch: pytest.MonkeyPatch, method: str, body: dict[str, Any] | None
 ) -> None:
-    monkeypatch.setattr(settings, "require_verified_email", True)
     assert admin.patch("/users/1", json={"email": "unconfirmed@example.com"}).status_code == 200
+    monkeypatch.setattr(settings, "require_verified_email", True)
     assert admin.request(method, "/users/1", json=body).status_code == 409
     reader = admin.post("/users", json=NEW).json()["id"]
     assert admin.delete(f"/users/{reader}").status_code == 204
