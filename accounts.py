@@ -53,8 +53,11 @@ async def create_account(new: UserCreate, role: Role, tasks: BackgroundTasks, by
 def insert_account(
     session: Session, new: UserCreate, password_hash: str, role: Role, tasks: BackgroundTasks, by: Principal | None
 ) -> UserPublic:
-    user = User(**new.model_dump(exclude={"password", "role"}), password_hash=password_hash, role=role)
+    fields = new.model_dump(exclude={"password", "role"}) | {"email": "new"}
+    user = User(**fields, password_hash=password_hash, role=role)
     session.add(user)
+    session.flush()  # where both are taken, every database must report the user name: it tells nothing of the address
+    user.email = new.email
     session.flush()
     by_id = by.id if by else user.id
     record_account_event(session, user.id, "created", username=user.username, role=role, by=by_id)
@@ -179,7 +182,8 @@ class VerificationRequest(RequestModel):
 async def request_verification(body: VerificationRequest, request: Request, tasks: BackgroundTasks) -> Notice:
     """Request another link for an address that waits for confirmation. The answer is the same for every address."""
     await security.check_rate_limit("verify", request, body.email)
-    tasks.add_task(send_made, another_link, body.email)  # after the response, so that its time tells nothing
+    if await security.can_mail("verify", body.email):
+        tasks.add_task(send_made, another_link, body.email)  # after the response, so that its time tells nothing
     return Notice(detail="If an account waits for this address to be confirmed, a link is on its way to it.")
 
 
@@ -211,12 +215,12 @@ class ForgottenPassword(RequestModel):
 async def forgot_password(body: ForgottenPassword, request: Request, tasks: BackgroundTasks) -> Notice:
     """Request a code for a new password. It has 6 digits, and is valid for 10 minutes, 5 attempts and one use.
 
-    It replaces an earlier one.
-
-    The answer is the same whether or not there is such an account.
+    It replaces an earlier one. The answer is the same whether or not there is such an account. After ten codes in an
+    hour, one a minute is mailed.
     """
     await security.check_rate_limit("forgot", request, body.email)
-    tasks.add_task(send_made, reset_email, body.email)  # after the response, so that its time tells nothing
+    if await security.can_mail("forgot", body.email):
+        tasks.add_task(send_made, reset_email, body.email)  # after the response, so that its time tells nothing
     return Notice(detail="If an account has this address, a code is on its way to it.")
 
 

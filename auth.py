@@ -112,6 +112,7 @@ async def login(credentials: Annotated[Credentials, Depends(parse_credentials)],
     if pair is None:
         raise unauthorized("Wrong user name or password.")
     await security.reset_rate_limit("login", request, name)
+    await security.uncount_attempt("login", request)
     return pair
 
 

@@ -284,17 +284,18 @@ def _refuse_default_password(session: Session) -> None:
 # --- rate limits --------------------------------------------------------------------------------------------------
 
 
-# Attempts from one address, of one account from one address, and of one account from all addresses. The last is wider,
-# so that it takes many addresses to lock an account.
+# Attempts from one address, of one account from one address, and of one account from all addresses. The last only
+# where a token is needed: otherwise strangers could lock an account.
 RATE_LIMITS = {
-    "login": ("100 per 1 minute", "10 per 15 minutes", "100 per 1 hour"),
-    "register": ("50 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
+    "login": ("100 per 1 minute", "10 per 15 minutes"),
+    "register": ("50 per 1 hour", "5 per 1 hour"),
     "refresh": ("60 per 1 minute", "30 per 1 minute", "60 per 1 minute"),
-    "forgot": ("30 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
-    "reset": ("30 per 1 hour", "10 per 1 hour", "30 per 1 hour"),
-    "verify": ("30 per 1 hour", "5 per 1 hour", "10 per 1 hour"),
+    "forgot": ("30 per 1 hour", "5 per 1 hour"),
+    "reset": ("30 per 1 hour", "10 per 1 hour"),
+    "verify": ("30 per 1 hour", "5 per 1 hour"),
     "password": ("30 per 1 hour", "10 per 1 hour", "20 per 1 hour"),
 }
+MAIL_LIMITS = ("10 per 1 hour", "1 per 1 minute")  # one of them must allow a mail that anybody can request
 
 
 class _Limiters:
@@ -320,6 +321,21 @@ async def check_rate_limit(action: str, request: Request, account: object = None
             raise HTTPException(429, f"Too many attempts. Try again in {seconds} s.", {"Retry-After": str(seconds)})
 
 
+async def can_mail(action: str, account: str) -> bool:
+    """Count a mail that anybody can request for this account. Never False for more than a minute: strangers must not
+    keep its owner from asking."""
+    if not settings.rate_limits:
+        return True
+    key = _key(action, account)
+    return any([await _use(FixedWindowRateLimiter.hit, limits.parse(rate), key) for rate in MAIL_LIMITS])
+
+
+async def uncount_attempt(action: str, request: Request) -> None:
+    """A successful attempt does not count for its address, from which many may sign in."""
+    for limit, key in _limits(action, request, None):
+        await _use(functools.partial(FixedWindowRateLimiter.hit, cost=-1), limit, key)
+
+
 async def reset_rate_limit(action: str, request: Request, account: object) -> None:
     """Forget the attempts on this account, after a successful one."""
     for limit, key in _limits(action, request, account)[1:]:
@@ -332,10 +348,13 @@ def _limits(action: str, request: Request, account: object) -> list[tuple[limits
     address = client_address(request)
     keys = [f"{action} from {address}"]
     if account is not None:
-        # A hash: names may be long, and addresses do not belong into a shared storage.
-        name = hashlib.blake2b(str(account).encode(), digest_size=16).hexdigest()
-        keys += [f"{action} of {name} from {address}", f"{action} of {name}"]
+        keys += [f"{_key(action, account)} from {address}", _key(action, account)]
     return [(limits.parse(rate), key) for rate, key in zip(RATE_LIMITS[action], keys, strict=False)]
+
+
+def _key(action: str, account: object) -> str:
+    # A hash: names may be long, and addresses do not belong into a shared storage.
+    return f"{action} of {hashlib.blake2b(str(account).encode(), digest_size=16).hexdigest()}"
 
 
 def client_address(request: Request) -> str:

@@ -82,14 +82,85 @@ def test_guessing_the_password_within_a_session_is_limited(limited: TestClient) 
     assert limited.post("/login", json=RIGHT).status_code == 200
 
 
+def move_to(client: TestClient, number: int) -> None:
+    """Send the next requests from another address."""
+    client._transport.client = (f"203.0.113.{number}", 1)  # type: ignore[attr-defined]  # of Starlette's client
+
+
+BY_STRANGERS: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "login": ("/login", WRONG, 10, 401),
+    "register": ("/auth/register", {**NEW, "username": "other"}, 5, 409),
+    "reset": ("/auth/reset-password", {"email": NEW["email"], "otp": "000000", "new_password": PASSWORD}, 10, 400),
+    "forgot": ("/auth/forgot-password", {"email": "rita@example.com"}, 5, 202),
+    "verify": ("/auth/verify-email", {"email": "rita@example.com"}, 5, 202),
+}
+
+
 @pytest.mark.slow
-def test_guesses_from_many_addresses_are_limited(limited: TestClient) -> None:
-    """Ten guesses from each of ten addresses block the account for everybody; a code by mail unblocks it."""
-    answers = []
-    for address in range(11):
-        limited._transport.client = (f"203.0.113.{address}", 1)  # type: ignore[attr-defined]  # of Starlette's client
-        answers += attempts(limited, "/login", WRONG, 10)
-    assert answers == [401] * 100 + [429] * 10
+@pytest.mark.parametrize(("path", "body", "times", "status"), BY_STRANGERS.values(), ids=BY_STRANGERS)
+def test_strangers_lock_an_account_for_nobody_else(
+    limited: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], times: int, status: int
+) -> None:
+    monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
+    for number in range(11):
+        move_to(limited, number)
+        assert attempts(limited, path, body, times + 1) == [status] * times + [429]
+    move_to(limited, 99)
+    assert attempts(limited, path, body, 1) == [status]
+
+
+@pytest.mark.parametrize("path", ["forgot-password", "verify-email"])
+def test_beyond_ten_an_hour_one_mail_a_minute_is_sent(
+    limited: TestClient, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Whoever asks, and with the same answer: two addresses must not keep the owner from asking."""
+    later, answers = Later(monkeypatch), []
+    mailbox.clear()
+
+    def ask(number: int, times: int, email: str = "rita@example.com") -> int:
+        """How many mails are sent."""
+        move_to(limited, number)
+        before = len(mailbox)
+        for _ in range(times):
+            answer = limited.post(f"/auth/{path}", json={"email": email})
+            answers.append((answer.status_code, answer.text))
+        return len(mailbox) - before
+
+    assert [ask(number, 5) for number in range(3)] == [5, 5, 0]
+    later.seconds = 61
+    assert [ask(4, 3), ask(5, 2)] == [1, 0]
+    later.seconds = 122
+    assert [ask(6, 3), ask(7, 5, "nobody@example.com")] == [1, 0]
+    later.seconds = 3605
+    assert ask(8, 5) == 5
+    assert len(set(answers)) == 1
+    assert answers[0][0] == 202
+
+
+def test_the_last_mailed_code_works_while_strangers_request_others(
+    limited: TestClient, mailbox: list[Email], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = Later(monkeypatch)
+    for number in range(3):
+        move_to(limited, number)
+        attempts(limited, "/auth/forgot-password", {"email": NEW["email"]}, 5)
+    later.seconds = 61
+    move_to(limited, 99)
+    attempts(limited, "/auth/forgot-password", {"email": NEW["email"]}, 1)
+    move_to(limited, 4)
+    attempts(limited, "/auth/forgot-password", {"email": NEW["email"]}, 5)
+    body = {"email": NEW["email"], "otp": code_in(mailbox[-1]), "new_password": "another horse"}
+    assert limited.post("/auth/reset-password", json=body).status_code == 204
+
+
+def test_successful_logins_are_not_counted(limited: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(security.RATE_LIMITS, "login", ("4 per 1 minute", "3 per 15 minutes"))
+    assert attempts(limited, "/login", RIGHT, 9) == [200] * 9
+    assert attempts(limited, "/login", WRONG, 1) == [401]
+    assert attempts(limited, "/login", RIGHT, 9) == [200] * 9, "nor do they extend the limit of the address:"
+    nobody = [{"username": f"nobody{number}", "password": "wrong password"} for number in range(4)]
+    assert [limited.post("/login", json=body).status_code for body in nobody] == [401] * 3 + [429]
+    assert attempts(limited, "/login", RIGHT, 1) == [429]
 
 
 def test_a_password_reset_by_mail_resets_the_count(limited: TestClient, mailbox: list[Email]) -> None:
@@ -262,5 +333,8 @@ def test_the_documentation_states_the_limits() -> None:
     section = (ROOT / "docs" / "security.md").read_text().split("\n## Limits\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (\w+) \| (.*?) \| (.*?) \| (.*?) \|$", section, re.MULTILINE)
     assert rows == [
-        (name, *(limit.replace("per", "in") for limit in allowed)) for name, allowed in security.RATE_LIMITS.items()
+        (name, *(limit.replace("per", "in") for limit in (*allowed, "none")[:3]))
+        for name, allowed in security.RATE_LIMITS.items()
     ]
+    assert security.MAIL_LIMITS == ("10 per 1 hour", "1 per 1 minute")
+    assert "After ten mails to one account in an hour, one a minute is sent" in " ".join(section.split())
