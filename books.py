@@ -35,7 +35,7 @@ hot = Router(prefix="/books", tags=["Catalogue"], route_class=FastRoute)
 
 BookId = Annotated[Id, Path(description="The book's `id`.")]
 NO_BOOK = "No such book."
-IfMatch = Annotated[str | None, Header(description="The `ETag` that the change is based on; 412 when it is stale.")]
+IfMatch = Annotated[str | None, Header(description="The `ETag` that the change is based on; 412 if stale or weak.")]
 IfNoneMatch = Annotated[str | None, Header(description="The `ETag` that you have; 304 when it is still true.")]
 Sort = Literal[
     "id", "title", "author", "year", "rating", "created", "-id", "-title", "-author", "-year", "-rating", "-created"
@@ -184,9 +184,10 @@ def etag_of(version: int) -> str:
     return f'"{version}"'
 
 
-def etag_matches(header: str, etag: str) -> bool:
-    """Whether an If-Match or If-None-Match header names this version (RFC 9110, 13.1)."""
-    return header.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in header.split(","))
+def etag_matches(header: str, *etags: str) -> bool:
+    """Whether an If-Match or If-None-Match header names one of these. Only the latter may name a weak one (RFC 9110,
+    13.1), which proxies make of a strong one when they compress an answer."""
+    return header.strip() == "*" or any(tag.strip() in etags for tag in header.split(","))
 
 
 NOT_MODIFIED: dict[int | str, Any] = {304: {"description": "It is still the version that you have."}}
@@ -198,7 +199,7 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
     """Read a book. Its `ETag` names its version."""
     body, version = or_404(await database.read(FIND_BOOK.first, {"book_id": book_id}), NO_BOOK)
     headers = {"ETag": etag_of(version)}
-    if if_none_match is not None and etag_matches(if_none_match, headers["ETag"]):
+    if if_none_match is not None and etag_matches(if_none_match, headers["ETag"], f"W/{headers['ETag']}"):
         return Response(status_code=304, headers=headers)
     return json_response(body, headers=headers)
 

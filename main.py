@@ -23,8 +23,9 @@
     uploads.py     /books/upload, /my-library/import, the import job, refused rows, exports
 
 A request passes `api.RequestMiddleware` and reaches its route, which depends on `security.get_principal` if it needs a
-user. The route makes one read or one transaction through `database` and answers; what the transaction changed is
-recorded as events in it. Every error becomes a problem document in one of the handlers in `api`.
+user. The route makes one read or one transaction through `database` and answers; the transaction first verifies the
+user again (`security.authorized`), and records what it changed as events. Every error becomes a problem document in one
+of the handlers in `api`.
 
 Routes use two verbs. `database.read` gives a function a connection with one snapshot; `database.write` gives it a
 session, and commits what it changed with its events, or nothing. On SQLite both run on the event loop, where a switch
@@ -345,7 +346,7 @@ app.openapi = openapi  # type: ignore[method-assign]  # FastAPI docs, "Extending
 async def front_page(if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """The front page, which browsers revalidate each time."""
     headers = {"ETag": FRONT_ETAG, "Cache-Control": "no-cache"}
-    if if_none_match is not None and books.etag_matches(if_none_match, FRONT_ETAG):
+    if if_none_match is not None and books.etag_matches(if_none_match, FRONT_ETAG, f"W/{FRONT_ETAG}"):
         return Response(status_code=304, headers=headers)
     return HTMLResponse(FRONT_PAGE, headers=headers)
 

@@ -231,6 +231,26 @@ def test_etags_give_304_and_412(client: TestClient, reader: Person) -> None:
     assert reader.delete(path, headers={"If-Match": '"2"'}).status_code == 204
 
 
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        pytest.param('W/"1"', 412, id="weak"),
+        pytest.param('W/"1", "7"', 412, id="weak, and another"),
+        pytest.param('"7", "1"', 200, id="strong, and another"),
+        pytest.param('W/"1","1"', 200, id="weak and strong"),
+        pytest.param(" * ", 200, id="any"),
+        pytest.param("1", 412, id="without quotes"),
+        pytest.param("", 412, id="empty"),
+    ],
+)
+def test_if_match_compares_strongly(reader: Person, method: str, header: str, status: int) -> None:
+    path = f"/books/{reader.add_book()['id']}"
+    body = None if method == "DELETE" else {"title": "A", "author": "B"}
+    answer = reader.request(method, path, json=body, headers={"If-Match": header})
+    assert answer.status_code == (204 if (method, status) == ("DELETE", 200) else status)
+
+
 def test_a_rating_changes_the_etag(client: TestClient, reader: Person) -> None:
     path = f"/books/{reader.add_book()['id']}"
     etag = client.get(path).headers["ETag"]
