@@ -261,6 +261,8 @@ def get_own_book(session: Session, book_id: int, user: Principal, if_match: str 
 
 def revise_book(session: Session, book: Book, change: BookCreate | BookUpdate) -> BookPublic:
     book.describe(change if isinstance(change, BookCreate) else merge(book, change))
+    if not session.is_modified(book):
+        return BookPublic.model_validate(book)
     book.touch()
     session.flush()
     return record_book(session, "book.updated", book)

@@ -106,7 +106,8 @@ def revise_entry(
     session: Session, entry: ShelfEntry, book: Book, user: Principal | User, change: EntryUpdate
 ) -> EntryPublic:
     before, was_review = (entry.rating, entry.review), entry.is_review
-    entry.revise(change.model_dump(exclude_unset=True))
+    if not entry.revise(change.model_dump(exclude_unset=True)):
+        return show_entry(entry, book)
     count_rating(book, before[0], entry.rating)
     public = record_entry(session, "shelf.updated", entry, book, user)
     if before != (entry.rating, entry.review):
@@ -138,10 +139,14 @@ def record_entry(
     session: Session, event_type: str, entry: ShelfEntry, book: Book, user: Principal | User
 ) -> EntryPublic:
     session.flush()
-    public = EntryPublic(**entry.model_dump(include=set(ENTRY_COLUMNS)), book=BookPublic.model_validate(book))
+    public = show_entry(entry, book)
     data = {"title": book.title, **public.model_dump(mode="json", exclude={"book", "review"})}
     events.record(session, event_type, data, owner=user.id)
     return public
+
+
+def show_entry(entry: ShelfEntry, book: Book) -> EntryPublic:
+    return EntryPublic(**entry.model_dump(include=set(ENTRY_COLUMNS)), book=BookPublic.model_validate(book))
 
 
 def count_rating(book: Book, old: float | None, new: float | None) -> None:

@@ -430,16 +430,19 @@ class ShelfEntry(SQLModel, table=True):
     def is_review(self) -> bool:
         return self.rating is not None or self.review is not None
 
-    def revise(self, change: Mapping[str, Any]) -> None:
-        """Set the fields that `change` names."""
+    def revise(self, change: Mapping[str, Any]) -> bool:
+        """Set the fields that `change` names; whether one of them differs."""
         fields = dict(change)
         if "tags" in fields:
             fields["tags"] = list(dict.fromkeys(fields["tags"] or ()))
         if fields.get("status") == ShelfStatus.completed != self.status:
             fields.setdefault("finished_at", self.finished_at or utcnow())
-        for name, value in fields.items():
+        differing = {name: value for name, value in fields.items() if getattr(self, name) != value}
+        for name, value in differing.items():
             setattr(self, name, value)
-        self.updated_at = utcnow()
+        if differing:
+            self.updated_at = utcnow()
+        return bool(differing)
 
 
 # --- loans --------------------------------------------------------------------------------------------------------

@@ -251,6 +251,42 @@ def test_if_match_compares_strongly(reader: Person, method: str, header: str, st
     assert answer.status_code == (204 if (method, status) == ("DELETE", 200) else status)
 
 
+FULL_DUNE = {
+    **DUNE,
+    "price": 9.5,
+    "pages": 535,
+    "published_date": "1965-08-01",
+    "language": "en",
+    "description": "Sand.",
+}
+SAME_BOOK: dict[str, tuple[str, dict[str, Any]]] = {
+    "PATCH with nothing": ("PATCH", {}),
+    "PATCH with the same": ("PATCH", {"title": "Dune", "pages": 535, "publisher": None}),
+    "PATCH, spelled otherwise": (
+        "PATCH",
+        {"title": "  Dune ", "isbn": "0-441-17271-7", "price": "9.50", "publisher": ""},
+    ),
+    "PATCH with the year of the date": ("PATCH", {"publication_year": 1965}),
+    "PUT": ("PUT", FULL_DUNE),
+    "PUT with the year": ("PUT", {**FULL_DUNE, "publication_year": 1965}),
+}
+
+
+@pytest.mark.parametrize(("method", "body"), SAME_BOOK.values(), ids=SAME_BOOK)
+def test_a_change_that_changes_nothing_makes_no_version_and_no_event(
+    client: TestClient, clock: Clock, reader: Person, method: str, body: dict[str, Any]
+) -> None:
+    book = reader.add_book(**FULL_DUNE)
+    path = f"/books/{book['id']}"
+    before, cursor = client.get(path), client.get("/books").headers["X-Event-Cursor"]
+    clock.advance(minutes=1)
+    answer = reader.request(method, path, json=body, headers={"If-Match": before.headers["ETag"]})
+    assert (answer.status_code, answer.json(), answer.headers["ETag"]) == (200, before.json(), before.headers["ETag"])
+    assert client.get(path).json() == before.json()
+    assert client.get("/books").headers["X-Event-Cursor"] == cursor
+    assert reader.request(method, path, json=body, headers={"If-Match": '"7"'}).status_code == 412
+
+
 def test_a_rating_changes_the_etag(client: TestClient, reader: Person) -> None:
     path = f"/books/{reader.add_book()['id']}"
     etag = client.get(path).headers["ETag"]

@@ -53,6 +53,31 @@ def test_of_concurrent_requests_one_shelves_the_book(server: Server) -> None:
         assert sorted(answers) == [201] + [409] * 19
 
 
+READ = {"status": "completed", "rating": 4, "review": "Sandy.", "tags": ["sand"], "finished_at": "2025-01-01"}
+SAME_ENTRY: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "the same": READ,
+    "the same status": {"status": "completed"},
+    "the rating as a float": {"rating": 4.0},
+    "a tag twice": {"tags": ["sand", "sand"]},
+    "the moment elsewhere": {"finished_at": "2025-01-01T01:00:00+01:00"},
+    "what is null": {"started_at": None},
+}
+
+
+@pytest.mark.parametrize("change", SAME_ENTRY.values(), ids=SAME_ENTRY)
+def test_a_change_that_changes_nothing_makes_no_event(clock: Clock, reader: Person, change: dict[str, Any]) -> None:
+    path = f"/my-library/{reader.add_book()['id']}"
+    reader.post(path)
+    before = reader.patch(path, json=READ).json()
+    cursor = reader.get("/my-library").headers["X-Event-Cursor"]
+    clock.advance(minutes=1)
+    answer = reader.patch(path, json=change)
+    assert (answer.status_code, answer.json()) == (200, before)
+    assert reader.get(path).json() == before
+    assert reader.get("/my-library").headers["X-Event-Cursor"] == cursor
+
+
 def test_shelves_are_private(reader: Person, other_reader: Person, librarian: Person) -> None:
     shelf = f"/my-library/{reader.add_book()['id']}"
     reader.post(shelf)

@@ -641,6 +641,30 @@ def test_an_admin_changes_role_name_and_address(
     ]
 
 
+SAME_ACCOUNT: dict[str, tuple[str, dict[str, Any]]] = {
+    "my account, nothing": ("/users/me", {}),
+    "my account, my name": ("/users/me", {"full_name": "Rita R."}),
+    "my account, my address": ("/users/me", {"email": " RITA@example.com"}),
+    "my account, only a password": ("/users/me", {"current_password": PASSWORD}),
+    "an account, nothing": ("/users/2", {}),
+    "an account, its name": ("/users/2", {"full_name": " Rita R. "}),
+    "an account, its address": ("/users/2", {"email": "Rita@Example.com"}),
+    "an account, its role and state": ("/users/2", {"role": "reader", "is_active": True}),
+}
+
+
+@pytest.mark.parametrize(("path", "change"), SAME_ACCOUNT.values(), ids=SAME_ACCOUNT)
+def test_a_change_that_changes_nothing_makes_no_event_and_no_mail(
+    admin: Person, confirmed: Person, mailbox: list[Email], path: str, change: dict[str, Any]
+) -> None:
+    before = confirmed.patch("/users/me", json={"full_name": "Rita R."}).json()
+    cursor = admin.get("/books").headers["X-Event-Cursor"]
+    answer = (confirmed if path == "/users/me" else admin).patch(path, json=change)
+    assert (answer.status_code, answer.json()) == (200, before)
+    assert confirmed.get("/users/me").json() == before
+    assert (admin.get("/books").headers["X-Event-Cursor"], mailbox) == (cursor, [])
+
+
 @pytest.mark.parametrize(
     "change",
     [{"username": "root"}, {"password": PASSWORD}, {"role": None}, {"is_active": None}, {"is_active": "perhaps"}],
