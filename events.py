@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import anyio
 import sqlalchemy as sa
@@ -62,6 +62,8 @@ MAX_STREAMS, MAX_STREAMS_PER_ADDRESS = 4000, 1500
 # --- writing ------------------------------------------------------------------------------------------------------
 
 INSERT_EVENT = CompiledQuery(sa.insert(Event))
+# What is left of an event of a deleted account: its id, which clients hold as their position in the log.
+ERASED = {"type": "erased", "private": True, "user_id": None, "data": {}}
 
 
 def record(
@@ -75,6 +77,16 @@ def record(
     """
     visibility = {"user_id": owner, "private": owner is not None if private is None else private}
     INSERT_EVENT.all(session, {"at": models.utcnow(), "type": event_type, "data": data, **visibility})
+
+
+def continue_ids(session: Session) -> int:
+    """The id of the last event. The next ones begin at the time in milliseconds: ids that a restored backup or a power
+    cut has lost are not given out twice."""
+    statement = "UPDATE sqlite_sequence SET seq = max(seq, :now) WHERE name = 'event'"
+    if database.is_postgresql():
+        statement = "SELECT setval('event_id_seq', greatest(last_value, :now)) FROM event_id_seq"
+    session.execute(sa.text(statement), {"now": int(models.utcnow().timestamp() * 1000)})
+    return last_event_id(session.connection())
 
 
 def record_account_event(session: Session, user_id: int | None, event: str, /, **data: object) -> None:
@@ -129,19 +141,38 @@ def events_after(connection: Connection, cursor: int) -> list[LoggedEvent] | Non
     """The next events after `cursor`, private ones too. None if some were pruned."""
     if cursor < pruned_up_to(connection):
         return None
-    rows = EVENTS_AFTER.all(connection, {"cursor": cursor, "limit": READ_BATCH})
+    return logged_events(EVENTS_AFTER.all(connection, {"cursor": cursor, "limit": READ_BATCH}))
+
+
+def logged_events(rows: Sequence[Any]) -> list[LoggedEvent]:
     return [  # JSON text as it is stored has no line breaks
         LoggedEvent(id_, type_, bool(private), user_id, f"id: {id_}\nevent: {type_}\ndata: {data}\n\n".encode())
         for id_, type_, private, user_id, data in rows
     ]
 
 
-def check_cursor(connection: Connection, cursor: int | None) -> tuple[int, dict[str, Any] | None]:
-    """The last event's id, and the data of a `reset` if the log can't be read on from `cursor`."""
+class Reset(BaseModel):
+    """The client must reload its lists: events after its position were pruned (`expired`), or the position is no id of
+    this log, perhaps one from before a backup was restored (`future`, `unknown`)."""
+
+    reason: Literal["expired", "future", "unknown"]
+    oldest: int = Field(description="The id of the oldest event in the log.", examples=[1795254571301])
+    head: int = Field(description="The id of the last event.", examples=[1795254571301])
+
+
+def check_cursor(connection: Connection, cursor: int | None) -> tuple[int, Reset | None]:
+    """The last event's id, and a `reset` unless the log can be read on from `cursor`: the id of an event, or the one
+    before it, or the last that was pruned."""
     pruned, last = pruned_up_to(connection), last_event_id(connection)
-    if cursor is None or pruned <= cursor <= last:
+    if cursor is None or cursor == pruned:
         return last, None
-    return last, {"reason": "expired" if cursor < pruned else "future", "oldest": pruned + 1, "head": last}
+    oldest, following = (
+        EVENTS_AFTER.first(connection, {"cursor": after, "limit": 1}) for after in (pruned, cursor - 1)
+    )
+    if following is not None and cursor >= pruned and following[0] <= cursor + 1:
+        return last, None
+    reason: Any = "expired" if cursor < pruned else "future" if following is None else "unknown"
+    return last, Reset(reason=reason, oldest=oldest[0] if oldest else last + 1, head=last)
 
 
 class EventFilter:
@@ -191,9 +222,9 @@ class EventTail:
     _notified: asyncio.Event = field(default_factory=asyncio.Event)
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, last_event_id: int) -> AsyncIterator[None]:
         self.buffer.clear()
-        self.start = self.last_event_id = await database.read(last_event_id)
+        self.start = self.last_event_id = last_event_id
         self.closing, self._changed, self._notified = anyio.Event(), asyncio.Event(), asyncio.Event()
         # Unlike asyncio, anyio waits for threads on cancellation: they still use the database.
         async with anyio.create_task_group() as tasks:
@@ -280,7 +311,7 @@ class EventTail:
         retry = random.randint(1500, 2500)  # noqa: S311  # so that clients do not all reconnect at once after a restart
         yield control_frame("ready", {"head": last}, retry=retry)
         if reset is not None:
-            yield control_frame("reset", reset)
+            yield control_frame("reset", reset.model_dump())
         position = last if cursor is None or reset is not None else cursor
         clock = asyncio.get_running_loop().time
         checked_at = clock()
@@ -357,7 +388,7 @@ Seconds = Annotated[FiniteFloat, Field(gt=0, le=86_400)]
 
 
 class EventsQuery(RequestModel):
-    after: EventId = Field(default=0, description="`next` of the previous page; 0 for the start of the log.")
+    after: EventId = Field(default=0, description="`next` of the page before; 0 for the start of the log.")
     limit: Annotated[int, Field(ge=1, le=100)] = 20
     types: TypesParameter = None
 
@@ -371,7 +402,8 @@ class StreamQuery(RequestModel):
 
 class EventPage(BaseModel):
     items: list[EventPublic]
-    next: int = Field(description="The `after` of the next page. At the end of the log, use it to poll for new events.")
+    next: int = Field(description="The `after` of the next page; at the end of the log, to poll for new events.")
+    reset: Reset | None = Field(description="Where `after` is not, or no longer, a position in this log.")
 
 
 TEXT = {"type": "string"}
@@ -389,8 +421,10 @@ STREAM_RESPONSES = errors(429) | {200: {"description": "Events, until the client
 def list_events(connection: Connection, query: Annotated[EventsQuery, Query()], viewer: Viewer) -> EventPage:
     """Read the change log, oldest first: for clients that poll.
 
-    Public changes for anyone; with a bearer token also your own private ones.
+    Public changes for anyone; with a bearer token also your own private ones. With `reset`, reload
+    your lists; `items` go on with what the log still has after that id.
     """
+    _, reset = check_cursor(connection, query.after or None)
     rows = connection.execute(
         sa.select(col(Event.id), col(Event.at), col(Event.type), col(Event.data))
         .where(col(Event.id) > query.after, EventFilter(viewer, query.types).condition())
@@ -398,7 +432,8 @@ def list_events(connection: Connection, query: Annotated[EventsQuery, Query()], 
         .limit(query.limit)
     ).all()
     items = [EventPublic.model_validate(row) for row in rows]
-    return EventPage(items=items, next=items[-1].id if len(items) == query.limit else last_event_id(connection))
+    following = items[-1].id if len(items) == query.limit else last_event_id(connection)
+    return EventPage(items=items, next=following, reset=reset)
 
 
 @router.get("/stream", response_class=EventSourceResponse, responses=STREAM_RESPONSES)

@@ -283,9 +283,10 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     await when_available(database.open_database, settings.database_url)
     serving = False
     try:
+        last_event_id = await when_available(database.write_sync, events.continue_ids)
         await when_available(security.prepare)
         security.open_rate_limits()
-        async with events.tail.running(), recurring_jobs():
+        async with events.tail.running(last_event_id), recurring_jobs():
             serving = True
             yield
     except Exception:

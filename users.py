@@ -327,8 +327,9 @@ def delete_batch(session: Session, user_id: int) -> bool:
     }
     for table, condition in rows.items():
         key = sa.inspect(table).primary_key
-        batch = sa.select(*key).where(condition).limit(MAX_ROWS)
-        if execute(sa.delete(table).where(sa.tuple_(*key).in_(batch))).rowcount == MAX_ROWS:
+        batch = sa.tuple_(*key).in_(sa.select(*key).where(condition).limit(MAX_ROWS))
+        change = sa.update(Event).values(events.ERASED) if table is Event else sa.delete(table)
+        if execute(change.where(batch)).rowcount == MAX_ROWS:
             return False
     if any(change(session, user_id, MAX_BOOKS) == MAX_BOOKS for change in (library.delete_entries, disown_books)):
         return False
