@@ -314,7 +314,8 @@ def delete_account(session: Session, user_id: int, by: Principal) -> mail.Email:
 
 
 def deleted_accounts(connection: Connection) -> Sequence[int]:
-    return connection.scalars(sa.select(col(User.id)).where(sa.not_(EXISTS))).all()
+    by_index = col(User.email).between("deleted ", "deletee")  # in every collation
+    return connection.scalars(sa.select(col(User.id)).where(by_index, sa.not_(EXISTS))).all()
 
 
 def delete_batch(session: Session, user_id: int) -> bool:
