@@ -47,6 +47,7 @@ router = Router(tags=["Changes"])
 MAX_EVENT_ID = 2**63 - 1
 ADMIN_TYPES = ("account.", "harvest.")  # private, but visible to every admin
 READ_BATCH = 500
+MAX_SCAN, MAX_POLL_SCAN = 1000, 10_000  # rows that one read filters, for a stream and for a client that polls
 PRUNE_BATCH = 1000  # some 5 ms in which other writers wait
 
 POLL_INTERVAL = 5  # seconds between reads of the log without a notification
@@ -196,6 +197,24 @@ class EventFilter:
         prefixes = [col(Event.type).startswith(prefix, autoescape=True) for prefix in self.prefixes]
         return sa.and_(sa.or_(*is_visible), sa.or_(col(Event.type).in_(self.types), *prefixes))
 
+    def read(
+        self, connection: Connection, cursor: int, scan: int, limit: int, *columns: Any
+    ) -> tuple[Sequence[Any], int]:
+        """The matches among the next `scan` events, `limit` at most, and the id up to which these are all."""
+        following = sa.select(col(Event.id)).where(col(Event.id) > cursor).order_by(col(Event.id))
+        read_up_to = connection.scalar(following.offset(scan - 1).limit(1)) or last_event_id(connection)
+        matches = following.add_columns(*columns).where(col(Event.id) <= read_up_to, self.condition())
+        rows = connection.execute(matches.limit(limit)).all()
+        return rows, rows[-1].id if len(rows) == limit else read_up_to
+
+    def events_after(self, connection: Connection, cursor: int) -> tuple[list[LoggedEvent], int] | None:
+        """Matches after `cursor`, and the id up to which these are all. None if some were pruned."""
+        if cursor < pruned_up_to(connection):
+            return None
+        columns = (col(Event.type), col(Event.private), col(Event.user_id), sa.cast(Event.data, sa.Text))
+        rows, read_up_to = self.read(connection, cursor, MAX_SCAN, READ_BATCH, *columns)
+        return logged_events(rows), read_up_to
+
 
 async def retry_until_available(read: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """Streams survive a restart of the database."""
@@ -220,12 +239,14 @@ class EventTail:
     streams: Counter[str] = field(default_factory=Counter)  # open streams by address
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _notified: asyncio.Event = field(default_factory=asyncio.Event)
+    _reading_log: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @contextlib.asynccontextmanager
     async def running(self, last_event_id: int) -> AsyncIterator[None]:
         self.buffer.clear()
         self.start = self.last_event_id = last_event_id
         self.closing, self._changed, self._notified = anyio.Event(), asyncio.Event(), asyncio.Event()
+        self._reading_log = asyncio.Lock()  # which belongs to this event loop
         # Unlike asyncio, anyio waits for threads on cancellation: they still use the database.
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._read_log)
@@ -279,14 +300,16 @@ class EventTail:
         await self.closing.wait()
         self._notify_streams()
 
-    async def since(self, cursor: int) -> Sequence[LoggedEvent] | None:
-        """Events after `cursor`, from the buffer or the log. None if some were pruned."""
-        if cursor >= self.last_event_id:
-            return ()
+    async def since(self, cursor: int, event_filter: EventFilter) -> tuple[Sequence[LoggedEvent], int] | None:
+        """Matches after `cursor`, from the buffer or the log, and the id up to which these are all. None if some were
+        pruned."""
         if cursor < self.start:
-            return await database.read(events_after, cursor)
+            async with self._reading_log:  # one read for all streams, then others have their turn
+                await asyncio.sleep(0)
+                return await database.read(event_filter.events_after, cursor)
         # From the newest: a stream that keeps up looks only at the events that it has not sent.
-        return list(takewhile(lambda event: event.id > cursor, reversed(self.buffer)))[::-1]
+        new = takewhile(lambda event: event.id > cursor, reversed(self.buffer))
+        return [event for event in new if event_filter.matches(event)][::-1], max(cursor, self.last_event_id)
 
     @contextlib.contextmanager
     def stream_slot(self, address: str) -> Iterator[None]:
@@ -318,18 +341,18 @@ class EventTail:
         deadline, remaining = checked_at + (seconds or math.inf), limit or MAX_EVENT_ID
         while not self.closing.is_set():
             changed = self._changed  # before reading, so that no change in between is missed
-            events = await retry_until_available(self.since, position)
-            if events is None:
+            found = await retry_until_available(self.since, position, event_filter)
+            if found is None:
                 return  # pruned: the client gets a `reset` when it reconnects
+            events, position = found
             chunk, needs_check = bytearray(), clock() - checked_at >= HEARTBEAT_INTERVAL
             for event in events:
-                position = event.id
-                if event_filter.matches(event):
-                    chunk += event.frame
-                    needs_check |= event.private
-                    remaining -= 1
-                    if not remaining or len(chunk) >= MAX_CHUNK:
-                        break
+                chunk += event.frame
+                needs_check |= event.private
+                remaining -= 1
+                if not remaining or len(chunk) >= MAX_CHUNK:
+                    position = event.id
+                    break
             if needs_check:
                 checked_at = clock()
                 viewer = event_filter.viewer
@@ -339,7 +362,7 @@ class EventTail:
                 yield bytes(chunk)
             if not remaining or clock() >= deadline:
                 return
-            if not events:
+            if position >= self.last_event_id:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(min(deadline, checked_at + HEARTBEAT_INTERVAL)):
                         await changed.wait()
@@ -421,19 +444,14 @@ STREAM_RESPONSES = errors(429) | {200: {"description": "Events, until the client
 def list_events(connection: Connection, query: Annotated[EventsQuery, Query()], viewer: Viewer) -> EventPage:
     """Read the change log, oldest first: for clients that poll.
 
-    Public changes for anyone; with a bearer token also your own private ones. With `reset`, reload
-    your lists; `items` go on with what the log still has after that id.
+    Public changes for anyone; with a bearer token also your own private ones. One request looks at 10,000 changes at
+    most, so a page may be short or empty before the end of the log, which is where `next` equals `after`. With `reset`,
+    reload your lists; `items` go on with what the log still has after that id.
     """
     _, reset = check_cursor(connection, query.after or None)
-    rows = connection.execute(
-        sa.select(col(Event.id), col(Event.at), col(Event.type), col(Event.data))
-        .where(col(Event.id) > query.after, EventFilter(viewer, query.types).condition())
-        .order_by(col(Event.id))
-        .limit(query.limit)
-    ).all()
-    items = [EventPublic.model_validate(row) for row in rows]
-    following = items[-1].id if len(items) == query.limit else last_event_id(connection)
-    return EventPage(items=items, next=following, reset=reset)
+    columns, event_filter = (col(Event.at), col(Event.type), col(Event.data)), EventFilter(viewer, query.types)
+    rows, following = event_filter.read(connection, query.after, MAX_POLL_SCAN, query.limit, *columns)
+    return EventPage(items=[EventPublic.model_validate(row) for row in rows], next=following, reset=reset)
 
 
 @router.get("/stream", response_class=EventSourceResponse, responses=STREAM_RESPONSES)

@@ -1,5 +1,6 @@
 """The event log and its streams: each committed change once, in order, to clients that may see it."""
 
+import asyncio
 import json
 import re
 import signal
@@ -417,6 +418,63 @@ def test_a_start_beside_other_processes_gives_out_no_id_twice(client: TestClient
     ids = [event["id"] for event in client.get("/events", params={"after": first, "limit": 100}).json()["items"]]
     assert len(ids) == 30
     assert ids == sorted(set(ids))
+
+
+# --- rare types in a long log ---------------------------------------------------------------------------------------
+
+
+def test_a_rare_type_is_read_in_slices_that_leave_others_their_turn(
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "MAX_SCAN", 50)
+    start = int(client.get("/books").headers["X-Event-Cursor"])
+    for _ in range(4):
+        database.write_sync(record_some, 3 * 50 - 1)
+        database.write_sync(record_some, 1, "shelf.rare")
+        reader.post("/books", json={"title": "For all", "author": "B"})
+    wait_for(lambda: events.tail.last_event_id >= start + 604 or None)
+    events.tail.buffer.clear()  # as after a start
+    events.tail.start = events.tail.last_event_id
+    turns = [0]
+
+    async def count_turns() -> None:
+        while True:
+            await asyncio.sleep(0)
+            turns[0] += 1
+
+    async def follow() -> bytes:
+        stream = events.tail.stream(events.EventFilter(None, "shelf.rare,no.*"), start, 5, 20)
+        others = asyncio.create_task(count_turns())
+        chunks = [await anext(stream) for _ in range(5)]
+        others.cancel()
+        await database.write(record_some, 1, "shelf.rare")
+        return b"".join(chunks + [chunk async for chunk in stream])
+
+    assert client.portal is not None
+    frames = client.portal.call(follow).decode()
+    assert turns[0] >= 12
+    ids = [int(one) for one in re.findall(r"^id: (\d+)", frames, re.MULTILINE)]
+    assert ids == [start + 150, start + 301, start + 452, start + 603, start + 605]
+
+
+def test_a_poll_for_a_rare_type_looks_at_a_bounded_part_of_the_log(
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "MAX_POLL_SCAN", 50)
+    start = after = int(client.get("/books").headers["X-Event-Cursor"])
+    database.write_sync(record_some, 120)
+    database.write_sync(record_some, 2, "shelf.rare")
+    database.write_sync(record_some, 60)
+    pages = []
+    while True:
+        page = client.get("/events", params={"after": after, "types": "shelf.rare"}).json()
+        assert page["reset"] is None
+        pages.append([event["id"] - start for event in page["items"]])
+        if page["next"] == after:
+            break
+        after = page["next"]
+    assert pages == [[], [], [121, 122], [], []]
+    assert after == start + 182
 
 
 def test_ids_start_at_the_creation_time_of_the_database(tmp_path: Path) -> None:
