@@ -275,7 +275,7 @@ class UploadError(SQLModel, table=True):
 
 
 class Event(SQLModel, table=True):
-    """A committed change. Ids only grow; the first is the creation time of the database in milliseconds."""
+    """A committed change. Ids only grow; at each start they go on at the time in milliseconds, if that is larger."""
 
     __table_args__ = table_options()
 
