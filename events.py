@@ -47,7 +47,8 @@ router = Router(tags=["Changes"])
 MAX_EVENT_ID = 2**63 - 1
 ADMIN_TYPES = ("account.", "harvest.")  # private, but visible to every admin
 READ_BATCH = 500
-MAX_SCAN, MAX_POLL_SCAN = 1000, 10_000  # rows that one read filters, for a stream and for a client that polls
+SLICE = 1000  # rows of the log that are filtered at once
+MAX_SLICES = 10  # for one answer to a client that polls
 PRUNE_BATCH = 1000  # some 5 ms in which other writers wait
 
 POLL_INTERVAL = 5  # seconds between reads of the log without a notification
@@ -165,12 +166,10 @@ def check_cursor(connection: Connection, cursor: int | None) -> tuple[int, Reset
     """The last event's id, and a `reset` unless the log can be read on from `cursor`: the id of an event, or the one
     before it, or the last that was pruned."""
     pruned, last = pruned_up_to(connection), last_event_id(connection)
-    if cursor is None or cursor == pruned:
-        return last, None
-    oldest, following = (
-        EVENTS_AFTER.first(connection, {"cursor": after, "limit": 1}) for after in (pruned, cursor - 1)
-    )
-    if following is not None and cursor >= pruned and following[0] <= cursor + 1:
+    cursor = pruned if cursor is None else cursor
+    oldest = EVENTS_AFTER.first(connection, {"cursor": pruned, "limit": 1})
+    following = EVENTS_AFTER.first(connection, {"cursor": cursor - 1, "limit": 1})
+    if cursor == pruned or (cursor > pruned and following is not None and following[0] <= cursor + 1):
         return last, None
     reason: Any = "expired" if cursor < pruned else "future" if following is None else "unknown"
     return last, Reset(reason=reason, oldest=oldest[0] if oldest else last + 1, head=last)
@@ -197,22 +196,25 @@ class EventFilter:
         prefixes = [col(Event.type).startswith(prefix, autoescape=True) for prefix in self.prefixes]
         return sa.and_(sa.or_(*is_visible), sa.or_(col(Event.type).in_(self.types), *prefixes))
 
-    def read(
-        self, connection: Connection, cursor: int, scan: int, limit: int, *columns: Any
-    ) -> tuple[Sequence[Any], int]:
-        """The matches among the next `scan` events, `limit` at most, and the id up to which these are all."""
-        following = sa.select(col(Event.id)).where(col(Event.id) > cursor).order_by(col(Event.id))
-        read_up_to = connection.scalar(following.offset(scan - 1).limit(1)) or last_event_id(connection)
-        matches = following.add_columns(*columns).where(col(Event.id) <= read_up_to, self.condition())
-        rows = connection.execute(matches.limit(limit)).all()
-        return rows, rows[-1].id if len(rows) == limit else read_up_to
+    def read(self, connection: Connection, after: int, slices: int, limit: int, *columns: Any) -> tuple[list[Any], int]:
+        """The matches in the next slices of the log, `limit` at most, and the id up to which these are all."""
+        rows: list[Any] = []
+        last = last_event_id(connection)
+        for _ in range(slices):
+            following = sa.select(col(Event.id)).where(col(Event.id) > after).order_by(col(Event.id))
+            after = connection.scalar(following.offset(SLICE - 1).limit(1)) or last
+            matches = following.add_columns(*columns).where(col(Event.id) <= after, self.condition())
+            rows += connection.execute(matches.limit(limit - len(rows))).all()
+            if len(rows) == limit or after == last:
+                break
+        return rows, rows[-1].id if len(rows) == limit else after
 
     def events_after(self, connection: Connection, cursor: int) -> tuple[list[LoggedEvent], int] | None:
         """Matches after `cursor`, and the id up to which these are all. None if some were pruned."""
         if cursor < pruned_up_to(connection):
             return None
         columns = (col(Event.type), col(Event.private), col(Event.user_id), sa.cast(Event.data, sa.Text))
-        rows, read_up_to = self.read(connection, cursor, MAX_SCAN, READ_BATCH, *columns)
+        rows, read_up_to = self.read(connection, cursor, 1, READ_BATCH, *columns)
         return logged_events(rows), read_up_to
 
 
@@ -450,7 +452,7 @@ def list_events(connection: Connection, query: Annotated[EventsQuery, Query()], 
     """
     _, reset = check_cursor(connection, query.after or None)
     columns, event_filter = (col(Event.at), col(Event.type), col(Event.data)), EventFilter(viewer, query.types)
-    rows, following = event_filter.read(connection, query.after, MAX_POLL_SCAN, query.limit, *columns)
+    rows, following = event_filter.read(connection, query.after, MAX_SLICES, query.limit, *columns)
     return EventPage(items=[EventPublic.model_validate(row) for row in rows], next=following, reset=reset)
 
 

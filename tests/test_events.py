@@ -426,7 +426,7 @@ def test_a_start_beside_other_processes_gives_out_no_id_twice(client: TestClient
 def test_a_rare_type_is_read_in_slices_that_leave_others_their_turn(
     client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "MAX_SCAN", 50)
+    monkeypatch.setattr(events, "SLICE", 50)
     start = int(client.get("/books").headers["X-Event-Cursor"])
     for _ in range(4):
         database.write_sync(record_some, 3 * 50 - 1)
@@ -460,7 +460,8 @@ def test_a_rare_type_is_read_in_slices_that_leave_others_their_turn(
 def test_a_poll_for_a_rare_type_looks_at_a_bounded_part_of_the_log(
     client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events, "MAX_POLL_SCAN", 50)
+    monkeypatch.setattr(events, "SLICE", 10)
+    monkeypatch.setattr(events, "MAX_SLICES", 5)
     start = after = int(client.get("/books").headers["X-Event-Cursor"])
     database.write_sync(record_some, 120)
     database.write_sync(record_some, 2, "shelf.rare")
@@ -475,6 +476,8 @@ def test_a_poll_for_a_rare_type_looks_at_a_bounded_part_of_the_log(
         after = page["next"]
     assert pages == [[], [], [121, 122], [], []]
     assert after == start + 182
+    full = client.get("/events", params={"after": start + 95, "limit": 1, "types": "shelf.rare"}).json()
+    assert (len(full["items"]), full["next"]) == (1, start + 121)
 
 
 def test_ids_start_at_the_creation_time_of_the_database(tmp_path: Path) -> None:
