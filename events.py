@@ -46,7 +46,7 @@ router = Router(tags=["Changes"])
 
 MAX_EVENT_ID = 2**63 - 1
 ADMIN_TYPES = ("account.", "harvest.")  # private, but visible to every admin
-READ_BATCH = 500
+READ_BATCH, STREAM_BATCH = 500, 100  # events read at once by the tail, and by a stream that is behind: some 40 KB
 SLICE = 1000  # rows of the log that are filtered at once
 MAX_SLICES = 10  # for one answer to a client that polls
 PRUNE_BATCH = 1000  # some 5 ms in which other writers wait
@@ -214,7 +214,7 @@ class EventFilter:
         if cursor < pruned_up_to(connection):
             return None
         columns = (col(Event.type), col(Event.private), col(Event.user_id), sa.cast(Event.data, sa.Text))
-        rows, read_up_to = self.read(connection, cursor, 1, READ_BATCH, *columns)
+        rows, read_up_to = self.read(connection, cursor, 1, STREAM_BATCH, *columns)
         return logged_events(rows), read_up_to
 
 
