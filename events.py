@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import anyio
 import sqlalchemy as sa
@@ -46,7 +46,9 @@ router = Router(tags=["Changes"])
 
 MAX_EVENT_ID = 2**63 - 1
 ADMIN_TYPES = ("account.", "harvest.")  # private, but visible to every admin
-READ_BATCH = 500
+READ_BATCH, STREAM_BATCH = 500, 100  # events read at once by the tail, and by a stream that is behind: some 40 KB
+SLICE = 1000  # rows of the log that are filtered at once
+MAX_SLICES = 10  # for one answer to a client that polls
 PRUNE_BATCH = 1000  # some 5 ms in which other writers wait
 
 POLL_INTERVAL = 5  # seconds between reads of the log without a notification
@@ -62,6 +64,8 @@ MAX_STREAMS, MAX_STREAMS_PER_ADDRESS = 4000, 1500
 # --- writing ------------------------------------------------------------------------------------------------------
 
 INSERT_EVENT = CompiledQuery(sa.insert(Event))
+# What is left of an event of a deleted account: its id, which clients hold as their position in the log.
+ERASED = {"type": "erased", "private": True, "user_id": None, "data": {}}
 
 
 def record(
@@ -75,6 +79,16 @@ def record(
     """
     visibility = {"user_id": owner, "private": owner is not None if private is None else private}
     INSERT_EVENT.all(session, {"at": models.utcnow(), "type": event_type, "data": data, **visibility})
+
+
+def continue_ids(session: Session) -> int:
+    """The id of the last event. The next ones begin at the time in milliseconds: ids that a restored backup or a power
+    cut has lost are not given out twice."""
+    statement = "UPDATE sqlite_sequence SET seq = max(seq, :now) WHERE name = 'event'"
+    if database.is_postgresql():
+        statement = "SELECT setval('event_id_seq', greatest(last_value, :now)) FROM event_id_seq"
+    session.execute(sa.text(statement), {"now": int(models.utcnow().timestamp() * 1000)})
+    return last_event_id(session.connection())
 
 
 def record_account_event(session: Session, user_id: int | None, event: str, /, **data: object) -> None:
@@ -129,19 +143,36 @@ def events_after(connection: Connection, cursor: int) -> list[LoggedEvent] | Non
     """The next events after `cursor`, private ones too. None if some were pruned."""
     if cursor < pruned_up_to(connection):
         return None
-    rows = EVENTS_AFTER.all(connection, {"cursor": cursor, "limit": READ_BATCH})
+    return logged_events(EVENTS_AFTER.all(connection, {"cursor": cursor, "limit": READ_BATCH}))
+
+
+def logged_events(rows: Sequence[Any]) -> list[LoggedEvent]:
     return [  # JSON text as it is stored has no line breaks
         LoggedEvent(id_, type_, bool(private), user_id, f"id: {id_}\nevent: {type_}\ndata: {data}\n\n".encode())
         for id_, type_, private, user_id, data in rows
     ]
 
 
-def check_cursor(connection: Connection, cursor: int | None) -> tuple[int, dict[str, Any] | None]:
-    """The last event's id, and the data of a `reset` if the log can't be read on from `cursor`."""
+class Reset(BaseModel):
+    """The client must reload its lists: events after its position were pruned (`expired`), or the position is no id of
+    this log, perhaps one from before a backup was restored (`future`, `unknown`)."""
+
+    reason: Literal["expired", "future", "unknown"]
+    oldest: int = Field(description="The id of the oldest event in the log.", examples=[1795254571301])
+    head: int = Field(description="The id of the last event.", examples=[1795254571301])
+
+
+def check_cursor(connection: Connection, cursor: int | None) -> tuple[int, Reset | None]:
+    """The last event's id, and a `reset` unless the log can be read on from `cursor`: the id of an event, or the one
+    before it, or the last that was pruned."""
     pruned, last = pruned_up_to(connection), last_event_id(connection)
-    if cursor is None or pruned <= cursor <= last:
+    cursor = pruned if cursor is None else cursor
+    oldest = EVENTS_AFTER.first(connection, {"cursor": pruned, "limit": 1})
+    following = EVENTS_AFTER.first(connection, {"cursor": cursor - 1, "limit": 1})
+    if cursor == pruned or (cursor > pruned and following is not None and following[0] <= cursor + 1):
         return last, None
-    return last, {"reason": "expired" if cursor < pruned else "future", "oldest": pruned + 1, "head": last}
+    reason: Any = "expired" if cursor < pruned else "future" if following is None else "unknown"
+    return last, Reset(reason=reason, oldest=oldest[0] if oldest else last + 1, head=last)
 
 
 class EventFilter:
@@ -164,6 +195,27 @@ class EventFilter:
         is_visible += [col(Event.type).startswith(prefix) for prefix in self.admin_types]
         prefixes = [col(Event.type).startswith(prefix, autoescape=True) for prefix in self.prefixes]
         return sa.and_(sa.or_(*is_visible), sa.or_(col(Event.type).in_(self.types), *prefixes))
+
+    def read(self, connection: Connection, after: int, slices: int, limit: int, *columns: Any) -> tuple[list[Any], int]:
+        """The matches in the next slices of the log, `limit` at most, and the id up to which these are all."""
+        rows: list[Any] = []
+        last = last_event_id(connection)
+        for _ in range(slices):
+            following = sa.select(col(Event.id)).where(col(Event.id) > after).order_by(col(Event.id))
+            after = connection.scalar(following.offset(SLICE - 1).limit(1)) or last
+            matches = following.add_columns(*columns).where(col(Event.id) <= after, self.condition())
+            rows += connection.execute(matches.limit(limit - len(rows))).all()
+            if len(rows) == limit or after == last:
+                break
+        return rows, rows[-1].id if len(rows) == limit else after
+
+    def events_after(self, connection: Connection, cursor: int) -> tuple[list[LoggedEvent], int] | None:
+        """Matches after `cursor`, and the id up to which these are all. None if some were pruned."""
+        if cursor < pruned_up_to(connection):
+            return None
+        columns = (col(Event.type), col(Event.private), col(Event.user_id), sa.cast(Event.data, sa.Text))
+        rows, read_up_to = self.read(connection, cursor, 1, STREAM_BATCH, *columns)
+        return logged_events(rows), read_up_to
 
 
 async def retry_until_available(read: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -189,12 +241,14 @@ class EventTail:
     streams: Counter[str] = field(default_factory=Counter)  # open streams by address
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _notified: asyncio.Event = field(default_factory=asyncio.Event)
+    _reading_log: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, last_event_id: int) -> AsyncIterator[None]:
         self.buffer.clear()
-        self.start = self.last_event_id = await database.read(last_event_id)
+        self.start = self.last_event_id = last_event_id
         self.closing, self._changed, self._notified = anyio.Event(), asyncio.Event(), asyncio.Event()
+        self._reading_log = asyncio.Lock()  # which belongs to this event loop
         # Unlike asyncio, anyio waits for threads on cancellation: they still use the database.
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._read_log)
@@ -248,14 +302,16 @@ class EventTail:
         await self.closing.wait()
         self._notify_streams()
 
-    async def since(self, cursor: int) -> Sequence[LoggedEvent] | None:
-        """Events after `cursor`, from the buffer or the log. None if some were pruned."""
-        if cursor >= self.last_event_id:
-            return ()
+    async def since(self, cursor: int, event_filter: EventFilter) -> tuple[Sequence[LoggedEvent], int] | None:
+        """Matches after `cursor`, from the buffer or the log, and the id up to which these are all. None if some were
+        pruned."""
         if cursor < self.start:
-            return await database.read(events_after, cursor)
+            async with self._reading_log:  # one read for all streams, then others have their turn
+                await asyncio.sleep(0)
+                return await database.read(event_filter.events_after, cursor)
         # From the newest: a stream that keeps up looks only at the events that it has not sent.
-        return list(takewhile(lambda event: event.id > cursor, reversed(self.buffer)))[::-1]
+        new = takewhile(lambda event: event.id > cursor, reversed(self.buffer))
+        return [event for event in new if event_filter.matches(event)][::-1], max(cursor, self.last_event_id)
 
     @contextlib.contextmanager
     def stream_slot(self, address: str) -> Iterator[None]:
@@ -280,25 +336,25 @@ class EventTail:
         retry = random.randint(1500, 2500)  # noqa: S311  # so that clients do not all reconnect at once after a restart
         yield control_frame("ready", {"head": last}, retry=retry)
         if reset is not None:
-            yield control_frame("reset", reset)
+            yield control_frame("reset", reset.model_dump())
         position = last if cursor is None or reset is not None else cursor
         clock = asyncio.get_running_loop().time
         checked_at = clock()
         deadline, remaining = checked_at + (seconds or math.inf), limit or MAX_EVENT_ID
         while not self.closing.is_set():
             changed = self._changed  # before reading, so that no change in between is missed
-            events = await retry_until_available(self.since, position)
-            if events is None:
+            found = await retry_until_available(self.since, position, event_filter)
+            if found is None:
                 return  # pruned: the client gets a `reset` when it reconnects
+            events, position = found
             chunk, needs_check = bytearray(), clock() - checked_at >= HEARTBEAT_INTERVAL
             for event in events:
-                position = event.id
-                if event_filter.matches(event):
-                    chunk += event.frame
-                    needs_check |= event.private
-                    remaining -= 1
-                    if not remaining or len(chunk) >= MAX_CHUNK:
-                        break
+                chunk += event.frame
+                needs_check |= event.private
+                remaining -= 1
+                if not remaining or len(chunk) >= MAX_CHUNK:
+                    position = event.id
+                    break
             if needs_check:
                 checked_at = clock()
                 viewer = event_filter.viewer
@@ -308,7 +364,7 @@ class EventTail:
                 yield bytes(chunk)
             if not remaining or clock() >= deadline:
                 return
-            if not events:
+            if position >= self.last_event_id:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(min(deadline, checked_at + HEARTBEAT_INTERVAL)):
                         await changed.wait()
@@ -357,7 +413,7 @@ Seconds = Annotated[FiniteFloat, Field(gt=0, le=86_400)]
 
 
 class EventsQuery(RequestModel):
-    after: EventId = Field(default=0, description="`next` of the previous page; 0 for the start of the log.")
+    after: EventId = Field(default=0, description="`next` of the page before; 0 for the start of the log.")
     limit: Annotated[int, Field(ge=1, le=100)] = 20
     types: TypesParameter = None
 
@@ -371,7 +427,8 @@ class StreamQuery(RequestModel):
 
 class EventPage(BaseModel):
     items: list[EventPublic]
-    next: int = Field(description="The `after` of the next page. At the end of the log, use it to poll for new events.")
+    next: int = Field(description="The `after` of the next page; at the end of the log, to poll for new events.")
+    reset: Reset | None = Field(description="Where `after` is not, or no longer, a position in this log.")
 
 
 TEXT = {"type": "string"}
@@ -389,16 +446,14 @@ STREAM_RESPONSES = errors(429) | {200: {"description": "Events, until the client
 def list_events(connection: Connection, query: Annotated[EventsQuery, Query()], viewer: Viewer) -> EventPage:
     """Read the change log, oldest first: for clients that poll.
 
-    Public changes for anyone; with a bearer token also your own private ones.
+    Public changes for anyone; with a bearer token also your own private ones. One request looks at 10,000 changes at
+    most, so a page may be short or empty before the end of the log, which is where `next` equals `after`. With `reset`,
+    reload your lists; `items` go on with what the log still has after that id.
     """
-    rows = connection.execute(
-        sa.select(col(Event.id), col(Event.at), col(Event.type), col(Event.data))
-        .where(col(Event.id) > query.after, EventFilter(viewer, query.types).condition())
-        .order_by(col(Event.id))
-        .limit(query.limit)
-    ).all()
-    items = [EventPublic.model_validate(row) for row in rows]
-    return EventPage(items=items, next=items[-1].id if len(items) == query.limit else last_event_id(connection))
+    _, reset = check_cursor(connection, query.after or None)
+    columns, event_filter = (col(Event.at), col(Event.type), col(Event.data)), EventFilter(viewer, query.types)
+    rows, following = event_filter.read(connection, query.after, MAX_SLICES, query.limit, *columns)
+    return EventPage(items=[EventPublic.model_validate(row) for row in rows], next=following, reset=reset)
 
 
 @router.get("/stream", response_class=EventSourceResponse, responses=STREAM_RESPONSES)

@@ -494,7 +494,7 @@ async def harvest() -> None:
     """Add new books of Google Books, once a day, in one of all processes."""
     query = settings.harvest_query
     # Due again in an hour, until it has succeeded: another process takes over if this one dies.
-    if query is None or not await database.write(claim_job, "harvest", timedelta(hours=1)):
+    if query is None or not await database.write(claim_job, "harvest", timedelta(hours=1), timedelta(days=1)):
         return
     data: dict[str, Any] = {"query": query}
     try:

@@ -250,6 +250,22 @@ def read_copy(copy: BinaryIO) -> Iterator[bytes]:
 # --- lifespan -----------------------------------------------------------------------------------------------------
 
 
+START_TIMEOUT = 60  # seconds that a start waits for its database
+
+
+async def when_available(step: Callable[..., Any], *args: Any) -> Any:
+    """Do a step of the start, once the database is there: uvicorn ends all workers if one of them fails to start."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        try:
+            return step(*args)
+        except OperationalError as error:
+            if time.monotonic() > deadline or database.server_is_stopping():
+                raise
+            log.warning("waiting for the database: %s", error.orig)
+            await asyncio.sleep(1)
+
+
 @contextlib.asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     """Open the database, start the event tail and the recurring jobs; stop them in reverse.
@@ -265,12 +281,13 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     # read of a book beside an import took 90 ms.
     sys.setswitchinterval(0.0005)
     gc.freeze()  # a full collection took 50 ms
-    database.open_database(settings.database_url)
+    await when_available(database.open_database, settings.database_url)
     serving = False
     try:
-        security.prepare()
+        last_event_id = await when_available(database.write_sync, events.continue_ids)
+        await when_available(security.prepare)
         security.open_rate_limits()
-        async with events.tail.running(), recurring_jobs():
+        async with events.tail.running(last_event_id), recurring_jobs():
             serving = True
             yield
     except Exception:

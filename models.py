@@ -275,7 +275,7 @@ class UploadError(SQLModel, table=True):
 
 
 class Event(SQLModel, table=True):
-    """A committed change. Ids only grow; the first is the creation time of the database in milliseconds."""
+    """A committed change. Ids only grow; at each start they go on at the time in milliseconds, if that is larger."""
 
     __table_args__ = table_options()
 
@@ -295,10 +295,13 @@ class Setting(SQLModel, table=True):
     value: str
 
 
-def claim_job(session: Session, name: str, interval: timedelta) -> bool:
-    """Whether a recurring job is due. If so, it is due again after `interval`, for all processes."""
-    due = session.get(Setting, f"{name}_due")
-    if due is not None and datetime.fromisoformat(due.value) > utcnow():
+def claim_job(session: Session, name: str, interval: timedelta, longest: timedelta | None = None) -> bool:
+    """Whether a recurring job is due. If so, it is due again after `interval`, for all processes.
+
+    It is also due if it would wait for more than `longest`, by default `interval`: the clock has gone back.
+    """
+    due, now = session.get(Setting, f"{name}_due"), utcnow()
+    if due is not None and now < datetime.fromisoformat(due.value) <= now + (longest or interval):
         return False
     schedule_job(session, name, interval)
     return True

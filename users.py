@@ -315,7 +315,8 @@ def delete_account(session: Session, user_id: int, by: Principal) -> mail.Email:
 
 
 def deleted_accounts(connection: Connection) -> Sequence[int]:
-    return connection.scalars(sa.select(col(User.id)).where(sa.not_(EXISTS))).all()
+    by_index = col(User.email).between("deleted ", "deletee")  # in every collation
+    return connection.scalars(sa.select(col(User.id)).where(by_index, sa.not_(EXISTS))).all()
 
 
 def delete_batch(session: Session, user_id: int) -> bool:
@@ -328,8 +329,9 @@ def delete_batch(session: Session, user_id: int) -> bool:
     }
     for table, condition in rows.items():
         key = sa.inspect(table).primary_key
-        batch = sa.select(*key).where(condition).limit(MAX_ROWS)
-        if execute(sa.delete(table).where(sa.tuple_(*key).in_(batch))).rowcount == MAX_ROWS:
+        batch = sa.tuple_(*key).in_(sa.select(*key).where(condition).limit(MAX_ROWS))
+        change = sa.update(Event).values(events.ERASED) if table is Event else sa.delete(table)
+        if execute(change.where(batch)).rowcount == MAX_ROWS:
             return False
     if any(change(session, user_id, MAX_BOOKS) == MAX_BOOKS for change in (library.delete_entries, disown_books)):
         return False

@@ -469,7 +469,7 @@ class Server:
         limits = {"RATE_LIMITS": "false"}  # but for the tests that are about them
         nowhere = {"GOOGLE_BOOKS_URL": NOWHERE, "OPEN_LIBRARY_URL": NOWHERE}
         database_url = {"DATABASE_URL": url_of(self.file)}
-        patience = {"UVICORN_TIMEOUT_WORKER_HEALTHCHECK": "60"}  # as in Procfile: other tests keep the machine busy
+        patience = {"UVICORN_TIMEOUT_WORKER_HEALTHCHECK": "60"}  # other tests keep the machine busy
         environment = {**os.environ, **database_url, **limits, **nowhere, **patience, **self.environment}
         command = [sys.executable, "-m", "uvicorn", self.app, "--port", str(self.port), *self.options]
         with self.log.open("ab") as log:

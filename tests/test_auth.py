@@ -77,6 +77,9 @@ FORGERIES: dict[str, Callable[[TestClient], str]] = {
     "no type": lambda client: forged(client, typ=None),
     "a refresh token": lambda client: str(Person(client, "admin", "admin").tokens["refresh_token"]),
     "issued tomorrow": lambda client: forged(client, iat=models.utcnow() + timedelta(days=1)),
+    "issued further ahead than it lives": lambda client: forged(
+        client, iat=models.utcnow() + timedelta(minutes=31), exp=models.utcnow() + timedelta(minutes=60)
+    ),
     "somebody else's session": lambda client: forged(client, sub="2"),
     "a session that is a word": lambda client: forged(client, sid="one"),
     "a huge session": lambda client: forged(client, sid=str(10**30)),
@@ -107,6 +110,15 @@ def test_an_access_token_lasts_half_an_hour(client: TestClient, clock: Clock, re
     assert reader.get("/users/me").status_code == 200
     clock.advance(seconds=2)
     assert reader.get("/users/me").status_code == 401
+
+
+def test_sessions_go_on_when_the_clock_goes_back(client: TestClient, clock: Clock, reader: Person) -> None:
+    clock.advance(minutes=-29)
+    assert reader.get("/users/me").status_code == 200
+    clock.advance(days=-1)
+    answer = client.post("/auth/refresh", json={"refresh_token": reader.tokens["refresh_token"]})
+    assert answer.status_code == 200
+    assert Person(client, "Rita", tokens=answer.json()).get("/users/me").status_code == 200
 
 
 def test_an_invalid_token_is_401_even_where_none_is_needed(client: TestClient, reader: Person) -> None:

@@ -1,6 +1,8 @@
 """The event log and its streams: each committed change once, in order, to clients that may see it."""
 
+import asyncio
 import json
+import re
 import signal
 import threading
 import time
@@ -16,7 +18,8 @@ from sqlmodel import Session
 
 import database
 import events
-from tests.fixtures import NEW, Person, Server, service, sign_up, wait_for
+from settings import settings
+from tests.fixtures import NEW, Clock, Person, Server, copy_of, service, sign_up, wait_for
 
 
 class Stream:
@@ -257,7 +260,7 @@ def test_rolled_back_changes_are_not_logged(client: TestClient, reader: Person) 
     reader.add_book(isbn="9780441172719")
     start = client.get("/events").json()["next"]
     assert reader.post("/books", json={"title": "A", "author": "B", "isbn": "9780441172719"}).status_code == 409
-    assert client.get("/events", params={"after": start}).json() == {"items": [], "next": start}
+    assert client.get("/events", params={"after": start}).json() == {"items": [], "next": start, "reset": None}
 
 
 def test_polling_reads_to_the_end_and_then_new_events(client: TestClient, reader: Person) -> None:
@@ -273,6 +276,208 @@ def test_polling_reads_to_the_end_and_then_new_events(client: TestClient, reader
     assert seen == ["0", "1", "2", "3", "4"]
     reader.add_book(title="later")
     assert [e["data"]["title"] for e in client.get("/events", params={"after": after}).json()["items"]] == ["later"]
+
+
+def record_some(session: Session, count: int, event_type: str = "book.updated") -> None:
+    for number in range(count):
+        events.record(session, event_type, {"number": number})
+
+
+# From the ids of the events in the log and the last one that was pruned: a cursor, and the reason of the reset.
+CURSORS: dict[str, tuple[Callable[[list[int], int], int], str | None]] = {
+    "the first event": (lambda ids, pruned: ids[0], None),
+    "before the first event": (lambda ids, pruned: ids[0] - 1, None),
+    "the last event before a start": (lambda ids, pruned: ids[2], None),
+    "before the first event after a start": (lambda ids, pruned: ids[3] - 1, None),
+    "the last event": (lambda ids, pruned: ids[-1], None),
+    "the last that was pruned": (lambda ids, pruned: pruned, None),
+    "the last but one that was pruned": (lambda ids, pruned: pruned - 1, "expired"),
+    "1": (lambda ids, pruned: 1, "expired"),
+    "lost before a start": (lambda ids, pruned: ids[2] + 1, "unknown"),
+    "long before the first event after a start": (lambda ids, pruned: ids[3] - 2, "unknown"),
+    "the next": (lambda ids, pruned: ids[-1] + 1, "future"),
+    "the largest": (lambda ids, pruned: 2**63 - 1, "future"),
+}
+
+
+@pytest.fixture
+def log_with_a_gap(client: TestClient, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], int]:
+    """Three events, a start, and three more; of older ones the last that was pruned."""
+    monkeypatch.setattr(settings, "event_retention", 6)
+    for _ in range(2):
+        database.write_sync(record_some, 3)
+        clock.advance(hours=1)
+        database.write_sync(events.continue_ids)
+    pruned = int(client.get("/events", params={"limit": 100}).json()["next"])
+    for pause in (0, 1):
+        clock.advance(hours=pause)
+        database.write_sync(events.continue_ids)
+        database.write_sync(record_some, 3)
+    while database.write_sync(events.prune):
+        pass
+    ids = [event["id"] for event in client.get("/events").json()["items"]]
+    assert len(ids) == 6
+    assert pruned == database.read_sync(events.pruned_up_to)
+    return ids, pruned
+
+
+@pytest.mark.parametrize("case", CURSORS.values(), ids=CURSORS)
+def test_cursors_that_are_no_position_of_the_log_cause_a_reset(
+    client: TestClient, log_with_a_gap: tuple[list[int], int], case: tuple[Callable[[list[int], int], int], str | None]
+) -> None:
+    ids, pruned = log_with_a_gap
+    cursor, reason = case[0](ids, pruned), case[1]
+    reset = None if reason is None else {"reason": reason, "oldest": ids[0], "head": ids[-1]}
+    page = client.get("/events", params={"after": cursor}).json()
+    assert page["reset"] == reset
+    assert [event["id"] for event in page["items"]] == [id_ for id_ in ids if id_ > cursor], "what the log still has"
+    assert page["next"] == ids[-1]
+    frames = client.get("/stream", params={"since": cursor, "seconds": 0.2}).text
+    if reset is None:
+        assert "event: reset" not in frames
+        assert [int(one) for one in re.findall(r"^id: (\d+)", frames, re.MULTILINE)] == [i for i in ids if i > cursor]
+    else:
+        assert json.loads(re.findall(r"event: reset\s+data: (.*)", frames)[0]) == reset
+        assert "id: " not in frames, "then live"
+
+
+@pytest.mark.parametrize("query", ["", "after=0"])
+def test_a_poll_without_a_position_reads_from_the_start_of_the_log(
+    client: TestClient, log_with_a_gap: tuple[list[int], int], query: str
+) -> None:
+    page = client.get(f"/events?{query}").json()
+    assert ([event["id"] for event in page["items"]], page["reset"]) == (log_with_a_gap[0], None)
+
+
+def test_positions_stay_valid_where_the_log_is_empty(client: TestClient, clock: Clock) -> None:
+    cursors = {int(client.get("/books").headers["X-Event-Cursor"]), client.get("/events").json()["next"]}
+    clock.advance(hours=1)
+    database.write_sync(events.continue_ids)
+    cursors |= {int(client.get("/books").headers["X-Event-Cursor"]), client.get("/events").json()["next"]}
+    for _ in range(2):
+        for cursor in cursors:
+            page = client.get("/events", params={"after": cursor}).json()
+            assert page["reset"] is None
+        database.write_sync(record_some, 1)
+    assert len(page["items"]) == 1
+
+
+def test_positions_stay_valid_when_their_event_is_deleted_with_its_account(
+    client: TestClient, reader: Person, other_reader: Person, admin: Person
+) -> None:
+    book = reader.add_book()
+    reader.post(f"/my-library/{book['id']}", json={"status": "completed"})
+    reader.patch(f"/my-library/{book['id']}", json={"rating": 4, "review": "Rita was here."})
+    cursors = [event["id"] for event in reader.get("/events", params={"limit": 100}).json()["items"]]
+    assert len(cursors) > 3
+    assert client.get("/books").headers["X-Event-Cursor"] == str(cursors[-1])
+    assert admin.delete("/users/2").status_code == 204
+    for cursor in cursors:
+        page = client.get("/events", params={"after": cursor}).json()
+        assert page["reset"] is None
+        assert page["items"][-1]["type"] == "books.updated"
+    for person in (other_reader, admin):
+        left = person.get("/events", params={"limit": 100}).text
+        assert "Rita was here" not in left
+        assert '"erased"' not in left
+
+
+def test_ids_lost_with_a_restored_backup_are_not_given_out_again(tmp_path: Path) -> None:
+    original, backup = tmp_path / "books.db", tmp_path / "backup.db"
+    with service(original) as admin:
+        admin.add_book(title="Kept")
+        kept = int(admin.get("/books").headers["X-Event-Cursor"])
+    copy_of(original, backup)
+    with service(original) as admin:
+        for _ in range(5):
+            admin.add_book(title="Lost")
+        lost = [event["id"] for event in admin.client.get("/events", params={"after": kept}).json()["items"]]
+    with service(backup) as admin:
+        for title in ("", *"abcdef"):  # more than were lost
+            if title:
+                admin.add_book(title=title)
+            for cursor in lost[:: len(lost) - 1]:
+                assert admin.client.get("/events", params={"after": cursor}).json()["reset"] is not None
+                assert "event: reset" in admin.client.get("/stream", params={"since": cursor, "seconds": 0.01}).text
+        page = admin.client.get("/events", params={"after": kept}).json()
+    assert (page["reset"], [event["data"]["title"] for event in page["items"]]) == (None, [*"abcdef"])
+    assert page["items"][0]["id"] > lost[-1]
+
+
+def test_a_start_beside_other_processes_gives_out_no_id_twice(client: TestClient, reader: Person) -> None:
+    def start(_: int) -> int:
+        return database.write_sync(events.continue_ids)
+
+    def write(_: int) -> None:
+        database.write_sync(record_some, 1)
+
+    first = int(client.get("/books").headers["X-Event-Cursor"])
+    with ThreadPoolExecutor(8) as pool:
+        starts, writes = pool.map(start, range(30)), pool.map(write, range(30))
+        assert len([*starts, *writes]) == 60
+    ids = [event["id"] for event in client.get("/events", params={"after": first, "limit": 100}).json()["items"]]
+    assert len(ids) == 30
+    assert ids == sorted(set(ids))
+
+
+# --- rare types in a long log ---------------------------------------------------------------------------------------
+
+
+def test_a_rare_type_is_read_in_slices_that_leave_others_their_turn(
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "SLICE", 50)
+    start = int(client.get("/books").headers["X-Event-Cursor"])
+    for _ in range(4):
+        database.write_sync(record_some, 3 * 50 - 1)
+        database.write_sync(record_some, 1, "shelf.rare")
+        reader.post("/books", json={"title": "For all", "author": "B"})
+    wait_for(lambda: events.tail.last_event_id >= start + 604 or None)
+    events.tail.buffer.clear()  # as after a start
+    events.tail.start = events.tail.last_event_id
+    turns = [0]
+
+    async def count_turns() -> None:
+        while True:
+            await asyncio.sleep(0)
+            turns[0] += 1
+
+    async def follow() -> bytes:
+        stream = events.tail.stream(events.EventFilter(None, "shelf.rare,no.*"), start, 5, 20)
+        others = asyncio.create_task(count_turns())
+        chunks = [await anext(stream) for _ in range(5)]
+        others.cancel()
+        await database.write(record_some, 1, "shelf.rare")
+        return b"".join(chunks + [chunk async for chunk in stream])
+
+    assert client.portal is not None
+    frames = client.portal.call(follow).decode()
+    assert turns[0] >= 12
+    ids = [int(one) for one in re.findall(r"^id: (\d+)", frames, re.MULTILINE)]
+    assert ids == [start + 150, start + 301, start + 452, start + 603, start + 605]
+
+
+def test_a_poll_for_a_rare_type_looks_at_a_bounded_part_of_the_log(
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "SLICE", 10)
+    monkeypatch.setattr(events, "MAX_SLICES", 5)
+    start = after = int(client.get("/books").headers["X-Event-Cursor"])
+    database.write_sync(record_some, 120)
+    database.write_sync(record_some, 2, "shelf.rare")
+    database.write_sync(record_some, 60)
+    pages = []
+    while True:
+        page = client.get("/events", params={"after": after, "types": "shelf.rare"}).json()
+        assert page["reset"] is None
+        pages.append([event["id"] - start for event in page["items"]])
+        if page["next"] == after:
+            break
+        after = page["next"]
+    assert pages == [[], [], [121, 122], [], []]
+    assert after == start + 182
+    full = client.get("/events", params={"after": start + 95, "limit": 1, "types": "shelf.rare"}).json()
+    assert (len(full["items"]), full["next"]) == (1, start + 121)
 
 
 def test_ids_start_at_the_creation_time_of_the_database(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import signal
 import sqlite3
@@ -9,9 +10,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,17 @@ import uploads
 from main import app
 from models import LoginSession
 from settings import settings
-from tests.fixtures import ROOT, Clock, Person, Server, recurring_work, sign_up, wait_for
+from tests.fixtures import (
+    ROOT,
+    Clock,
+    Person,
+    Postgres,
+    Server,
+    free_port,
+    recurring_work,
+    sign_up,
+    wait_for,
+)
 
 # --- backup and restore -------------------------------------------------------------------------------------------
 
@@ -203,6 +214,56 @@ def test_an_upload_without_room_to_spool_is_507(reader: Person, monkeypatch: pyt
     assert (answer.status_code, answer.headers["Content-Type"]) == (507, "application/problem+json")
 
 
+# --- a start without a database -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def database_away(server: Server) -> Iterator[None]:
+    """PostgreSQL is stopped, or somebody else holds the SQLite file."""
+    if Postgres.current is not None:
+        Postgres.current.stop()
+        try:
+            yield
+        finally:
+            Postgres.current.start()
+    else:
+        with closing(sqlite3.connect(server.file, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            yield
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_replaced_waits_for_the_database(serve: Callable[..., Server]) -> None:
+    server = serve("--workers", "2")
+
+    def workers() -> list[int]:
+        return [int(pid) for pid in re.findall(r"Started server process \[(\d+)\]", server.log.read_text())]
+
+    wait_for(lambda: len(workers()) == 2 or None)
+    with database_away(server):
+        os.kill(workers()[0], signal.SIGKILL)
+        wait_for(lambda: "waiting for the database: " in server.log.read_text() or None, 60)
+        time.sleep(3)
+        assert server.process.poll() is None
+    wait_for(lambda: server.log.read_text().count("Application startup complete") == 3 or None, 60)
+    assert server.client.get("/health").status_code == 200
+    assert server.process.poll() is None
+    assert len(workers()) == 3, "no other was lost"
+
+
+@pytest.mark.parametrize("stopping", [False, True], ids=["after its time", "when it is told to stop"])
+def test_a_start_fails_without_its_database(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stopping: bool
+) -> None:
+    monkeypatch.setattr(settings, "database_url", f"postgresql+psycopg://127.0.0.1:{free_port()}/books")
+    monkeypatch.setattr(main, "START_TIMEOUT", 60 if stopping else 0.5)
+    is_stopping = iter([False, stopping])
+    monkeypatch.setattr(database, "server_is_stopping", lambda: next(is_stopping))
+    with pytest.raises(OperationalError, match="onnection"), TestClient(app):
+        pass
+    assert caplog.text.count("waiting for the database: ") == 1
+
+
 # --- work that recurs ---------------------------------------------------------------------------------------------
 
 
@@ -216,6 +277,17 @@ def test_a_recurring_job_is_claimed_by_one_process(client: TestClient, clock: Cl
         clock.advance(minutes=59)
         assert ask(0) is False
         clock.advance(minutes=1)
+
+
+def test_recurring_jobs_go_on_when_the_clock_goes_back(client: TestClient, clock: Clock) -> None:
+    def claim(longest: timedelta | None = None) -> bool:
+        return database.write_sync(models.claim_job, "work", timedelta(minutes=50), longest)
+
+    assert claim()
+    clock.advance(hours=-1)
+    assert not claim(timedelta(days=1)), "it may be further ahead than its interval"
+    assert claim()
+    assert not claim()
 
 
 def test_recurring_jobs_run_at_the_start(
@@ -358,6 +430,8 @@ def test_app_json_and_procfile_fit_heroku() -> None:
     graceful = int(re.findall(r"--timeout-graceful-shutdown (\d+)", procfile)[0])
     assert keep_alive > 90, "Heroku's router reuses idle connections for 90 s"
     assert graceful < 30, "Heroku sends SIGKILL 30 s after SIGTERM"
+    health_check = int(re.findall(r"--timeout-worker-healthcheck (\d+)", procfile)[0])
+    assert health_check <= 15, "a dead worker stays unnoticed for as long"
 
 
 def flags(command: str) -> dict[str, str]:
@@ -378,3 +452,6 @@ def test_the_documented_unit_and_proxies_fit_the_procfile() -> None:
     assert int(re.findall(r"proxy_read_timeout (\d+)s", nginx)[0]) > 2 * events.HEARTBEAT_INTERVAL
     assert int(re.findall(r"client_max_body_size (\d+)m", nginx)[0]) << 20 > uploads.MAX_UPLOAD
     assert int(re.findall(r"keepalive (\d+)s", caddy)[0]) < int(started["timeout-keep-alive"])
+    number, size = re.findall(r"large_client_header_buffers (\d+) (\d+)k;", nginx)[0]
+    assert int(number) * int(size) <= 128, "KiB of headers, for which uvicorn has no bound"
+    assert int(re.findall(r"max_header_size (\d+)kb", caddy)[0]) <= 64

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,6 +11,7 @@ import httpx2 as httpx
 import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
+from sqlmodel import Session
 
 import csv_files
 import database
@@ -21,7 +23,20 @@ from mail import Email
 from models import Principal
 from schemas import UserPublic
 from settings import check_database_url, settings
-from tests.fixtures import DUNE, NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in, url_of, wait_for
+from tests.fixtures import (
+    DUNE,
+    NEW,
+    PASSWORD,
+    Clock,
+    Person,
+    Server,
+    code_in,
+    make,
+    sign_up,
+    token_in,
+    url_of,
+    wait_for,
+)
 
 # --- my account ---------------------------------------------------------------------------------------------------
 
@@ -553,6 +568,51 @@ def test_a_killed_service_goes_on_with_the_deletion(serve: Callable[..., Server]
     recorded = server.client.get("/events", params={"types": "reviews.deleted,books.updated", "limit": 100}).json()
     for kind in ("reviews.deleted", "books.updated"):
         assert sum(event["data"]["count"] for event in recorded["items"] if event["type"] == kind) == 2000
+
+
+@pytest.mark.sqlite
+def test_deleted_accounts_are_found_by_an_index(client: TestClient) -> None:
+    def plan(session: Session) -> str:
+        session.execute(sa.text("UPDATE user SET email = 'deleted 2' WHERE id = 2"))
+        statements: list[str] = []
+        driver: Any = session.connection().connection.dbapi_connection
+        driver.set_trace_callback(statements.append)
+        assert users.deleted_accounts(session.connection()) == [2]
+        driver.set_trace_callback(None)
+        return str(session.execute(sa.text(f"EXPLAIN QUERY PLAN {statements[0]}")).all())
+
+    for name in ("deleted", "deletee", "reader"):
+        make(client, name)
+    assert "SEARCH user USING" in database.write_sync(plan)
+
+
+@pytest.mark.slow
+def test_an_account_with_50_000_ratings_is_deleted_in_short_transactions(client: TestClient, reader: Person) -> None:
+    import_shelf(reader, 50_000)
+    start, seconds = events.tail.last_event_id, []
+
+    def delete(session: Session) -> bool:
+        began = time.monotonic()
+        is_gone = users.delete_batch(session, 2)
+        session.flush()
+        seconds.append(time.monotonic() - began)
+        return is_gone
+
+    while not database.write_sync(delete):
+        pass
+    print(f"{len(seconds)} transactions, {sorted(seconds)[len(seconds) // 2]:.3f} s, at most {max(seconds):.3f} s")
+    assert sorted(seconds)[len(seconds) * 95 // 100] < 0.2
+    logged = [event["data"]["count"] for event in all_events(client, start)]
+    assert sum(logged) == 2 * 50_000, "reviews, and books without an owner"
+    assert len(logged) <= 2 * 50_000 // users.MAX_BOOKS
+
+
+def all_events(client: TestClient, after: int) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = []
+    while page := client.get("/events", params={"after": after, "limit": 100}).json()["items"]:
+        items += page
+        after = page[-1]["id"]
+    return items
 
 
 LEFT = {
