@@ -27,6 +27,8 @@ WARM_UP = 10  # seconds after the last kill and the last hostile request before 
 ROWS = 200  # of each upload
 BOOKS = 50_000  # in the catalogue at the start
 MAX_MB = 300  # of each worker, at any time
+CANCELLED = 409  # an upload, in the end, while it was being stored
+MAX_UNFINISHED = 5  # uploads of a reader
 MAX_READ = 5  # seconds; how long a book may take beside the hostile clients
 # The service with small page caches: SQLite's default ones fill for an hour, which would hide a leak.
 SOAKED = """
@@ -194,7 +196,7 @@ class Hostile:
         part = b'--b\r\nContent-Disposition: form-data; name="username"\r\n\r\n' + b"b" * 1_000_000
         body, codec = part + b"\r\n--b--\r\n", ("punycode", "idna", "utf-7", "no-such")[turn % 4]
         headers = {"Content-Type": f"multipart/form-data; boundary=b; charset={codec}"}
-        self.expect("punycode forms", client.post("/login", content=body, headers=headers), 401, 413, 415, 422)
+        self.expect("punycode forms", client.post("/login", content=body, headers=headers), 413, 415)
 
     def body_without_token(self, client: httpx.Client, turn: int) -> None:
         def body() -> Iterator[bytes]:
@@ -209,17 +211,20 @@ class Hostile:
 
     def long_search(self, client: httpx.Client, turn: int) -> None:
         words = "+".join(chr(97 + (turn + number) % 26) for number in range(250))
-        self.expect("long searches", client.get(f"/books?search={words}"), 200, 422)
+        self.expect("long searches", client.get(f"/books?search={words}"), 422)
 
     def commas(self, client: httpx.Client, _turn: int) -> None:
-        content = b"title,author\n" + (b"," * 1_900_000 + b"\n") * 46
+        content = b"title,author\n" + (b"," * 1_900_000 + b"\n") * 8
         answer = client.post("/books/upload", files={"file": ("commas.csv", content)})
-        self.expect("files of commas", answer, 202, 413, 422)
+        self.expect("files of commas", answer, 202, CANCELLED)
 
     def queue(self, client: httpx.Client, _turn: int) -> None:
-        content = b"title,author\n" + b"Queue,Q\n" * 2_500_000
+        content = b"title,author\n" + b"Queue,Q\n" * 1_000_000
         answer = client.post("/books/upload", files={"file": ("queue.csv", content)})
-        self.expect("a queue of files", answer, 202)
+        self.expect("a queue of files", answer, 202, CANCELLED)
+        uploads = client.get("/books/upload?limit=100").json()["items"]
+        unfinished = [upload for upload in uploads if upload["finished_at"] is None]
+        assert len(unfinished) <= MAX_UNFINISHED, f"a queue of files: {len(unfinished)} are unfinished"
 
     def stream_of_nothing(self, client: httpx.Client, _turn: int) -> None:
         with client.stream("GET", "/stream?types=no.such&since=0&seconds=2") as answer:
