@@ -247,7 +247,7 @@ class Hostile:
 
     def watch_memory(self) -> None:
         while not self.soak.stopping.wait(0.5):
-            with suppress(OSError):  # one that was killed
+            with suppress(OSError, StopIteration):  # one that was killed, or is a zombie
                 for pid in workers(self.soak.server):
                     self.peaks[pid] = resident_mb(pid, "VmHWM")
 
