@@ -24,7 +24,7 @@ from api import (
     transactional_in_thread,
 )
 from database import CompiledQuery
-from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Principal, Setting, ShelfEntry
+from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Loan, Principal, Setting, ShelfEntry
 from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, columns_of, json_response, page_response
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
 from search import SearchTerms, best_first, count_matches, index_books, matches
@@ -283,17 +283,21 @@ def merge(book: Book, change: BookUpdate) -> BookCreate:
 @router.delete("/{book_id:id}", status_code=204, responses=errors(403, 404, 409, 412))
 @transactional_in_thread
 def delete_book(session: Session, book_id: BookId, user: CurrentUser, if_match: IfMatch = None) -> None:
-    """Delete a book with its reviews and shelf entries.
+    """Delete a book with its reviews and shelf entries. Its returned loans stay, with its title.
 
-    For staff; for who added it, while nobody else has it on a shelf. 409 while copies are on loan.
+    For staff; for who added it, while nobody else has it on a shelf and if it never had copies: else 409. 409 for all
+    while copies are on loan.
     """
     book = get_own_book(session, book_id, user, if_match, "delete")
     if not user.is_staff:
         by_others = sa.exists().where(col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id)
         if session.scalar(sa.select(by_others)):
             raise HTTPException(409, "Somebody else has this book on a shelf: only librarians and admins delete it.")
+        if book.had_copies:
+            raise HTTPException(409, "This book has or had copies to lend: only librarians and admins delete it.")
     if book.available < book.copies:
         raise HTTPException(409, f"{book.copies - book.available} of its copies are on loan: have them returned first.")
+    session.execute(sa.update(Loan).where(col(Loan.book_id) == book_id).values(title=book.title))
     session.delete(book)
     events.record(session, "book.deleted", {"id": book.id, "title": book.title, "author": book.author})
 

@@ -31,9 +31,10 @@ NO_LOAN = "No such loan."
 IS_OPEN = col(Loan.returned_at).is_(None)
 IS_OVERDUE = col(Loan.due_at) < sa.bindparam("now", type_=models.UtcDateTime)
 STATUS = sa.case((sa.not_(IS_OPEN), "returned"), (IS_OVERDUE, "overdue"), else_="active")
-LOAN_COLUMNS = columns_of(Loan, LoanPublic, username=col(User.username), title=col(Book.title), status=STATUS)
+TITLE = sa.func.coalesce(col(Book.title), col(Loan.title))
+LOAN_COLUMNS = columns_of(Loan, LoanPublic, username=col(User.username), title=TITLE, status=STATUS)
 LOANS = Listing(
-    sa.select(JsonObject(LOAN_COLUMNS)).join_from(Loan, User).join(Book, col(Loan.book_id) == col(Book.id)),
+    sa.select(JsonObject(LOAN_COLUMNS)).join_from(Loan, User).outerjoin(Book, col(Loan.book_id) == col(Book.id)),
     filters={
         "id": col(Loan.id) == sa.bindparam("id"),
         "user_id": col(Loan.user_id) == sa.bindparam("user_id"),
@@ -77,7 +78,7 @@ def change_stock(session: Session, book_id: BookId, change: StockChange, user: S
 def move_stock(session: Session, book_id: int, *, copies: int = 0, available: int) -> bool:
     """Change both counts and record an event. False, and nothing changed, if one would leave its range."""
     in_range = (col(Book.available) + available >= 0, col(Book.copies) + copies <= MAX_COPIES)
-    figures = {"copies": col(Book.copies) + copies, "available": col(Book.available) + available}
+    figures = {"copies": col(Book.copies) + copies, "available": col(Book.available) + available, "had_copies": True}
     moved = session.execute(
         sa.update(Book)
         .where(col(Book.id) == book_id, *in_range)
@@ -173,6 +174,7 @@ def return_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPub
     loan = get_open_loan(session, loan_id, user)
     loan.returned_at = models.utcnow()
     session.flush()
+    assert loan.book_id is not None  # a book on loan can't be deleted
     move_stock(session, loan.book_id, available=loan.quantity)
     return record_loan(session, "loan.returned", loan)
 

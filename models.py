@@ -360,6 +360,7 @@ class Book(SQLModel, table=True):
     author_key: str = Field(sa_type=SortKey, nullable=False)
     copies: int = 0
     available: int = 0
+    had_copies: bool = flag_column()  # ever
     rating_count: int = 0
     rating_sum: float = Field(default=0, sa_type=Stars, nullable=False)
     added_by: int | None = Field(default=None, foreign_key="user.id", ondelete="SET NULL", index=True)
@@ -380,7 +381,7 @@ class Book(SQLModel, table=True):
     def initial(added_by: int | None) -> dict[str, Any]:
         """The other columns of a new book."""
         now = utcnow()
-        counts = {"copies": 0, "available": 0, "rating_count": 0, "rating_sum": 0, "version": 1}
+        counts = {"copies": 0, "available": 0, "had_copies": False, "rating_count": 0, "rating_sum": 0, "version": 1}
         return counts | {"added_by": added_by, "created_at": now, "updated_at": now}
 
     def describe(self, new: Any) -> None:
@@ -455,17 +456,19 @@ MAX_RENEWALS = 2
 
 
 class Loan(SQLModel, table=True):
-    """Copies of a book that a user has borrowed, and returns together."""
+    """Copies of a book that a user has borrowed, and returns together. It outlives the book, whose title it keeps."""
 
     __table_args__ = table_options(
         sa.CheckConstraint("quantity > 0", name="quantity"),
+        sa.CheckConstraint("book_id IS NOT NULL OR title IS NOT NULL", name="title"),
         sa.CheckConstraint("due_at > borrowed_at", name="due_at"),
         sa.CheckConstraint(f"renewals BETWEEN 0 AND {MAX_RENEWALS}", name="renewals"),
     )
 
     id: int = primary_key_column()
     user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", index=True)
-    book_id: int = Field(foreign_key="book.id", ondelete="CASCADE", index=True)
+    book_id: int | None = Field(foreign_key="book.id", ondelete="SET NULL", index=True)
+    title: str | None = None  # of a deleted book
     quantity: int = 1
     borrowed_at: datetime = now_column()
     due_at: datetime = now_column()

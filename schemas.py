@@ -439,7 +439,7 @@ class LoanPublic(BaseModel):
     id: PublicId
     user_id: PublicId
     username: str = Field(examples=["rita"])
-    book_id: PublicId
+    book_id: int | None = Field(examples=[1], description="null: the book was deleted; `title` is its last one.")
     title: str = Field(examples=["Dune"])
     quantity: int = Field(examples=[1])
     borrowed_at: Moment

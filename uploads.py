@@ -509,7 +509,7 @@ def shelf_cells(row: Sequence[Any]) -> list[object]:
     dates = {name: entry[name] and entry[name][:10].replace("-", "/") for name in ("finished_at", "added_at")}
     return [
         *(book["id"], book["title"], first, "", others, "", book["isbn"], entry["rating"] or 0),
-        *(book["rating"] and round(book["rating"], 2), book["publisher"], "", book["pages"]),
+        *(book["rating"] and round(float(book["rating"]), 2), book["publisher"], "", book["pages"]),
         *("", book["publication_year"], dates["finished_at"], dates["added_at"]),
         *(", ".join(tags), "", shelf, csv_files.to_html(entry["review"] or ""), "", "", int(shelf == "read"), 0),
         *(book["genre"], book["description"], book["language"], price_cell(book["price"] and book["price"] * 100)),

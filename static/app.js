@@ -318,7 +318,7 @@ const loans = pages({
       loans.load(true);
     })));
     return [
-      el('h3', {}, linkTo(book_id, title)), isStaff() && username && el('p', {}, `lent to ${username}`),
+      el('h3', {}, book_id ? linkTo(book_id, title) : title), isStaff() && username && el('p', {}, `lent to ${username}`),
       facts(quantity > 1 && plural(quantity, 'copy', 'copies'), `since ${day(borrowed_at)}`,
         returned_at ? el('span', { class: 'good' }, `returned ${day(returned_at)}`)
           : el('span', { class: late && 'bad' }, `${late ? 'overdue since' : 'due'} ${day(due_at)}`),

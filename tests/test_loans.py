@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
+from sqlalchemy.exc import IntegrityError
 
 import database
 from models import MAX_COPIES
@@ -327,7 +328,73 @@ def test_a_book_on_loan_can_not_be_deleted(reader: Person, librarian: Person, bo
     assert answer.json()["detail"] == "1 of its copies are on loan: have them returned first."
     reader.post(f"/loans/{second}/return")
     assert librarian.delete(f"/books/{book}").status_code == 204
-    assert loan_ids(librarian) == [], "its returned loans are deleted with it"
+
+
+def test_loans_outlive_their_book_and_keep_its_title(
+    client: TestClient, reader: Person, other_reader: Person, librarian: Person, book: int
+) -> None:
+    kept = stocked(librarian, 1, title="Emma", isbn=None)
+    borrowed = [lend(reader, book, quantity=2), lend(other_reader, book), lend(reader, kept)]
+    for loan in borrowed:
+        librarian.post(f"/loans/{loan['id']}/return")
+    librarian.patch(f"/books/{book}", json={"title": "Dune Messiah"})
+    before = librarian.get("/loans").json()
+    assert librarian.delete(f"/books/{book}").status_code == 204
+    for loan in before["items"]:
+        loan["book_id"] = kept if loan["book_id"] == kept else None
+    assert librarian.get("/loans").json() == before
+    emma, others, mine = before["items"]
+    assert mine.items() >= {"title": "Dune Messiah", "book_id": None, "quantity": 2, "status": "returned"}.items()
+    assert reader.get("/loans").json()["items"] == [emma, mine]
+    assert other_reader.get(f"/loans/{others['id']}").json() == others
+    assert reader.get("/users/me/export").json()["loans"] == [mine, emma]
+    for what in ("return", "renew"):
+        assert reader.post(f"/loans/{mine['id']}/{what}").status_code == 409
+    assert reader.delete("/users/me", json={"password": PASSWORD}).status_code == 204
+    assert librarian.get("/loans").json()["items"] == [others]
+
+
+def test_no_book_is_deleted_without_its_title_in_its_loans(reader: Person, book: int) -> None:
+    reader.post(f"/loans/{lend(reader, book)['id']}/return")
+    with pytest.raises(IntegrityError) as failure:
+        database.write_sync(lambda session: session.execute(sa.text("DELETE FROM book")))
+    assert database.violation(failure.value) == ("check", "title")
+
+
+Stock = Callable[[Person, Person, int], object]
+STOCK_OF_A_BOOK: dict[str, tuple[Stock, int]] = {
+    "never": (lambda _reader, _librarian, _book: None, 204),
+    "refused": (lambda _reader, staff, book: staff.post(f"/books/{book}/stock", json={"quantity": -1}), 204),
+    "now": (lambda _reader, staff, book: staff.post(f"/books/{book}/stock", json={"quantity": 1}), 409),
+    "removed": (
+        lambda _reader, staff, book: [staff.post(f"/books/{book}/stock", json={"quantity": n}) for n in (2, -2)],
+        409,
+    ),
+    "lent, returned and removed": (
+        lambda reader, staff, book: [
+            staff.post(f"/books/{book}/stock", json={"quantity": 1}),
+            reader.post("/loans", json={"book_id": book}),
+            reader.post("/loans/1/return"),
+            staff.post(f"/books/{book}/stock", json={"quantity": -1}),
+        ],
+        409,
+    ),
+}
+
+
+@pytest.mark.parametrize(("stock", "status"), STOCK_OF_A_BOOK.values(), ids=STOCK_OF_A_BOOK)
+def test_only_staff_delete_a_book_that_ever_had_copies(
+    client: TestClient, reader: Person, other_reader: Person, librarian: Person, stock: Stock, status: int
+) -> None:
+    path = f"/books/{reader.add_book()['id']}"
+    stock(other_reader, librarian, 1)
+    before = client.get(path).json()
+    answer = reader.delete(path)
+    assert answer.status_code == status, answer.text
+    if status == 409:
+        assert answer.json()["detail"] == "This book has or had copies to lend: only librarians and admins delete it."
+        assert client.get(path).json() == before
+        assert librarian.delete(path).status_code == 204
 
 
 def test_an_account_with_open_loans_can_not_be_deleted(

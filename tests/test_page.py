@@ -286,6 +286,10 @@ def test_a_librarian_adds_copies_and_a_reader_borrows_and_returns(server: Server
     expect(desk.get_by_text("No loans here.")).to_be_visible()
     here(reader).get_by_label("Show").select_option("returned")
     expect(cards(reader)).to_contain_text("returned")
+    expect(cards(reader).get_by_role("button", name="Dune")).to_be_visible()
+    assert Person(server.client, "Lydia").delete("/books/1").status_code == 204
+    expect(cards(reader).get_by_role("button")).to_have_count(0)  # no link to the deleted book
+    expect(cards(reader)).to_contain_text("Dune")
 
 
 def test_a_double_click_sends_one_request(server: Server, visit: Visit) -> None:
