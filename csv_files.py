@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import Any, NamedTuple, TextIO
 
 from stdnum import isbn as isbn_numbers
@@ -200,6 +200,14 @@ def to_csv(rows: Iterable[Sequence[object]]) -> str:
     for row in rows:
         write_row([escape_formula(cell) if type(cell) is str and cell[:1] in FORMULA_STARTS else cell for cell in row])
     return buffer.getvalue()
+
+
+def as_csv(header: Sequence[str], batches: Iterable[Sequence[Any]], cells: Callable[[Any], Any]) -> Iterator[str]:
+    return map(to_csv, chain([[header]], (map(cells, rows) for rows in batches)))
+
+
+def price_cell(cents: float | None) -> str:
+    return "" if cents is None else f"{cents / 100:.15g}"  # 9, not 9.0
 
 
 def strip_invalid(text: str) -> str:

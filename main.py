@@ -14,13 +14,13 @@
     auth.py        /login, /auth/refresh, /auth/sessions
     accounts.py    registration, confirming addresses, passwords
     search.py      full-text search: FTS5 and tsvector
-    books.py       the catalogue
-    library.py     /my-library, statistics, reviews
+    books.py       the catalogue and its export
+    library.py     /my-library, its export, statistics, reviews
     loans.py       stock and /loans
     external.py    Google Books and Open Library
     users.py       /users: profile, account export, administration
     imports.py     cells to rows, rows into the catalogue and onto a shelf, duplicates
-    uploads.py     /books/upload, /my-library/import, the import job, refused rows, exports
+    uploads.py     /books/upload, /my-library/import, the import job, refused rows
 
 A request passes `api.RequestMiddleware` and reaches its route, which depends on `security.get_principal` if it needs a
 user. The route makes one read or one transaction through `database` and answers; what the transaction changed is
@@ -325,7 +325,7 @@ if settings.cors_origins:
 app.add_middleware(RequestMiddleware)  # outermost, so that its headers are on errors of the others, too
 NOUNS = (books, library, auth, accounts, users, uploads, external, loans, events)
 # The most frequent first, even before /docs: Starlette tries routes in turn.
-ROUTERS = (books.hot, library.hot, *(noun.router for noun in NOUNS), library.reviews_router, router)
+ROUTERS = (books.hot, library.hot, *(noun.router for noun in NOUNS), library.reviews_router, books.exports, router)
 app.router.routes[:0] = [route for each in ROUTERS for route in each.routes]
 
 

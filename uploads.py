@@ -1,15 +1,14 @@
-"""Files in and out: `/books/upload`, `/my-library/import`, the import job, its refused rows, and the exports.
+"""Files in: `/books/upload`, `/my-library/import`, the import job and its refused rows.
 
 A stored file is imported by a background task; `main.resume_uploads` starts it for files that a stopped process left.
 The job commits each batch together with its progress: killed in between, it is resumed from there.
 """
 
-import json
 import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Annotated, Any, Literal
@@ -17,7 +16,6 @@ from typing import Annotated, Any, Literal
 import anyio.to_thread
 import sqlalchemy as sa
 from fastapi import BackgroundTasks, Depends, Form, HTTPException, Path, Query, Request, Response, UploadFile
-from fastapi.responses import StreamingResponse
 from pydantic import BeforeValidator, Field
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
@@ -28,14 +26,12 @@ import events
 import external
 import models
 from api import PAGE, Router, errors, or_404, readonly, transactional_in_thread
-from books import BOOKS, BookFilter
-from csv_files import BOOK_COLUMNS, SHELF_FORMATS, ImportRow, UnreadableFile, printable, strip_invalid, to_csv
+from csv_files import SHELF_FORMATS, ImportRow, UnreadableFile, printable, strip_invalid, to_csv
 from imports import CHUNK, LEASE, BatchImporter, CsvUpload, DuplicateTracker, ImportJob, JobCancelled, lock_upload
-from library import ENTRIES
-from models import Book, InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus, User
-from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
+from models import InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus, User
+from pagination import CSV_FILE, JsonObject, Listing, Page, PageQuery, file_response, json_response, page_response
 from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic
-from security import Contributor, CurrentUser, Viewer, reject_repeated_fields
+from security import Contributor, CurrentUser, reject_repeated_fields
 from settings import settings
 
 router = Router(tags=["In and out"])
@@ -376,9 +372,6 @@ class ErrorsQuery(PageQuery):
     )
 
 
-CSV_FILE = {"content": {"text/csv": {"schema": {"type": "string"}}}}
-
-
 @router.get(
     "/books/upload/{upload_id:id}/errors",
     response_model=Page[UploadErrorPublic],
@@ -401,11 +394,6 @@ def list_upload_errors(
     return file_response(refused_rows(upload_id, header), f"upload-{upload_id}-refused.csv")
 
 
-def file_response(pieces: Iterator[str], name: str) -> StreamingResponse:
-    media_type = "text/csv" if name.endswith(".csv") else "application/x-ndjson"
-    return StreamingResponse(pieces, 200, {"Content-Disposition": f'attachment; filename="{name}"'}, media_type)
-
-
 def refused_rows(upload_id: int, header: list[str]) -> Iterator[str]:
     yield to_csv([[*header, csv_files.REASON]])
     last = 0
@@ -426,92 +414,3 @@ def next_refused(connection: Connection, upload_id: int, last: int) -> Sequence[
     batch = rows.order_by(col(UploadError.row)).limit(200).scalar_subquery()
     of_rows = sa.select(UploadError).where(refused, col(UploadError.row).in_(batch)).order_by(col(UploadError.id))
     return connection.execute(of_rows).all()
-
-
-# --- exports ------------------------------------------------------------------------------------------------------
-
-
-PRICE = BOOK_COLUMNS.index("price")
-# Plain columns: to render JSON and parse it again takes twice as long as all the rest.
-BOOK_ROWS = Listing(
-    sa.select(*(sa.type_coerce(Book.price, sa.Integer) if n == "price" else getattr(Book, n) for n in BOOK_COLUMNS)),
-    filters=BOOKS.filters,
-    orders={name: order.columns for name, order in BOOKS.orders.items()},
-)
-
-
-class ExportQuery(BookFilter):
-    format: Literal["csv", "ndjson"] = Field(default="csv", description="NDJSON: a book a line, as `/books` has it.")
-
-
-FILES = {
-    "description": "The file, streamed.",
-    "content": {kind: {"schema": {"type": "string"}} for kind in ("text/csv", "application/x-ndjson")},
-}
-
-
-@router.get("/books/export", response_class=StreamingResponse, responses={200: FILES})
-async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -> StreamingResponse:
-    """Download the catalogue as a file, filtered like `/books`.
-
-    The CSV goes back in through `/books/upload`. A text that a spreadsheet would run as a formula gets an apostrophe
-    before it, which an import removes.
-    """
-    filters, order = query.filters(viewer), query.sort or "id"
-    if query.format == "csv":
-        return file_response(as_csv(BOOK_COLUMNS, BOOK_ROWS.row_batches(filters, order), book_cells), "books.csv")
-    batches = BOOKS.batches(filters, order)
-    return file_response(("".join(f"{book}\n" for book in batch) for batch in batches), "books.ndjson")
-
-
-@router.get(
-    "/my-library/export",
-    response_class=StreamingResponse,
-    responses={200: {"description": "The file, streamed.", **CSV_FILE}},
-    tags=["My library"],
-)
-async def export_library(user: CurrentUser) -> StreamingResponse:
-    """Download my shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""
-    batches = ENTRIES.row_batches({"user_id": user.id}, "added")
-    return file_response(
-        as_csv(csv_files.GOODREADS_COLUMNS + csv_files.OUR_COLUMNS, batches, shelf_cells), "my-library.csv"
-    )
-
-
-def as_csv(
-    header: Sequence[str], batches: Iterable[Sequence[Any]], cells: Callable[[Any], Sequence[object]]
-) -> Iterator[str]:
-    yield to_csv([header])
-    for rows in batches:
-        yield to_csv(map(cells, rows))
-
-
-def price_cell(cents: float | None) -> str:
-    return "" if cents is None else f"{cents / 100:.15g}"  # 9, not 9.0
-
-
-def book_cells(row: Sequence[Any]) -> Sequence[object]:
-    return [*row[:PRICE], price_cell(row[PRICE]), *row[PRICE + 1 : len(BOOK_COLUMNS)]]
-
-
-EXCLUSIVE_SHELVES = {status: name for name, status in reversed(csv_files.SHELVES.items())}
-
-
-def shelf_cells(row: Sequence[Any]) -> list[object]:
-    entry = json.loads(row[0])
-    book, shelf = entry["book"], EXCLUSIVE_SHELVES[entry["status"]]
-    first, _, others = book["author"].partition(", ")
-    if not others or (first, others) != (first.strip(), others.strip()):
-        first, others = book["author"], ""
-    # Goodreads lists the exclusive shelf among the others, from which an import removes it.
-    tags = ([shelf] if shelf in entry["tags"] else []) + entry["tags"]
-    dates = {name: entry[name] and entry[name][:10].replace("-", "/") for name in ("finished_at", "added_at")}
-    return [
-        *(book["id"], book["title"], first, "", others, "", book["isbn"], entry["rating"] or 0),
-        *(book["rating"] and round(book["rating"], 2), book["publisher"], "", book["pages"]),
-        *("", book["publication_year"], dates["finished_at"], dates["added_at"]),
-        *(", ".join(tags), "", shelf, csv_files.to_html(entry["review"] or ""), "", "", int(shelf == "read"), 0),
-        *(book["genre"], book["description"], book["language"], price_cell(book["price"] and book["price"] * 100)),
-        *(book["cover_url"], book["published_date"]),
-        *(entry[name] for name in ("added_at", "started_at", "finished_at")),
-    ]
