@@ -1,4 +1,4 @@
-"""`/my-library`, its statistics and export, and the reviews of a book: the same shelf entries as everybody sees them."""
+"""`/my-library`, its statistics, its export, and the reviews of a book: shelf entries as everybody sees them."""
 
 import json
 from collections import Counter

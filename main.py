@@ -128,6 +128,7 @@ async def recurring_jobs() -> AsyncIterator[None]:
     async with anyio.create_task_group() as jobs:
         jobs.start_soon(run_every, 1, database.checkpoint_wal)
         jobs.start_soon(run_every, RESUME_INTERVAL, resume_uploads)
+        jobs.start_soon(run_every, RESUME_INTERVAL, resume_lookups)
         jobs.start_soon(run_every, RESUME_INTERVAL, delete_accounts)
         jobs.start_soon(run_every, 60, prune_events)
         jobs.start_soon(run_every, 600, sweep_logins)
@@ -149,8 +150,11 @@ async def run_every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
 
 async def resume_uploads() -> None:
     """Go on with the uploads of processes that were stopped or killed."""
-    for upload_id in await database.read(uploads.abandoned_uploads):
-        await database.run_job(uploads.run_upload, upload_id)
+    await uploads.run_waiting(enrich=False)
+
+
+async def resume_lookups() -> None:
+    await uploads.run_waiting(enrich=True)
 
 
 async def delete_accounts() -> None:
