@@ -333,8 +333,8 @@ FILES = {
 async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -> StreamingResponse:
     """Download the catalogue as a file, filtered like `/books`.
 
-    The CSV goes back in through `/books/upload`. A text that a spreadsheet would run as a formula gets an apostrophe
-    before it, which an import removes.
+    The CSV goes back in through `/books/upload`. Where a spreadsheet would begin a formula, an apostrophe is inserted,
+    which an import removes.
     """
     filters, order = query.filters(viewer), query.sort or "id"
     if query.format == "csv":
