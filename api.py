@@ -61,8 +61,6 @@ def problem(
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
-    if error.status_code == 400 and isinstance(error.__cause__, OSError):  # an upload is spooled to a file
-        error = disk_full(error.__cause__)
     detail, headers = str(error.detail), dict(error.headers or {})
     if detail in (HTTPStatus(error.status_code).phrase, "Content Too Large"):  # Python 3.13's name of 413
         detail = DETAILS.get(error.status_code, detail).format(method=request.method)
@@ -173,6 +171,7 @@ ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
     409: ("In conflict with the present state.", "This isbn is taken.", ()),
     412: ("Changed since you read it.", 'The book has changed: its ETag is now "7".', ()),
     413: ("Too large.", TOO_LARGE, ()),
+    415: ("Not a form in UTF-8.", "Forms are in UTF-8; the Content-Type says latin-1.", ()),
     422: ("Something in the request is not valid; `errors` lists what.", "title: Field required", ()),
     429: ("Too many attempts.", "Too many attempts. Try again in 60 s.", ("Retry-After",)),
     502: ("The other catalogue is down, or its answer can't be read.", "Google Books can't be reached.", ()),
@@ -318,7 +317,7 @@ class FastRoute(APIRoute):
             raise TypeError(f"{path}: FastRoute skips dependencies that are not parameters")
         self.ordinary, self.app = self.app, self.answer
         self.readers: dict[str, Reader] = {}
-        self.user_checks = {str(user.name): _checks(user) for user in self.dependant.dependencies}
+        self.user_checks = {str(user.name): user_checks(user) for user in self.dependant.dependencies}
         self.body: tuple[str, Callable[[Any], Any]] | None = None
         for name, parameter in inspect.signature(endpoint, eval_str=True).parameters.items():
             marks = getattr(parameter.annotation, "__metadata__", ())
@@ -352,9 +351,9 @@ class FastRoute(APIRoute):
         return None
 
 
-def _checks(user: Dependant) -> list[Any]:
+def user_checks(user: Dependant) -> list[Any]:
     """The dependencies that check what `get_principal` returned, the outermost last."""
-    return [] if user.call is security.get_principal else [*_checks(user.dependencies[0]), user.call]
+    return [] if user.call is security.get_principal else [*user_checks(user.dependencies[0]), user.call]
 
 
 def _reader(name: str, parameter: inspect.Parameter, marks: Any) -> Reader:

@@ -72,8 +72,7 @@ async def parse_credentials(request: Request) -> Credentials:
     try:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
             return Credentials.model_validate_json(await request.body(), extra="forbid")
-        await security.reject_repeated_fields(request)
-        form = {name: value for name, value in (await request.form()).items() if isinstance(value, str)}
+        form = {name: value for name, value in (await security.read_form(request)).items() if isinstance(value, str)}
         if any(name.lstrip().startswith("{") for name in form):  # JSON as curl sends it
             raise InvalidField("username", "is needed in a form; JSON needs the Content-Type application/json")
         return Credentials.model_validate(form)
@@ -89,7 +88,7 @@ LOGIN_BODY = {"requestBody": {"required": True, "content": LOGIN_CONTENT}}
 # Ids begin with 1.
 UNKNOWN_USER = User(id=0, username="", email="", password_hash=security.DUMMY_PASSWORD_HASH, is_active=False)
 TOKEN_SUMMARY = "Sign in (the address that OAuth2 clients expect)"
-LOGIN_RESPONSES = errors(401, 403, 429)
+LOGIN_RESPONSES = errors(401, 403, 415, 429)
 
 
 @router.post("/login", openapi_extra=LOGIN_BODY, responses=LOGIN_RESPONSES)

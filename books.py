@@ -1,9 +1,11 @@
-"""`/books`: the catalogue, its filters and genres."""
+"""`/books`: the catalogue, its filters, genres and export."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import Header, HTTPException, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
 from pydantic import Field, ValidationError
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
@@ -23,6 +25,7 @@ from api import (
     transactional,
     transactional_in_thread,
 )
+from csv_files import BOOK_COLUMNS, as_csv, price_cell
 from database import CompiledQuery
 from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Loan, Principal, Setting, ShelfEntry
 from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, columns_of, json_response, page_response
@@ -32,6 +35,7 @@ from security import Contributor, CurrentUser, Viewer, unauthorized
 
 router = Router(prefix="/books", tags=["Catalogue"])
 hot = Router(prefix="/books", tags=["Catalogue"], route_class=FastRoute)
+exports = Router(prefix="/books", tags=["In and out"])
 
 BookId = Annotated[Id, Path(description="The book's `id`.")]
 NO_BOOK = "No such book."
@@ -310,3 +314,43 @@ def disown_books(session: Session, user_id: int, limit: int) -> int:
     if ids:
         events.record(session, "books.updated", {"count": len(ids), "first_id": min(ids), "last_id": max(ids)})
     return len(ids)
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+PRICE = BOOK_COLUMNS.index("price")
+# Plain columns: to render JSON and parse it again takes twice as long as all the rest.
+BOOK_ROWS = Listing(
+    sa.select(*(sa.type_coerce(Book.price, sa.Integer) if n == "price" else getattr(Book, n) for n in BOOK_COLUMNS)),
+    filters=BOOKS.filters,
+    orders={name: order.columns for name, order in BOOKS.orders.items()},
+)
+
+
+class ExportQuery(BookFilter):
+    format: Literal["csv", "ndjson"] = Field(default="csv", description="NDJSON: a book a line, as `/books` has it.")
+
+
+FILES = {
+    "description": "The file, streamed.",
+    "content": {kind: {"schema": {"type": "string"}} for kind in ("text/csv", "application/x-ndjson")},
+}
+
+
+@exports.get("/export", response_class=StreamingResponse, responses={200: FILES})
+async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -> StreamingResponse:
+    """Download the catalogue as a file, filtered like `/books`.
+
+    The CSV goes back in through `/books/upload`. Where a spreadsheet would begin a formula, an apostrophe is inserted,
+    which an import removes.
+    """
+    filters, order = query.filters(viewer), query.sort or "id"
+    if query.format == "csv":
+        rows = BOOK_ROWS.row_batches(filters, order)
+        return pagination.file_response(as_csv(BOOK_COLUMNS, rows, book_cells), "books.csv")
+    lines = ("".join(f"{book}\n" for book in batch) for batch in BOOKS.batches(filters, order))
+    return pagination.file_response(lines, "books.ndjson")
+
+
+def book_cells(row: Sequence[Any]) -> Sequence[object]:
+    return [*row[:PRICE], price_cell(row[PRICE]), *row[PRICE + 1 : len(BOOK_COLUMNS)]]

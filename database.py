@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MAX_GROUP_TIME = 0.01  # seconds in which changes join a transaction; one of 32 new books takes 4 ms
 RETRY_INTERVAL = 0.001  # seconds between tries to begin a transaction while another process has the lock
 CHECKPOINT_AFTER = 50  # transactions, of some 80 KB each in the write-ahead log
-JOBS = 2  # threads
+JOBS = {"imports": 2, "lookups": 1}  # threads of each kind
 # A read on the event loop may take STEPS * MAX_TICKS steps of SQLite's virtual machine, some 1 ms. SQLite calls the
 # progress handler after each STEPS of a prepared statement, counted over all its executions.
 STEPS, MAX_TICKS = 1000, 30
@@ -61,7 +61,8 @@ class _Database:
         is_sqlite = url.startswith("sqlite")
         self.backend: Sqlite | Postgresql = Sqlite(url) if is_sqlite else _postgresql().Postgresql(url, to_json)
         self.readers = anyio.CapacityLimiter(self.backend.threads)
-        self.jobs, self.committers = anyio.CapacityLimiter(JOBS), anyio.CapacityLimiter(1)
+        self.jobs = {kind: anyio.CapacityLimiter(threads) for kind, threads in JOBS.items()}
+        self.committers = anyio.CapacityLimiter(1)
         self.changes: deque[_Queued] = deque()
         self.committer: asyncio.Task[None] | None = None
 
@@ -265,9 +266,9 @@ def _transaction(connection: Connection, begin: str) -> Iterator[None]:
         raise
 
 
-async def run_job(job: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-    """A long job in a thread, with transactions of its own. At most `JOBS` run at once."""
-    await anyio.to_thread.run_sync(functools.partial(job, *args, **kwargs), limiter=_Open.database.jobs)
+async def run_job(kind: str, job: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    """A long job in a thread, with transactions of its own. Of each kind, at most `JOBS` run at once."""
+    await anyio.to_thread.run_sync(functools.partial(job, *args, **kwargs), limiter=_Open.database.jobs[kind])
 
 
 def server_is_stopping() -> bool:
@@ -363,7 +364,8 @@ class Sqlite:
         # AUTOCOMMIT: `_transaction` begins and ends transactions.
         options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True, "json_serializer": to_json}
         self.engine = create_engine(url, pool_size=8, max_overflow=4, **options)
-        self.writer = create_engine(url, pool_size=1 + JOBS, max_overflow=0, pool_timeout=BUSY_TIMEOUT, **options)
+        writers = 1 + sum(JOBS.values())
+        self.writer = create_engine(url, pool_size=writers, max_overflow=0, pool_timeout=BUSY_TIMEOUT, **options)
         configure(self.engine, PRAGMAS)
         configure(self.writer, PRAGMAS | WRITER_PRAGMAS)
         self.loop_reader, self.loop_writer = self.engine.connect(), self.writer.connect()

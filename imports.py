@@ -16,7 +16,7 @@ from typing import Any, TextIO, TypeVar
 
 import sqlalchemy as sa
 from pydantic import BaseModel, ValidationError
-from sqlalchemy import Connection
+from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
 import csv_files
@@ -27,7 +27,7 @@ import models
 from books import revise_book
 from csv_files import SHELF_FORMATS, BrokenRecord, ColumnMapping, ImportRow, InvalidCell, UnreadableFile, printable
 from database import CompiledQuery
-from models import Book, Principal, ShelfEntry, ShelfStatus, Upload, UploadChunk
+from models import Book, Principal, ShelfEntry, ShelfStatus, Upload, UploadChunk, UploadStatus
 from schemas import CSV_CONTEXT, INVALID_CHARACTERS, BookBase, BookCreate, BookUpdate, is_isbn13
 from search import index_books
 from settings import settings
@@ -35,6 +35,7 @@ from settings import settings
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 CHUNK = 256 * 1024  # bytes of a stored chunk
+MAX_BATCH_SIZE = 4 << 20  # bytes of the file whose rows are in memory at once
 LEASE = timedelta(seconds=15)  # a job that has not renewed it for so long has died
 
 INSERT_BOOKS = CompiledQuery(sa.insert(Book))
@@ -393,12 +394,17 @@ class ImportJob:
     enrich: bool
     shelve: bool
     batch: int  # rows to a transaction
-    renewed_at: datetime
+    renewed_at: datetime = field(init=False)
     progress_at: float = 0
+
+    def extend_lease(self, upload: Upload) -> None:
+        self.renewed_at = models.utcnow()
+        # An upload that is not started is still arriving, maybe slowly.
+        upload.lease_until = self.renewed_at + (LEASE if upload.started_at else 4 * LEASE)
 
     def renew_lease(self) -> None:
         """Now and then, while the job reads or waits for others."""
-        if models.utcnow() - self.renewed_at > LEASE / 5:
+        if abs(models.utcnow() - self.renewed_at) > LEASE / 5:
             database.write_sync(lock_upload, self)
 
 
@@ -409,9 +415,14 @@ def lock_upload(session: Session, job: ImportJob) -> Upload:
         raise JobCancelled("it was deleted with its owner")
     if upload.worker != job.worker:
         raise JobCancelled(f"it is {upload.status}, not by this job")
-    job.renewed_at = models.utcnow()
-    upload.lease_until = job.renewed_at + LEASE
+    job.extend_lease(upload)
     return upload
+
+
+def has_job(upload: Any) -> ColumnElement[bool]:
+    """Whether its lease runs. One that ends too far ahead was given before the clock was set back."""
+    now = models.utcnow()
+    return sa.and_(upload.status == UploadStatus.processing, upload.lease_until.between(now, now + 8 * LEASE))
 
 
 class ChunkReader(io.RawIOBase):
@@ -475,6 +486,14 @@ class CsvUpload:
                 yield ImportRow(number, [record.line]).refuse(None, record.line, record.reason)
             else:
                 yield parser.parse(number, record)
+
+    def next_batch(self, rows: Iterator[ImportRow], most: int) -> list[ImportRow]:
+        batch, end = list[ImportRow](), self.file.position + MAX_BATCH_SIZE
+        for row in islice(rows, most):
+            batch.append(row)
+            if self.file.position > end:
+                break
+        return batch
 
     @functools.cached_property
     def day_first(self) -> bool | None:

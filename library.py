@@ -1,21 +1,26 @@
-"""`/my-library`, its statistics, and the reviews of a book: the same shelf entries as everybody sees them."""
+"""`/my-library`, its statistics, its export, and the reviews of a book: shelf entries as everybody sees them."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import HTTPException, Query, Request, Response
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
+import csv_files
 import database
 import events
 import models
+import pagination
 from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404, readonly, transactional
 from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
+from csv_files import as_csv, price_cell
 from models import Book, Principal, ShelfEntry, ShelfStatus, User, sort_key
 from pagination import JsonObject, Listing, Page, PageQuery, TimestampKey, json_response, page_response
 from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id, ReviewPublic, Username
@@ -295,3 +300,43 @@ def most_frequent(names: Iterable[str]) -> list[tuple[str, int]]:
         counts[key] += bool(key)
     top = sorted(counts, key=lambda key: (-counts[key], key))[:TOP_COUNT]
     return [(spellings[key], counts[key]) for key in top if counts[key]]
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+@router.get(
+    "/my-library/export",
+    response_class=StreamingResponse,
+    responses={200: {"description": "The file, streamed.", **pagination.CSV_FILE}},
+    tags=["In and out"],
+)
+async def export_library(user: CurrentUser) -> StreamingResponse:
+    """Download my shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""
+    batches = ENTRIES.row_batches({"user_id": user.id}, "added")
+    return pagination.file_response(
+        as_csv(csv_files.GOODREADS_COLUMNS + csv_files.OUR_COLUMNS, batches, shelf_cells), "my-library.csv"
+    )
+
+
+EXCLUSIVE_SHELVES = {status: name for name, status in reversed(csv_files.SHELVES.items())}
+
+
+def shelf_cells(row: Sequence[Any]) -> list[object]:
+    entry = json.loads(row[0])
+    book, shelf = entry["book"], EXCLUSIVE_SHELVES[entry["status"]]
+    first, _, others = book["author"].partition(", ")
+    if not others or (first, others) != (first.strip(), others.strip()):
+        first, others = book["author"], ""
+    # Goodreads lists the exclusive shelf among the others, from which an import removes it.
+    tags = ([shelf] if shelf in entry["tags"] else []) + entry["tags"]
+    dates = {name: entry[name] and entry[name][:10].replace("-", "/") for name in ("finished_at", "added_at")}
+    return [
+        *(book["id"], book["title"], first, "", others, "", book["isbn"], entry["rating"] or 0),
+        *(book["rating"] and round(float(book["rating"]), 2), book["publisher"], "", book["pages"]),
+        *("", book["publication_year"], dates["finished_at"], dates["added_at"]),
+        *(", ".join(tags), "", shelf, csv_files.to_html(entry["review"] or ""), "", "", int(shelf == "read"), 0),
+        *(book["genre"], book["description"], book["language"], price_cell(book["price"] and book["price"] * 100)),
+        *(book["cover_url"], book["published_date"]),
+        *(entry[name] for name in ("added_at", "started_at", "finished_at")),
+    ]

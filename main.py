@@ -14,13 +14,13 @@
     auth.py        /login, /auth/refresh, /auth/sessions
     accounts.py    registration, confirming addresses, passwords
     search.py      full-text search: FTS5 and tsvector
-    books.py       the catalogue
-    library.py     /my-library, statistics, reviews
+    books.py       the catalogue and its export
+    library.py     /my-library, its export, statistics, reviews
     loans.py       stock and /loans
     external.py    Google Books and Open Library
     users.py       /users: profile, account export, administration
     imports.py     cells to rows, rows into the catalogue and onto a shelf, duplicates
-    uploads.py     /books/upload, /my-library/import, the import job, refused rows, exports
+    uploads.py     /books/upload, /my-library/import, the import job, refused rows
 
 A request passes `api.RequestMiddleware` and reaches its route, which depends on `security.get_principal` if it needs a
 user. The route makes one read or one transaction through `database` and answers; the transaction first verifies the
@@ -129,6 +129,7 @@ async def recurring_jobs() -> AsyncIterator[None]:
     async with anyio.create_task_group() as jobs:
         jobs.start_soon(run_every, 1, database.checkpoint_wal)
         jobs.start_soon(run_every, RESUME_INTERVAL, resume_uploads)
+        jobs.start_soon(run_every, RESUME_INTERVAL, resume_lookups)
         jobs.start_soon(run_every, RESUME_INTERVAL, delete_accounts)
         jobs.start_soon(run_every, 60, prune_events)
         jobs.start_soon(run_every, 600, sweep_logins)
@@ -150,8 +151,11 @@ async def run_every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
 
 async def resume_uploads() -> None:
     """Go on with the uploads of processes that were stopped or killed."""
-    for upload_id in await database.read(uploads.abandoned_uploads):
-        await database.run_job(uploads.run_upload, upload_id)
+    await uploads.run_waiting(enrich=False)
+
+
+async def resume_lookups() -> None:
+    await uploads.run_waiting(enrich=True)
 
 
 async def delete_accounts() -> None:
@@ -343,7 +347,7 @@ if settings.cors_origins:
 app.add_middleware(RequestMiddleware)  # outermost, so that its headers are on errors of the others, too
 NOUNS = (books, library, auth, accounts, users, uploads, external, loans, events)
 # The most frequent first, even before /docs: Starlette tries routes in turn.
-ROUTERS = (books.hot, library.hot, *(noun.router for noun in NOUNS), library.reviews_router, router)
+ROUTERS = (books.hot, library.hot, *(noun.router for noun in NOUNS), library.reviews_router, books.exports, router)
 app.router.routes[:0] = [route for each in ROUTERS for route in each.routes]
 
 

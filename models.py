@@ -245,6 +245,7 @@ class Upload(SQLModel, table=True):
     finished_at: datetime | None = timestamp_column()
     worker: str | None = Field(default=None, max_length=20)  # the job that has the lease
     lease_until: datetime | None = timestamp_column()  # the job renews it; expired, another one takes over
+    failed_attempts: int = Field(default=0, sa_column_kwargs={"server_default": "0"})  # since the last stored batch
 
 
 class UploadChunk(SQLModel, table=True):

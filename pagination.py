@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import sqlalchemy as sa
 from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, Connection, and_, bindparam
 from sqlalchemy.ext.compiler import compiles
@@ -30,6 +31,8 @@ T = TypeVar("T")
 Key = str | int | float
 MAX_CURSOR = 20_000  # characters: two keys of any script
 EXPORT_BATCH = 1000  # rows in memory at once
+
+CSV_FILE = {"content": {"text/csv": {"schema": {"type": "string"}}}}
 
 # --- rows as JSON -------------------------------------------------------------------------------------------------
 
@@ -347,3 +350,8 @@ def page_response(request: Request, page: JsonPage) -> Response:
     return json_response(
         f'{{"items":[{",".join(page.items)}],"total":{page.total},"next":{following}}}', headers=headers
     )
+
+
+def file_response(pieces: Iterator[str], name: str) -> StreamingResponse:
+    media_type = "text/csv" if name.endswith(".csv") else "application/x-ndjson"
+    return StreamingResponse(pieces, 200, {"Content-Disposition": f'attachment; filename="{name}"'}, media_type)

@@ -1,41 +1,43 @@
-"""Files in and out: `/books/upload`, `/my-library/import`, the import job, its refused rows, and the exports.
+"""Files in: `/books/upload`, `/my-library/import`, the import job and its refused rows.
 
 A stored file is imported by a background task; `main.resume_uploads` starts it for files that a stopped process left.
 The job commits each batch together with its progress: killed in between, it is resumed from there.
 """
 
-import json
+import io
 import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 import sqlalchemy as sa
-from fastapi import BackgroundTasks, Depends, Form, HTTPException, Path, Query, Request, Response, UploadFile
-from fastapi.responses import StreamingResponse
+from fastapi import BackgroundTasks, Form, HTTPException, Path, Query, Request, Response, UploadFile
+from fastapi.routing import APIRoute
 from pydantic import BeforeValidator, Field
-from sqlalchemy import ColumnElement, Connection
+from sqlalchemy import Connection
+from sqlalchemy.orm import aliased
 from sqlmodel import Session, col
+from starlette.formparsers import MultiPartParser
 
 import csv_files
 import database
 import events
 import external
 import models
-from api import PAGE, Router, errors, or_404, readonly, transactional_in_thread
-from books import BOOKS, BookFilter
-from csv_files import BOOK_COLUMNS, SHELF_FORMATS, ImportRow, UnreadableFile, printable, strip_invalid, to_csv
-from imports import CHUNK, LEASE, BatchImporter, CsvUpload, DuplicateTracker, ImportJob, JobCancelled, lock_upload
-from library import ENTRIES
-from models import Book, InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus, User
-from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
+import security
+from api import PAGE, Router, errors, or_404, readonly, transactional_in_thread, user_checks
+from csv_files import SHELF_FORMATS, ImportRow, UnreadableFile, printable, strip_invalid, to_csv
+from imports import CHUNK, BatchImporter, CsvUpload, DuplicateTracker, ImportJob, JobCancelled, has_job, lock_upload
+from models import InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus, User
+from pagination import CSV_FILE, JsonObject, Listing, Page, PageQuery, file_response, json_response, page_response
 from schemas import Id, RequestModel, UploadErrorPublic, UploadPublic
-from security import Contributor, CurrentUser, Viewer, authorized, reject_repeated_fields
+from security import Contributor, CurrentUser
 from settings import settings
 
 router = Router(tags=["In and out"])
@@ -55,8 +57,9 @@ ERRORS = Listing(
 # --- taking a file ------------------------------------------------------------------------------------------------
 
 MAX_UPLOAD = (settings.max_upload_mb << 20) + 64 * 1024  # bytes of a request with a file
+MAX_UNFINISHED = 5  # uploads of a user
 ACCEPTED: Any = {"status_code": 202, "max_body_size": MAX_UPLOAD}
-LOCATION = errors(sends={202: "Location"})
+RESPONSES = errors(409, 415, 429, sends={202: "Location"})
 
 
 def _is_file(part: object) -> object:
@@ -86,15 +89,81 @@ class NoQuery(RequestModel):
     """The options are form fields: in the query they are refused, not ignored."""
 
 
-NoRepeatedFields = Annotated[None, Depends(reject_repeated_fields)]
+class StoredFile(io.BytesIO):
+    """A file that is stored as it arrives: as by a job, so that none begins before it is whole, and in many
+    transactions, since in one 100 MB hold the writer for 0.3 s. Starlette writes to it in a thread."""
+
+    def __init__(self, user: Principal, filename: str) -> None:
+        super().__init__()
+        self.user, self.filename, self.size, self.chunks = user, filename, 0, 0
+        self.data = bytearray()
+        self.job: ImportJob | None = None
+
+    def write(self, data: Any) -> int:
+        self.size += len(data)
+        if self.size > settings.max_upload_mb << 20:
+            raise HTTPException(413, f"Files have at most {settings.max_upload_mb} MiB.")
+        self.job = self.job or database.write_sync(insert_upload, self.user, self.filename)
+        self.data += data
+        while len(self.data) >= CHUNK:
+            database.write_sync(insert_chunk, self.job, self.chunks, bytes(self.data[:CHUNK]))
+            del self.data[:CHUNK]
+            self.chunks += 1
+        self.job.renew_lease()
+        return len(data)
 
 
-@router.post("/books/upload", responses=errors(403) | LOCATION, **ACCEPTED)
+class UploadParser(MultiPartParser):
+    """Starlette's parser, with the file stored instead of spooled."""
+
+    def __init__(self, request: Request, user: Principal) -> None:
+        super().__init__(request.headers, request.stream(), **security.FORM_LIMITS)
+        self.user = user
+        self.file: StoredFile | None = None
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        name, file = self._current_part.field_name, self._current_part.file
+        if file is not None:
+            if name != "file" or self.file is not None:
+                raise InvalidField(name, "is given more than once" if name == "file" else "is not a known field")
+            file.file.close()
+            file.file = self.file = StoredFile(self.user, file.filename or "")
+
+
+class UploadRoute(APIRoute):
+    """FastAPI reads a form before it looks at the token."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        (checks,) = (user_checks(each) for each in self.dependant.dependencies)
+
+        async def handle_upload(request: Request) -> Response:
+            user: Any = await security.get_principal(await security.bearer(request))
+            for check in checks:
+                user = await check(user)
+            parser = UploadParser(request, user)
+            try:
+                await security.read_form(request, parser)
+                return await handle(request)
+            except Exception as error:
+                if parser.file is not None and parser.file.job is not None:
+                    await anyio.to_thread.run_sync(database.write_sync, delete_upload, parser.file.job)
+                if isinstance(error, JobCancelled):
+                    raise HTTPException(409, f"The upload has ended: {error}.") from None
+                raise
+
+        return handle_upload
+
+
+uploading = Router(tags=["In and out"], route_class=UploadRoute)
+
+
+@uploading.post("/books/upload", responses=errors(403) | RESPONSES, **ACCEPTED)
 async def upload_books(
     form: Annotated[UploadForm, Form(media_type="multipart/form-data")],
     _query: Annotated[NoQuery, Query()],
     user: Contributor,
-    _fields: NoRepeatedFields,
     tasks: BackgroundTasks,
     response: Response,
 ) -> UploadPublic:
@@ -102,17 +171,16 @@ async def upload_books(
 
     The file is stored and the answer is 202: read the progress at `Location`, or follow `upload.progress` events.
     Delimiter, quotes and encoding are detected. A book is here already if its ISBN is, or without one, its title and
-    author.
+    author. 429 while five of my uploads are not finished.
     """
-    return await store_upload(form, user, tasks, response)
+    return await store_upload(form, tasks, response)
 
 
-@router.post("/my-library/import", tags=["My library"], responses=LOCATION, **ACCEPTED)
+@uploading.post("/my-library/import", tags=["My library"], responses=RESPONSES, **ACCEPTED)
 async def import_library(
     form: Annotated[ShelfForm, Form(media_type="multipart/form-data")],
     _query: Annotated[NoQuery, Query()],
     user: CurrentUser,
-    _fields: NoRepeatedFields,
     tasks: BackgroundTasks,
     response: Response,
 ) -> UploadPublic:
@@ -121,29 +189,19 @@ async def import_library(
     The answer is 202, as that of `/books/upload`. Books that are not in the catalogue are added to it. Ratings and
     reviews become public, each with my user name and `finished_at`; the rest of my shelf stays private.
     """
-    return await store_upload(form, user, tasks, response)
+    return await store_upload(form, tasks, response)
 
 
-async def store_upload(form: ShelfForm, user: Principal, tasks: BackgroundTasks, response: Response) -> UploadPublic:
+router.routes.extend(uploading.routes)
+
+
+async def store_upload(form: ShelfForm, tasks: BackgroundTasks, response: Response) -> UploadPublic:
     if not form.file.size:
         raise InvalidField("file", "is empty")
-    if form.file.size > settings.max_upload_mb << 20:
-        raise HTTPException(413, f"Files have at most {settings.max_upload_mb} MiB.")
-    try:
-        upload = await anyio.to_thread.run_sync(store_file, form, user)
-    except JobCancelled as reason:
-        raise HTTPException(409, f"The upload has ended: {reason}.") from None
-    tasks.add_task(database.run_job, run_upload, upload.id)
+    upload = await anyio.to_thread.run_sync(database.write_sync, complete_upload, form)
+    tasks.add_task(run_waiting, upload.enrich)
     response.headers["Location"] = f"/books/upload/{upload.id}"
     return upload
-
-
-def store_file(form: ShelfForm, user: Principal) -> UploadPublic:
-    """As a job, so that none begins before the file is whole. In one transaction, 100 MB hold the writer for 0.3 s."""
-    job = database.write_sync(insert_upload, form, user)
-    for number, data in enumerate(iter(lambda: form.file.file.read(CHUNK), b"")):
-        database.write_sync(insert_chunk, job, number, data)
-    return database.write_sync(release, job)
 
 
 PUBLIC_HINT = (
@@ -152,12 +210,13 @@ PUBLIC_HINT = (
 )
 
 
-@authorized
-def insert_upload(session: Session, form: ShelfForm, user: Principal) -> ImportJob:
-    filename = printable(form.file.filename or "", 255) or "upload.csv"
-    options = {"shelve": True} | form.model_dump(exclude={"file"})  # a ShelfForm does not have `shelve`
-    upload = Upload(**options, user_id=user.id, filename=filename, size=form.file.size or 0)
-    upload.hint = PUBLIC_HINT if upload.shelve else None
+@security.authorized
+def insert_upload(session: Session, user: Principal, filename: str) -> ImportJob:
+    of_user = sa.select(sa.func.count()).where(col(Upload.user_id) == user.id)
+    if session.execute(of_user.where(col(Upload.status).in_(UNFINISHED))).scalar_one() >= MAX_UNFINISHED:
+        detail = f"You have {MAX_UNFINISHED} uploads that are not finished: wait until one is, or cancel it."
+        raise HTTPException(429, detail, {"Retry-After": "10"})
+    upload = Upload(user_id=user.id, filename=printable(filename, 255) or "upload.csv", size=0)
     session.add(upload)
     session.flush()
     return lease(upload)
@@ -166,6 +225,22 @@ def insert_upload(session: Session, form: ShelfForm, user: Principal) -> ImportJ
 def insert_chunk(session: Session, job: ImportJob, number: int, data: bytes) -> None:
     lock_upload(session, job)
     session.execute(sa.insert(UploadChunk), [{"upload_id": job.upload_id, "number": number, "data": data}])
+
+
+def complete_upload(session: Session, form: ShelfForm) -> UploadPublic:
+    file: Any = form.file.file  # a StoredFile
+    insert_chunk(session, file.job, file.chunks, bytes(file.data))
+    upload = lock_upload(session, file.job)
+    for name, value in {"shelve": True, **form.model_dump(exclude={"file"}), "size": file.size}.items():
+        setattr(upload, name, value)  # a ShelfForm does not have `shelve`
+    upload.hint = PUBLIC_HINT if upload.shelve else None
+    return release(session, file.job)
+
+
+def delete_upload(session: Session, job: ImportJob) -> None:
+    """One that was not stored whole, unless it was cancelled."""
+    ours = sa.and_(col(Upload.id) == job.upload_id, col(Upload.worker) == job.worker)
+    session.execute(sa.delete(Upload).where(ours))
 
 
 def visible_to(user: Principal) -> dict[str, Any]:
@@ -195,7 +270,7 @@ def cancel_upload(session: Session, upload_id: UploadId, user: CurrentUser) -> U
     """Cancel a queued or running upload. What is counted as inserted or updated stays. 409 if it has ended."""
     find_upload(session, upload_id, user)
     upload = session.get_one(Upload, upload_id)
-    if upload.status not in (UploadStatus.queued, UploadStatus.processing):
+    if upload.status not in UNFINISHED:
         raise HTTPException(409, f"This upload is {upload.status} already.")
     finish(session, upload, UploadStatus.cancelled)
     return UploadPublic.model_validate(upload)
@@ -208,6 +283,8 @@ log = logging.getLogger("books.uploads")
 BATCH = 1000  # rows to a transaction: other writers wait some 40 ms
 SHELF_BATCH = 100  # the same onto a shelf or with updates, which take up to ten times as long
 ENRICH_BATCH = external.MAX_ISBNS  # the same with look-ups: each request is committed with its answer
+MAX_ATTEMPTS = 3  # that end with their process before they store a batch
+UNFINISHED = (UploadStatus.queued, UploadStatus.processing)
 MAX_ERRORS = 10_000  # errors that are stored of one upload, and as many warnings; the counts stay exact
 MAX_CELL = 100_000  # characters stored of a refused row's cell: a field takes 20,000, which are more as HTML
 PROGRESS_INTERVAL = 0.34  # seconds between two events of one upload: with the last, at most four in a second
@@ -218,20 +295,30 @@ SHELF_HINT = (
 )
 
 
-def run_upload(upload_id: int) -> None:
-    """Import a stored file. Of several workers that try, one does; what was done before is not done again."""
-    job = database.write_sync(_claim, upload_id)
-    if job is None:
-        return
-    try:
-        _run_job(job)
-    except JobCancelled as reason:
-        log.info("upload %s stopped: %s", upload_id, reason)
-    except INTERRUPTIONS as error:  # a full disk, a lost connection: it is resumed when its lease has run out
-        log.error("upload %s interrupted: %s", upload_id, error)
+async def run_waiting(enrich: bool) -> None:
+    """Import the stored files that no job has: new ones, and those of processes that were stopped or killed. Look-ups
+    (`enrich`), which may wait for hours, have a place of their own."""
+    if await database.read(next_upload, enrich) is not None:
+        await database.run_job("lookups" if enrich else "imports", run_uploads, enrich)
 
 
-def _run_job(job: ImportJob) -> None:
+def run_uploads(enrich: bool) -> None:
+    """Import stored files until none is left. What was done before is not done again."""
+    while (job := database.write_sync(_claim, enrich)) is not None:
+        try:
+            if not _run_job(job):
+                return
+        except JobCancelled as reason:
+            log.info("upload %s stopped: %s", job.upload_id, reason)
+        except INTERRUPTIONS as error:  # a full disk, a lost connection
+            log.error("upload %s interrupted: %s", job.upload_id, error)
+            with suppress(JobCancelled, *INTERRUPTIONS):  # then it is resumed when its lease has run out
+                database.write_sync(release, job)
+            return
+
+
+def _run_job(job: ImportJob) -> bool:
+    """False if the server stops first."""
     try:
         file = CsvUpload(job)
         database.write_sync(_describe, job, file)
@@ -240,13 +327,13 @@ def _run_job(job: ImportJob) -> None:
             if row.book is not None:
                 tracker.key(row.book)
         enricher = external.Enricher(job.renew_lease) if job.enrich else None
-        while batch := list(islice(rows, job.batch)):
+        while batch := file.next_batch(rows, job.batch):
             is_ready = enricher is None or enricher.look_up_isbns(batch)
             if is_ready:
                 database.write_sync(_store_batch, job, tracker, batch, file.file.position)
             if not is_ready or database.server_is_stopping():
                 database.write_sync(release, job)
-                return
+                return False
         database.write_sync(_finish_job, job, None)
     except UnreadableFile as error:
         database.write_sync(_finish_job, job, str(error))
@@ -256,42 +343,47 @@ def _run_job(job: ImportJob) -> None:
         # Whatever happens, the job has to end in a state that its owner can see.
         log.exception("upload %s failed", job.upload_id)
         database.write_sync(_finish_job, job, "Something went wrong here; it is in the server's log.")
+    return True
 
 
-def _claim(session: Session, upload_id: int) -> ImportJob | None:
-    """Take the upload; None where another job has it."""
-    upload = session.scalars(sa.select(Upload).where(col(Upload.id) == upload_id, claimable())).first()
-    if upload is None:
-        return None
-    chunk_sizes = sa.select(sa.func.sum(sa.func.length(col(UploadChunk.data))))
-    if session.scalar(chunk_sizes.where(col(UploadChunk.upload_id) == upload_id)) != upload.size:
-        upload.error = "The service stopped before the whole file was stored: upload it again."
+def next_upload(connection: Connection | Session, enrich: bool) -> int | None:
+    """The next to run: of a user who has none at work, and of several, of the one whose turn was longest ago."""
+    other: Any = aliased(Upload)
+    of_user = (other.user_id == Upload.user_id, other.enrich == Upload.enrich, other.started_at.is_not(None))
+    last_turn = sa.select(sa.func.max(other.started_at)).where(*of_user).scalar_subquery()
+    waiting = sa.and_(col(Upload.status).in_(UNFINISHED), ~has_job(Upload), col(Upload.enrich) == enrich)
+    query = sa.select(col(Upload.id)).where(waiting, ~sa.exists().where(*of_user, has_job(other)))
+    return connection.execute(query.order_by(last_turn.nulls_first(), col(Upload.id)).limit(1)).scalar()
+
+
+def _claim(session: Session, enrich: bool) -> ImportJob | None:
+    """Take the next upload, as the only job."""
+    while (upload_id := next_upload(session, enrich)) is not None:
+        upload = session.get_one(Upload, upload_id)
+        upload.failed_attempts += upload.status == UploadStatus.processing  # its job did not release it
+        chunk_sizes = sa.select(sa.func.sum(sa.func.length(col(UploadChunk.data))))
+        if session.scalar(chunk_sizes.where(col(UploadChunk.upload_id) == upload_id)) != upload.size:
+            upload.error = "The file was not stored whole: upload it again."
+        elif upload.failed_attempts == MAX_ATTEMPTS:
+            upload.error = f"{MAX_ATTEMPTS} processes ended while they imported this file: it is not tried again."
+        else:
+            if upload.dry_run:  # its DuplicateTracker is lost: begin again
+                for name in ("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"):
+                    setattr(upload, name, 0)
+                session.execute(sa.delete(UploadError).where(col(UploadError.upload_id) == upload_id))
+            upload.started_at = upload.started_at or models.utcnow()
+            return lease(upload)
         finish(session, upload, UploadStatus.failed)
-        return None
-    if upload.dry_run:  # its DuplicateTracker is lost: begin again
-        for name in ("rows", "inserted", "updated", "skipped", "failed", "warnings", "progress"):
-            setattr(upload, name, 0)
-        session.execute(sa.delete(UploadError).where(col(UploadError.upload_id) == upload_id))
-    upload.started_at = upload.started_at or models.utcnow()
-    return lease(upload)
+    return None
 
 
 def lease(upload: Upload) -> ImportJob:
-    now = models.utcnow()
-    upload.status, upload.worker, upload.lease_until = UploadStatus.processing, secrets.token_hex(8), now + LEASE
+    upload.status, upload.worker = UploadStatus.processing, secrets.token_hex(8)
     slow = upload.shelve or upload.on_duplicate == OnDuplicate.update
     batch = ENRICH_BATCH if upload.enrich else min(BATCH, SHELF_BATCH) if slow else BATCH
-    return ImportJob(upload.id, upload.worker, upload.rows, upload.enrich, upload.shelve, batch, now)
-
-
-def claimable() -> ColumnElement[bool]:
-    abandoned = sa.and_(col(Upload.status) == UploadStatus.processing, col(Upload.lease_until) < models.utcnow())
-    return sa.or_(col(Upload.status) == UploadStatus.queued, abandoned)
-
-
-def abandoned_uploads(connection: Connection) -> Sequence[int]:
-    """Uploads that no job has: left by a process that was stopped or killed."""
-    return connection.execute(sa.select(col(Upload.id)).where(claimable()).order_by(col(Upload.id))).scalars().all()
+    job = ImportJob(upload.id, upload.worker, upload.rows, upload.enrich, upload.shelve, batch)
+    job.extend_lease(upload)
+    return job
 
 
 def _describe(session: Session, job: ImportJob, file: CsvUpload) -> None:
@@ -307,8 +399,13 @@ def _store_batch(
     session: Session, job: ImportJob, tracker: DuplicateTracker, rows: Sequence[ImportRow], position: int
 ) -> None:
     upload = lock_upload(session, job)
-    owner = session.get_one(User, upload.user_id)
-    importer = BatchImporter(session, upload, Principal(owner.id, owner.username, owner.role, 0), tracker)
+    user = session.get_one(User, upload.user_id)
+    owner = Principal(user.id, user.username, user.role, 0)
+    if not user.is_active or not (upload.shelve or settings.readers_can_add or owner.is_staff):
+        upload.error = "Its owner may not add books any more."
+        finish(session, upload, UploadStatus.failed)  # the job notices it at its next transaction
+        return
+    importer = BatchImporter(session, upload, owner, tracker)
     savepoint = session.begin_nested() if upload.dry_run else None
     importer.import_rows(rows)
     if savepoint is not None:
@@ -318,6 +415,8 @@ def _store_batch(
         setattr(upload, name, getattr(upload, name) + count)
     upload.warnings += sum(row.book is not None and bool(row.issues) for row in rows)
     upload.progress = min(position / upload.size, 1)
+    if not upload.dry_run:  # which begins again each time
+        upload.failed_attempts = 0
     _store_issues(session, upload.id, rows)
     if time.monotonic() - job.progress_at >= PROGRESS_INTERVAL:
         job.progress_at = time.monotonic()
@@ -377,9 +476,6 @@ class ErrorsQuery(PageQuery):
     )
 
 
-CSV_FILE = {"content": {"text/csv": {"schema": {"type": "string"}}}}
-
-
 @router.get(
     "/books/upload/{upload_id:id}/errors",
     response_model=Page[UploadErrorPublic],
@@ -402,11 +498,6 @@ def list_upload_errors(
     return file_response(refused_rows(upload_id, header), f"upload-{upload_id}-refused.csv")
 
 
-def file_response(pieces: Iterator[str], name: str) -> StreamingResponse:
-    media_type = "text/csv" if name.endswith(".csv") else "application/x-ndjson"
-    return StreamingResponse(pieces, 200, {"Content-Disposition": f'attachment; filename="{name}"'}, media_type)
-
-
 def refused_rows(upload_id: int, header: list[str]) -> Iterator[str]:
     yield to_csv([[*header, csv_files.REASON]])
     last = 0
@@ -427,92 +518,3 @@ def next_refused(connection: Connection, upload_id: int, last: int) -> Sequence[
     batch = rows.order_by(col(UploadError.row)).limit(200).scalar_subquery()
     of_rows = sa.select(UploadError).where(refused, col(UploadError.row).in_(batch)).order_by(col(UploadError.id))
     return connection.execute(of_rows).all()
-
-
-# --- exports ------------------------------------------------------------------------------------------------------
-
-
-PRICE = BOOK_COLUMNS.index("price")
-# Plain columns: to render JSON and parse it again takes twice as long as all the rest.
-BOOK_ROWS = Listing(
-    sa.select(*(sa.type_coerce(Book.price, sa.Integer) if n == "price" else getattr(Book, n) for n in BOOK_COLUMNS)),
-    filters=BOOKS.filters,
-    orders={name: order.columns for name, order in BOOKS.orders.items()},
-)
-
-
-class ExportQuery(BookFilter):
-    format: Literal["csv", "ndjson"] = Field(default="csv", description="NDJSON: a book a line, as `/books` has it.")
-
-
-FILES = {
-    "description": "The file, streamed.",
-    "content": {kind: {"schema": {"type": "string"}} for kind in ("text/csv", "application/x-ndjson")},
-}
-
-
-@router.get("/books/export", response_class=StreamingResponse, responses={200: FILES})
-async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -> StreamingResponse:
-    """Download the catalogue as a file, filtered like `/books`.
-
-    The CSV goes back in through `/books/upload`. A text that a spreadsheet would run as a formula gets an apostrophe
-    before it, which an import removes.
-    """
-    filters, order = query.filters(viewer), query.sort or "id"
-    if query.format == "csv":
-        return file_response(as_csv(BOOK_COLUMNS, BOOK_ROWS.row_batches(filters, order), book_cells), "books.csv")
-    batches = BOOKS.batches(filters, order)
-    return file_response(("".join(f"{book}\n" for book in batch) for batch in batches), "books.ndjson")
-
-
-@router.get(
-    "/my-library/export",
-    response_class=StreamingResponse,
-    responses={200: {"description": "The file, streamed.", **CSV_FILE}},
-    tags=["My library"],
-)
-async def export_library(user: CurrentUser) -> StreamingResponse:
-    """Download my shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""
-    batches = ENTRIES.row_batches({"user_id": user.id}, "added")
-    return file_response(
-        as_csv(csv_files.GOODREADS_COLUMNS + csv_files.OUR_COLUMNS, batches, shelf_cells), "my-library.csv"
-    )
-
-
-def as_csv(
-    header: Sequence[str], batches: Iterable[Sequence[Any]], cells: Callable[[Any], Sequence[object]]
-) -> Iterator[str]:
-    yield to_csv([header])
-    for rows in batches:
-        yield to_csv(map(cells, rows))
-
-
-def price_cell(cents: float | None) -> str:
-    return "" if cents is None else f"{cents / 100:.15g}"  # 9, not 9.0
-
-
-def book_cells(row: Sequence[Any]) -> Sequence[object]:
-    return [*row[:PRICE], price_cell(row[PRICE]), *row[PRICE + 1 : len(BOOK_COLUMNS)]]
-
-
-EXCLUSIVE_SHELVES = {status: name for name, status in reversed(csv_files.SHELVES.items())}
-
-
-def shelf_cells(row: Sequence[Any]) -> list[object]:
-    entry = json.loads(row[0])
-    book, shelf = entry["book"], EXCLUSIVE_SHELVES[entry["status"]]
-    first, _, others = book["author"].partition(", ")
-    if not others or (first, others) != (first.strip(), others.strip()):
-        first, others = book["author"], ""
-    # Goodreads lists the exclusive shelf among the others, from which an import removes it.
-    tags = ([shelf] if shelf in entry["tags"] else []) + entry["tags"]
-    dates = {name: entry[name] and entry[name][:10].replace("-", "/") for name in ("finished_at", "added_at")}
-    return [
-        *(book["id"], book["title"], first, "", others, "", book["isbn"], entry["rating"] or 0),
-        *(book["rating"] and round(float(book["rating"]), 2), book["publisher"], "", book["pages"]),
-        *("", book["publication_year"], dates["finished_at"], dates["added_at"]),
-        *(", ".join(tags), "", shelf, csv_files.to_html(entry["review"] or ""), "", "", int(shelf == "read"), 0),
-        *(book["genre"], book["description"], book["language"], price_cell(book["price"] and book["price"] * 100)),
-        *(book["cover_url"], book["published_date"]),
-        *(entry[name] for name in ("added_at", "started_at", "finished_at")),
-    ]

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,18 +97,24 @@ def test_prices_have_no_superfluous_zeros(reader: Person, price: float | None, c
 
 
 FORMULAS = ["=1+1", "+1", "-1", "@x", "'=1", "''=1", "='", "'x", "x'=", "-", '= "', "\u2212 1"]
+# Where a spreadsheet splits in another way than the file.
+FORMULAS += [f"{before}{split}{quote}=1+1" for split in ",;|\t\n\r" for before in ("", "a") for quote in ("", '"', "'")]
+FORMULAS += ["a;;=1", "a;'=1", "a;''=1", "a\r\n- b\r\n\r\n- c", "&lt;=", "a;b", ";", "a; =1", '"=1"', "x\t\t-"]
 
 
 @pytest.mark.parametrize("text", FORMULAS)
 def test_formulas_are_escaped_and_restored(reader: Person, text: str) -> None:
     reader.add_book(title=text, author=text, description=text)
+    stored = text.strip()
     exported = reader.get("/books/export").text
     cells = rows_of(exported)[0]
     assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for cell in cells.values())
+    for split in ",;|\t\r\n":
+        assert not any(re.match('"*[=+@-]', part) for cell in cells.values() for part in cell.split(split))
     assert unescape_formula(escape_formula(text)) == text
     reader.delete("/books/1")
     reader.upload(exported)
-    assert reader.get("/books/2").json().items() >= {"title": text, "author": text, "description": text}.items()
+    assert reader.get("/books/2").json().items() >= {"title": stored, "author": stored, "description": stored}.items()
 
 
 # --- my shelf -----------------------------------------------------------------------------------------------------

@@ -666,7 +666,6 @@ def test_waiting_job_keeps_its_lease_and_blocks_no_writer(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(imports, "LEASE", timedelta(seconds=1))
-    monkeypatch.setattr(uploads, "LEASE", timedelta(seconds=1))
     monkeypatch.setattr(external, "STOP_CHECK_INTERVAL", 0.05)
     asked = threading.Event()
 
@@ -681,7 +680,7 @@ def test_waiting_job_keeps_its_lease_and_blocks_no_writer(
         assert asked.wait(5)
         waits: list[float] = []
         while not upload.done():
-            assert database.read_sync(uploads.abandoned_uploads) == []
+            assert database.read_sync(uploads.next_upload, True) is None
             started = time.monotonic()
             reader.add_book(title=f"Meanwhile {len(waits)}")
             waits.append(time.monotonic() - started)

@@ -7,7 +7,6 @@ import re
 import signal
 import sqlite3
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -205,15 +204,6 @@ def test_errors_of_the_database_have_their_status(
     assert (answer.status_code, answer.headers["Content-Type"]) == (status, "application/problem+json")
 
 
-def test_an_upload_without_room_to_spool_is_507(reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise FULL
-
-    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", fail)
-    answer = reader.post("/books/upload", files={"file": ("books.csv", b"title,author\n" + b"A,B\n" * 500_000)})
-    assert (answer.status_code, answer.headers["Content-Type"]) == (507, "application/problem+json")
-
-
 # --- a start without a database -------------------------------------------------------------------------------------
 
 
@@ -347,11 +337,11 @@ def test_two_upload_jobs_run_at_once(client: TestClient) -> None:
     async def all_at_once() -> None:
         async with anyio.create_task_group() as tasks:
             for _ in range(10):
-                tasks.start_soon(database.run_job, job)
+                tasks.start_soon(database.run_job, "imports", job)
 
     assert client.portal is not None
     client.portal.call(all_at_once)
-    assert (len(most), max(most)) == (10, database.JOBS)
+    assert (len(most), max(most)) == (10, database.JOBS["imports"])
 
 
 # An unexpected error in a task of the lifespan.

@@ -99,7 +99,7 @@ class Soak:
         prefix = self.uploads[-1][1] if self.grown.is_set() else f"Upload {turn} "
         rows = "".join(f"{prefix}{number},B\n" for number in range(ROWS))
         answer = client.post("/books/upload", files={"file": ("books.csv", f"title,author\n{rows}")})
-        if answer.status_code == 429:  # five wait already
+        if answer.status_code == 429:  # five wait for the lease of a worker that was killed
             return
         assert answer.status_code == 202, answer.text
         self.uploads.append((answer.json()["id"], prefix))

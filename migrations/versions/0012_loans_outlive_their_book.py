@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0012"
-down_revision = "0010"
+down_revision = "0011"
 
 TITLE = "book_id IS NOT NULL OR title IS NOT NULL"
 SQLITE = {
