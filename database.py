@@ -34,6 +34,7 @@ JOBS = 2  # threads
 # A read on the event loop may take STEPS * MAX_TICKS steps of SQLite's virtual machine, some 1 ms. SQLite calls the
 # progress handler after each STEPS of a prepared statement, counted over all its executions.
 STEPS, MAX_TICKS = 1000, 30
+MAX_READ_TIME = 5  # seconds, in a thread
 INTERRUPTED = "interrupted"  # SQLite's message then
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -160,8 +161,8 @@ def read_sync(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     try:
         with engine.connect() as connection:
             return _query(connection, query, *args, **kwargs)
-    except OperationalError:
-        if not is_postgresql():
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", "57014") == "57014":  # on SQLite, or after too long
             raise
     engine.dispose()  # after a restart of the server, all connections of the pool are broken
     with engine.connect() as connection:
@@ -374,6 +375,11 @@ class Sqlite:
         self.uncheckpointed = 0  # transactions since the last checkpoint
         self.committed: Callable[[], object] = lambda: None  # called after each commit of this process
 
+        @event.listens_for(self.engine, "checkout")
+        def limit_time(driver: Any, *_: object) -> None:
+            deadline = time.monotonic() + MAX_READ_TIME
+            driver.set_progress_handler(lambda: time.monotonic() > deadline, 100 * STEPS)  # waits for the GIL
+
     def close(self) -> None:
         self.loop_reader.close()
         self.loop_writer.close()
@@ -381,11 +387,8 @@ class Sqlite:
         self.engine.dispose()
 
     def _exceeds_budget(self) -> bool:
-        self.ticks += 1
-        if self.ticks <= MAX_TICKS:
-            return False
-        self.ticks = 0  # for the ROLLBACK
-        return True
+        self.ticks = (self.ticks + 1) % (MAX_TICKS + 1)  # 0 for the ROLLBACK
+        return not self.ticks
 
     def checkpoint(self) -> None:
         """Shorten the write-ahead log, which slows every read: most of it beside writers, the rest without them."""
@@ -399,8 +402,8 @@ class Sqlite:
         loop = asyncio.get_running_loop()
         self.committed = lambda: loop.is_closed() or loop.call_soon_threadsafe(notify)
         with self.engine.connect() as connection:
-            driver = _driver(connection)  # through SQLAlchemy it takes twenty times as long
-            previous = None
+            driver, previous = _driver(connection), None  # through SQLAlchemy it takes twenty times as long
+            driver.set_progress_handler(None, 0)
             while True:
                 try:
                     if (version := driver.execute("PRAGMA data_version").fetchone()) != previous:
@@ -506,8 +509,7 @@ class CompiledQuery:
             raise
 
     def first(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> Any:
-        rows = self.all(connection, values)
-        return rows[0] if rows else None
+        return next(iter(self.all(connection, values)), None)
 
     def execute_many(
         self, connection: Connection | Session, rows: Sequence[Values], common: Values = MappingProxyType({})

@@ -4,7 +4,7 @@ import functools
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -90,33 +90,23 @@ MAX_SORT_KEY = 300  # characters: PostgreSQL indexes 2,704 bytes, of title and a
 MAX_KEY_WORD = 400  # characters: PostgreSQL's tsvector holds words of 2,046 bytes
 
 
-class _Characters(dict[int, str]):
-    """A table for `str.translate`, filled as characters occur."""
-
-    def __init__(self, convert: Callable[[str], str]) -> None:
-        self.convert = convert
-
-    def __missing__(self, code: int) -> str:
-        text = self.convert(chr(code))
-        if len(self) < 10_000:
-            self[code] = text
-        return text
+@functools.lru_cache(10_000)
+def _without_mark(c: str) -> str:
+    """Nothing for accents, points, tone marks, and what is invisible within a word. Vowel signs are letters."""
+    is_invisible = unicodedata.category(c) in ("Cf", "Me") and c != "\N{ZERO WIDTH SPACE}"
+    is_invisible |= "VARIATION SELECTOR" in unicodedata.name(c, "")
+    return "" if unicodedata.combining(c) or is_invisible else c
 
 
-def _is_mark(c: str) -> bool:
-    """Accents, points and tone marks, and what is invisible within a word; not vowel signs, which are letters."""
-    invisible = unicodedata.category(c) in ("Cf", "Me") and c != "\N{ZERO WIDTH SPACE}"
-    return bool(unicodedata.combining(c)) or invisible or "VARIATION SELECTOR" in unicodedata.name(c, "")
-
-
-_WITHOUT_MARKS = _Characters(lambda c: "" if _is_mark(c) else c)
-_IN_WORDS = _Characters(lambda c: c if c.isalnum() or unicodedata.category(c).startswith("M") else " ")
+@functools.lru_cache(10_000)
+def _in_word(c: str) -> str:
+    return c if c.isalnum() or unicodedata.category(c).startswith("M") else " "
 
 
 def normalize(text: str) -> str:
     """Without case, accents and marks, with single spaces. Both databases store and compare only what this makes."""
     if not text.isascii():  # `upper`: \u0131 and \u0345 have capitals whose case folding is not their own
-        text = unicodedata.normalize("NFKD", text).upper().translate(_WITHOUT_MARKS)
+        text = "".join(map(_without_mark, unicodedata.normalize("NFKD", text).upper()))
     return " ".join(text.casefold().split())
 
 
@@ -124,7 +114,7 @@ def word_key(text: str) -> str:
     """The normalized words of a text: what is indexed, and looked up, by words."""
     key = normalize(text)
     if not key.replace(" ", "").isalnum():
-        key = " ".join(key.translate(_IN_WORDS).split())
+        key = " ".join("".join(map(_in_word, key)).split())
     return key if len(key) <= MAX_KEY_WORD else re.sub(rf"(\S{{{MAX_KEY_WORD}}})(?=\S)", r"\1 ", key)
 
 

@@ -29,21 +29,19 @@ AUTHOR: ColumnElement[str] = sa.literal_column(AUTHOR_ORDER.replace("author", "b
 MAX_WORDS = 16
 
 
-class Word(NamedTuple):
-    text: str
-    is_prefix: bool
-
-
 @functools.lru_cache(1000)
-def words(text: str | None) -> tuple[Word, ...]:
-    """The words of a query, or the ISBN that it spells, as it is stored. Of `o'brien`, the last one is a prefix."""
+def words(text: str | None) -> tuple[str, ...]:
+    """The words of a query, or the ISBN that it spells, as it is stored; with a star where they are prefixes, as
+    `brien*` of `o'brien` is."""
     if text is None:
         return ()
-    found: list[Word] = []
-    for part in [text] if isbn_numbers.is_valid(text) else text.split():  # an ISBN may contain spaces
-        tokens = word_key(_stored_form(part)).split()
-        found += [Word(token, number == len(tokens)) for number, token in enumerate(tokens, 1)]
-    return tuple(found)
+    parts = [text] if isbn_numbers.is_valid(text) else text.split()  # an ISBN may contain spaces
+    keys = [key for part in parts if (key := word_key(_stored_form(part)))]
+    return tuple(" ".join(f"{key}*" for key in keys).split())
+
+
+def whole(text: str | None) -> list[str]:
+    return [word.rstrip("*") for word in words(text)]
 
 
 def _stored_form(word: str) -> str:
@@ -154,14 +152,14 @@ def _match(parameter: str) -> Any:
     return sa.text(f"book_fts MATCH :{parameter}")
 
 
-def _all_words(found: Sequence[Word], *, prefixes: bool = True) -> str:
-    """Within quotes nothing is syntax; the star makes a word a prefix; `""` matches nothing."""
-    return " AND ".join(f'"{word.text}"{"*" * (prefixes and word.is_prefix)}' for word in found) or '""'
+def _all_words(found: Sequence[str]) -> str:
+    """Normalized words need no quotes: operators are in capitals. `""` matches nothing."""
+    return " AND ".join(found) or '""'
 
 
 def _fts5_values(terms: SearchTerms) -> dict[str, Any]:
     more = [
-        f"{{{column}}} : ({_all_words(words(text), prefixes=False)})"
+        f"{{{column}}} : ({_all_words(whole(text))})"
         for column, text in (("author_key", terms.author), ("publisher_key", terms.publisher))
         if text is not None
     ]
@@ -171,7 +169,7 @@ def _fts5_values(terms: SearchTerms) -> dict[str, Any]:
     # Without more terms, a title that has the words has all terms; each part takes its time.
     rest = f"({everything}) AND " if more else ""
     in_title = f"{rest}{{title_key}} : ({_all_words(found)})"
-    begins = f'{rest}{{title_key}} : ^"{" ".join(word.text for word in found)}"*'
+    begins = f'{rest}{{title_key}} : ^"{" ".join(whole(terms.search))}"*'
     return {
         "words": everything,
         "begins": begins,
@@ -212,9 +210,9 @@ def _tsquery(parameter: str) -> Any:
     return sa.cast(sa.bindparam(parameter, type_=sa.Text), TSQUERY)
 
 
-def _terms(found: Sequence[Word], mark: str = "", *, prefixes: bool = True) -> list[str]:
+def _terms(found: Sequence[str], mark: str = "") -> list[str]:
     # Letters, digits and our own marks only: nothing in it is syntax within the quotes.
-    return [f"'{mark}{word.text}'{':*' * (prefixes and word.is_prefix)}" for word in found] or [NO_BOOK]
+    return [f"'{mark}{word}'".replace("*'", "':*") for word in found] or [NO_BOOK]
 
 
 def _postgresql_values(terms: SearchTerms) -> dict[str, str]:
@@ -222,8 +220,8 @@ def _postgresql_values(terms: SearchTerms) -> dict[str, str]:
     everything = [] if terms.search is None else _terms(found)
     for column, text in (("author", terms.author), ("publisher", terms.publisher)):
         if text is not None:
-            everything += _terms(words(text), MARKS[column], prefixes=False)
-    begins = " ".join(word.text for word in found)[:MAX_SORT_KEY] + "%"
+            everything += _terms(whole(text), MARKS[column])
+    begins = " ".join(whole(terms.search))[:MAX_SORT_KEY] + "%"
     return {"words": " & ".join(everything), "begins": begins, "in_title": " & ".join(_terms(found, MARKS["title"]))}
 
 
