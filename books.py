@@ -116,9 +116,9 @@ class BookFilter(RequestModel):
 
     def filters(self, viewer: Principal | None) -> dict[str, Any]:
         """For `BOOKS`. 401 where `added_by=me` comes without a token."""
-        filters = {"genre": facet_key(self.genre), "language": facet_key(self.language)}
-        filters |= {"year_from": self.year_from, "year_to": self.year_to}
-        filters = {name: value for name, value in filters.items() if value is not None}
+        values = {"genre": facet_key(self.genre), "language": facet_key(self.language)}
+        years = {"year_from": self.year_from, "year_to": self.year_to}
+        filters: dict[str, Any] = {name: value for name, value in (values | years).items() if value is not None}
         if self.available:
             filters["available"] = True
         if self.added_by:
@@ -138,10 +138,15 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
 
     `X-Event-Cursor` is the id of the last event that the page includes: follow `/stream?since=` from there.
     """
-    filters = query.filters(viewer)
+    return page_response(request, await database.read(find_books, query.filters(viewer), query))
+
+
+def find_books(connection: Connection, filters: dict[str, Any], query: BookQuery) -> JsonPage:
+    if query.terms.are_costly:
+        database.require_thread(connection)
     if query.terms.is_ranked and query.sort is None:
-        return page_response(request, await database.read(best_matches, filters, query))
-    return page_response(request, await database.read(BOOKS.page, filters, query.sort or "id", query))
+        return best_matches(connection, filters, query)
+    return BOOKS.page(connection, filters, query.sort or "id", query)
 
 
 def best_matches(connection: Connection, filters: dict[str, Any], query: BookQuery) -> JsonPage:
@@ -191,7 +196,7 @@ def list_genres(connection: Connection, query: Annotated[GenreQuery, Query()]) -
     key = col(Facet.key)
     genres = sa.select(key, col(Facet.count)).where(col(Facet.kind) == "genre")
     if first := facet_key(query.search):
-        genres = genres.where(key.between(first, f"{first}\U0010ffff")).order_by(key).limit(MAX_PREFIXED)
+        genres = genres.where(key >= first, key <= f"{first}\U0010ffff").order_by(key).limit(MAX_PREFIXED)
     found = genres.subquery()
     largest = sa.select(found).order_by(found.c.count.desc(), found.c.key).limit(MAX_GENRES).subquery()
     of_genre = sa.select(col(Book.genre)).where(col(Book.genre_key) == largest.c.key).order_by(col(Book.id))

@@ -150,9 +150,8 @@ async def read(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         except OperationalError as error:
             if str(error.orig) != INTERRUPTED:
                 raise
-    return await anyio.to_thread.run_sync(
-        functools.partial(read_sync, query, *args, **kwargs), limiter=database.readers
-    )
+    in_thread = functools.partial(read_sync, query, *args, **kwargs)
+    return await anyio.to_thread.run_sync(in_thread, limiter=database.readers)
 
 
 def read_sync(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -169,6 +168,12 @@ def read_sync(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return _query(connection, query, *args, **kwargs)
 
 
+def require_thread(connection: Connection | Session) -> None:
+    """For a read that may spend its time in single steps, which no budget interrupts."""
+    if _driver(connection) is backend().loop_driver:
+        raise OperationalError("", None, sqlite3.OperationalError(INTERRUPTED))
+
+
 def _query(connection: Connection, query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     if isinstance(getattr(query, "__self__", None), CompiledQuery):  # one statement is one snapshot
         return query(connection, *args, **kwargs)
@@ -179,12 +184,11 @@ def _query(connection: Connection, query: Read[P, T], /, *args: P.args, **kwargs
 async def write(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """A short change: it is committed when this returns, and undone if `change` raises. It blocks the event loop."""
     database = _Open.database
-    done = asyncio.get_running_loop().create_future()
+    done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
     database.changes.append(_Queued((change, args, kwargs), done, time.monotonic() + BUSY_TIMEOUT))
     if database.committer is None or database.committer.done():
         database.committer = asyncio.create_task(database.commit_changes())
-    result: T = await done
-    return result
+    return await done
 
 
 def write_sync(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -300,9 +304,8 @@ def migrate(url: str) -> None:
         from alembic import command  # noqa: PLC0415  # not loaded where nothing is to be migrated
 
         command.upgrade(_alembic(connection), "head")
-        if connection.dialect.name == "sqlite" and (
-            broken := connection.exec_driver_sql("PRAGMA foreign_key_check").first()
-        ):
+        broken = connection.dialect.name == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+        if broken:
             raise RuntimeError(f"a row without its referenced row after the migrations: {tuple(broken)}")
 
 
@@ -369,10 +372,9 @@ class Sqlite:
         configure(self.writer, PRAGMAS | WRITER_PRAGMAS)
         self.loop_reader, self.loop_writer = self.engine.connect(), self.writer.connect()
         self.loop_driver = _driver(self.loop_reader)
-        self.ticks = 0
+        self.ticks = self.uncheckpointed = 0  # uncheckpointed: transactions since the last checkpoint
         self.loop_driver.set_progress_handler(self._exceeds_budget, STEPS)
         _driver(self.loop_writer).execute("PRAGMA wal_autocheckpoint=0")  # left to `checkpoint_wal`: the disk is slow
-        self.uncheckpointed = 0  # transactions since the last checkpoint
         self.committed: Callable[[], object] = lambda: None  # called after each commit of this process
 
         @event.listens_for(self.engine, "checkout")
@@ -434,8 +436,7 @@ class Sqlite:
     @staticmethod
     def is_full(error: object) -> bool:
         # The index of the write-ahead log is mapped memory: without room to grow, it is an I/O error.
-        full = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE")
-        return getattr(error, "sqlite_errorname", "") in full
+        return getattr(error, "sqlite_errorname", "") in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE")
 
 
 def configure(engine: sa.Engine, pragmas: Mapping[str, str]) -> None:
@@ -496,11 +497,10 @@ class CompiledQuery:
 
     def all(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> list[Any]:
         driver, bound, ticks = _driver(connection), self._bind(values), backend().ticks
-        if self.too_long and driver is backend().loop_driver and str(bound) in self.too_long:
-            raise OperationalError(self._compiled[0], None, sqlite3.OperationalError(INTERRUPTED))
+        if self.too_long and str(bound) in self.too_long:
+            require_thread(connection)
         try:
-            rows: list[Any] = _call(_fetch_all, driver, self._compiled[0], bound)
-            return rows
+            return _call(_fetch_all, driver, self._compiled[0], bound)
         except OperationalError as error:
             if str(error.orig) == INTERRUPTED and ticks <= MAX_TICKS // 2:  # most of the budget was this statement's
                 if len(self.too_long) >= 1000:
@@ -542,7 +542,7 @@ def _driver(connection: Connection | Session) -> Any:
     return _core(connection).connection.dbapi_connection
 
 
-def _call(function: Callable[..., Any], *args: Any) -> Any:
+def _call(function: Callable[..., T], *args: Any) -> T:
     """Call the driver. Its errors become SQLAlchemy's."""
     try:
         return function(*args)

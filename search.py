@@ -76,6 +76,12 @@ class SearchTerms(NamedTuple):
     def is_ranked(self) -> bool:
         return bool(words(self.search))
 
+    @property
+    def are_costly(self) -> bool:
+        """Whether FTS5 may read long lists of rows, in a single step of SQLite's virtual machine."""
+        found = [word for text in self for word in words(text)]
+        return len(found) > 4 or any(len(word) < 4 for word in found)  # with the star
+
     def values(self) -> dict[str, Any]:
         """What is bound in `matches` and in the statements of `best_first`."""
         values = _postgresql_values(self) if database.is_postgresql() else _fts5_values(self)
@@ -154,7 +160,7 @@ def _match(parameter: str) -> Any:
 
 def _all_words(found: Sequence[str]) -> str:
     """Normalized words need no quotes: operators are in capitals. `""` matches nothing."""
-    return " AND ".join(found) or '""'
+    return " AND ".join(dict.fromkeys(found)) or '""'
 
 
 def _fts5_values(terms: SearchTerms) -> dict[str, Any]:
@@ -212,7 +218,7 @@ def _tsquery(parameter: str) -> Any:
 
 def _terms(found: Sequence[str], mark: str = "") -> list[str]:
     # Letters, digits and our own marks only: nothing in it is syntax within the quotes.
-    return [f"'{mark}{word}'".replace("*'", "':*") for word in found] or [NO_BOOK]
+    return [f"'{mark}{word}'".replace("*'", "':*") for word in dict.fromkeys(found)] or [NO_BOOK]
 
 
 def _postgresql_values(terms: SearchTerms) -> dict[str, str]:
