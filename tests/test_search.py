@@ -1,5 +1,6 @@
 """One normalisation for both databases: words in any script, genres, and what a search may cost."""
 
+import threading
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,37 @@ def test_a_read_that_takes_too_long_is_503(client: TestClient, reader: Person, m
     with pytest.raises(OperationalError):  # as a batch of an export
         database.read_sync(count_to, 10**9)
     assert database.read_sync(count_to, 1000) == 1000
+
+
+THREADS = {
+    "a letter": ({"search": "a"}, False),
+    "two letters beside a word": ({"search": "dune me"}, False),
+    "five words": ({"search": "alpha beta gamma delta epsilon"}, False),
+    "five words of two parameters": ({"search": "alpha beta gamma", "author": "delta epsilon"}, False),
+    "few long words": ({"search": "dune messiah"}, True),
+    "no words": ({"genre": "novel"}, True),
+}
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize(("query", "on_the_loop"), THREADS.values(), ids=THREADS)
+def test_costly_searches_do_not_block_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, query: dict[str, str], on_the_loop: bool
+) -> None:
+    """FTS5 reads the lists of all words with a prefix in one step, which no budget interrupts."""
+    threads = []
+    counted = books.BOOKS.total
+
+    def total(*args: Any) -> int:
+        threads.append(threading.current_thread())
+        return counted(*args)
+
+    monkeypatch.setattr(books.BOOKS, "total", total)
+    assert client.portal is not None
+    loop_thread = client.portal.call(threading.current_thread)
+    for sort in ({}, {"sort": "title"}):
+        assert client.get("/books", params=query | sort).status_code == 200
+    assert [thread is loop_thread for thread in threads] == [on_the_loop] * 2
 
 
 def test_jobs_and_writers_may_take_longer(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
