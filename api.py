@@ -140,7 +140,7 @@ async def on_unavailable(_request: Request, error: Exception) -> Response:
     log.error("the database refused: %s", error)
     if database.is_full(error):
         return problem(507, "The disk is full: nothing can be written. Reading still works.")
-    return problem(503, "The database can't do this now. Try again.", {"Retry-After": "1"})
+    return problem(503, "The database can't do this now, or not in time. Try again.", {"Retry-After": "1"})
 
 
 def disk_full(error: OSError) -> HTTPException:
@@ -175,7 +175,7 @@ ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
     422: ("Something in the request is not valid; `errors` lists what.", "title: Field required", ()),
     429: ("Too many attempts.", "Too many attempts. Try again in 60 s.", ("Retry-After",)),
     502: ("The other catalogue is down, or its answer can't be read.", "Google Books can't be reached.", ()),
-    503: ("Temporarily unavailable.", "The database can't do this now. Try again.", ("Retry-After",)),
+    503: ("Temporarily unavailable.", "The database can't do this now, or not in time. Try again.", ("Retry-After",)),
     504: ("The other catalogue is too slow.", "Google Books does not answer in time.", ()),
     507: ("The disk is full: nothing can be written.", "The disk is full. Reading still works.", ()),
 }

@@ -27,10 +27,10 @@ from api import (
 )
 from csv_files import BOOK_COLUMNS, as_csv, price_cell
 from database import CompiledQuery
-from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Loan, Principal, Setting, ShelfEntry
+from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Loan, Principal, Setting, ShelfEntry, facet_key
 from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, columns_of, json_response, page_response
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
-from search import SearchTerms, best_first, count_matches, index_books, matches
+from search import AUTHOR, FEW_WORDS, TITLE, SearchTerms, best_first, count_matches, index_books, matches
 from security import Contributor, CurrentUser, Viewer, unauthorized
 
 router = Router(prefix="/books", tags=["Catalogue"])
@@ -55,8 +55,8 @@ YEAR: ColumnElement[int] = sa.literal_column(f"coalesce(publication_year, {UNKNO
 YEAR_ASCENDING: ColumnElement[int] = sa.literal_column(f"coalesce(publication_year, {-UNKNOWN_YEAR})", sa.Integer)
 SORT_COLUMNS: dict[str, tuple[Any, ...]] = {
     "id": (),
-    "title": (col(Book.title_key), col(Book.author_key)),
-    "author": (col(Book.author_key),),
+    "title": (TITLE, AUTHOR),
+    "author": (AUTHOR,),
     "year": (YEAR,),
     "rating": (sa.literal_column(SCORE, sa.Float),),
     "created": (),  # ids are given out in the order of time
@@ -65,8 +65,9 @@ BEST_MATCH = Order("best", (sa.literal(0), col(Book.id)))  # the tier, and the i
 
 
 def _facet_count(kind: str) -> sa.Select[Any]:
-    name = sa.func.lower(col(Facet.name)) == sa.func.lower(sa.bindparam(kind))
-    return sa.select(sa.func.coalesce(sa.func.sum(col(Facet.count)), 0)).where(col(Facet.kind) == kind, name)
+    # A sum, which has a row where nothing is counted, too.
+    counted = sa.select(sa.func.coalesce(sa.func.sum(col(Facet.count)), 0)).where(col(Facet.kind) == kind)
+    return counted.where(col(Facet.key) == sa.bindparam(kind))
 
 
 COUNTED: dict[tuple[str, ...], Any] = {  # maintained by triggers
@@ -77,8 +78,8 @@ COUNTED: dict[tuple[str, ...], Any] = {  # maintained by triggers
 BOOKS = Listing(
     SELECT_BOOKS,
     filters={
-        "genre": sa.func.lower(col(Book.genre)) == sa.func.lower(sa.bindparam("genre", type_=sa.String)),
-        "language": sa.func.lower(col(Book.language)) == sa.func.lower(sa.bindparam("language", type_=sa.String)),
+        "genre": col(Book.genre_key) == sa.bindparam("genre"),
+        "language": col(Book.language_key) == sa.bindparam("language"),
         "year_from": sa.bindparam("year_from", type_=sa.Integer) <= YEAR,
         "year_to": YEAR.between(sa.literal_column(str(MIN_YEAR)), sa.bindparam("year_to", type_=sa.Integer)),
         "available": col(Book.available) > 0,
@@ -95,13 +96,17 @@ BOOKS = Listing(
 # --- finding ------------------------------------------------------------------------------------------------------
 
 
+SearchText = Annotated[Annotated[Title, FEW_WORDS] | None, BlankIsNull]
+SearchName = Annotated[Annotated[Name, FEW_WORDS] | None, BlankIsNull]
+
+
 class BookFilter(RequestModel):
-    search: Annotated[Title | None, BlankIsNull] = Field(
-        default=None, description="Every word, as a prefix, in title, author, ISBN or publisher."
+    search: SearchText = Field(
+        default=None, description="Every word, as a prefix, in title, author, ISBN or publisher; at most 16 words."
     )
     genre: Annotated[Name | None, BlankIsNull] = None
-    author: Annotated[Name | None, BlankIsNull, Field(description="These words, in the author's name.")] = None
-    publisher: Annotated[Name | None, BlankIsNull, Field(description="These words, in the publisher's name.")] = None
+    author: SearchName = Field(default=None, description="These words, in the author's name; at most 16.")
+    publisher: SearchName = Field(default=None, description="These words, in the publisher's name; at most 16.")
     language: Annotated[Name | None, BlankIsNull] = None
     year_from: Annotated[int | None, Field(ge=MIN_YEAR, le=9999)] = None
     year_to: Annotated[int | None, Field(ge=MIN_YEAR, le=9999)] = None
@@ -115,8 +120,9 @@ class BookFilter(RequestModel):
 
     def filters(self, viewer: Principal | None) -> dict[str, Any]:
         """For `BOOKS`. 401 where `added_by=me` comes without a token."""
-        names = ("genre", "language", "year_from", "year_to")
-        filters = {name: value for name in names if (value := getattr(self, name)) is not None}
+        values = {"genre": facet_key(self.genre), "language": facet_key(self.language)}
+        years = {"year_from": self.year_from, "year_to": self.year_to}
+        filters: dict[str, Any] = {name: value for name, value in (values | years).items() if value is not None}
         if self.available:
             filters["available"] = True
         if self.added_by:
@@ -136,10 +142,15 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
 
     `X-Event-Cursor` is the id of the last event that the page includes: follow `/stream?since=` from there.
     """
-    filters = query.filters(viewer)
+    return page_response(request, await database.read(find_books, query.filters(viewer), query))
+
+
+def find_books(connection: Connection, filters: dict[str, Any], query: BookQuery) -> JsonPage:
+    if query.terms.are_costly:
+        database.require_thread(connection)
     if query.terms.is_ranked and query.sort is None:
-        return page_response(request, await database.read(best_matches, filters, query))
-    return page_response(request, await database.read(BOOKS.page, filters, query.sort or "id", query))
+        return best_matches(connection, filters, query)
+    return BOOKS.page(connection, filters, query.sort or "id", query)
 
 
 def best_matches(connection: Connection, filters: dict[str, Any], query: BookQuery) -> JsonPage:
@@ -171,13 +182,30 @@ def books_by_id(connection: Connection, ids: list[int]) -> dict[int, str]:
     return {book_id: text for text, book_id in rows}
 
 
+MAX_GENRES = 200
+MAX_PREFIXED = 2000  # of those that begin with a text, the first by name; one letter may begin 300,000
+
+
+class GenreQuery(RequestModel):
+    search: Annotated[Name | None, BlankIsNull] = Field(default=None, description="How the genre begins.")
+
+
 @router.get("/genres")
 @readonly
-def list_genres(connection: Connection) -> list[GenreCount]:
-    """List the genres and how many books each has, the largest first."""
-    key, count = sa.func.lower(col(Facet.name)), sa.func.sum(col(Facet.count))
-    genres = sa.select(sa.func.min(col(Facet.name)), count).where(col(Facet.kind) == "genre")
-    rows = connection.execute(genres.group_by(key).order_by(count.desc(), key))
+def list_genres(connection: Connection, query: Annotated[GenreQuery, Query()]) -> list[GenreCount]:
+    """List the 200 largest genres and how many books each has. `search` finds others by their beginning.
+
+    Each is spelled as in its oldest book.
+    """
+    key = col(Facet.key)
+    genres = sa.select(key, col(Facet.count)).where(col(Facet.kind) == "genre")
+    if first := facet_key(query.search):
+        genres = genres.where(key >= first, key <= f"{first}\U0010ffff").order_by(key).limit(MAX_PREFIXED)
+    found = genres.subquery()
+    largest = sa.select(found).order_by(found.c.count.desc(), found.c.key).limit(MAX_GENRES).subquery()
+    of_genre = sa.select(col(Book.genre)).where(col(Book.genre_key) == largest.c.key).order_by(col(Book.id))
+    columns = (of_genre.limit(1).scalar_subquery(), largest.c.count)
+    rows = connection.execute(sa.select(*columns).order_by(largest.c.count.desc(), largest.c.key))
     return [GenreCount(genre=genre, count=count) for genre, count in rows]
 
 

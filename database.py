@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 MAX_GROUP_TIME = 0.01  # seconds in which changes join a transaction; one of 32 new books takes 4 ms
 RETRY_INTERVAL = 0.001  # seconds between tries to begin a transaction while another process has the lock
 CHECKPOINT_AFTER = 50  # transactions, of some 80 KB each in the write-ahead log
-JOBS = {"imports": 2, "lookups": 1}  # threads of each kind
+THREADS = {"imports": 2, "lookups": 1, "commits": 1}  # of each kind, and as many connections that write
 # A read on the event loop may take STEPS * MAX_TICKS steps of SQLite's virtual machine, some 1 ms. SQLite calls the
 # progress handler after each STEPS of a prepared statement, counted over all its executions.
 STEPS, MAX_TICKS = 1000, 30
+MAX_READ_TIME = 5  # seconds, in a thread
 INTERRUPTED = "interrupted"  # SQLite's message then
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -61,8 +62,7 @@ class _Database:
         is_sqlite = url.startswith("sqlite")
         self.backend: Sqlite | Postgresql = Sqlite(url) if is_sqlite else _postgresql().Postgresql(url, to_json)
         self.readers = anyio.CapacityLimiter(self.backend.threads)
-        self.jobs = {kind: anyio.CapacityLimiter(threads) for kind, threads in JOBS.items()}
-        self.committers = anyio.CapacityLimiter(1)
+        self.threads = {kind: anyio.CapacityLimiter(threads) for kind, threads in THREADS.items()}
         self.changes: deque[_Queued] = deque()
         self.committer: asyncio.Task[None] | None = None
 
@@ -75,8 +75,7 @@ class _Database:
                     outcomes = _commit(self.backend.loop_writer, self._take(group))
                     self.backend.uncheckpointed += 1
                 else:
-                    engine, changes = self.backend.committer, self._take(group)
-                    outcomes = await anyio.to_thread.run_sync(_commit_with, engine, changes, limiter=self.committers)
+                    outcomes = await run_job("commits", _commit_with, self.backend.committer, self._take(group))
             except Exception as error:  # whatever it is, each of the group is to be answered
                 if not group:  # the transaction could not begin
                     is_busy, now = self.backend.is_busy(error), time.monotonic()
@@ -150,9 +149,8 @@ async def read(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         except OperationalError as error:
             if str(error.orig) != INTERRUPTED:
                 raise
-    return await anyio.to_thread.run_sync(
-        functools.partial(read_sync, query, *args, **kwargs), limiter=database.readers
-    )
+    in_thread = functools.partial(read_sync, query, *args, **kwargs)
+    return await anyio.to_thread.run_sync(in_thread, limiter=database.readers)
 
 
 def read_sync(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -161,12 +159,18 @@ def read_sync(query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     try:
         with engine.connect() as connection:
             return _query(connection, query, *args, **kwargs)
-    except OperationalError:
-        if not is_postgresql():
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", "57014") == "57014":  # on SQLite, or after too long
             raise
     engine.dispose()  # after a restart of the server, all connections of the pool are broken
     with engine.connect() as connection:
         return _query(connection, query, *args, **kwargs)
+
+
+def require_thread(connection: Connection | Session) -> None:
+    """For a read that may spend its time in single steps, which no budget interrupts."""
+    if _driver(connection) is backend().loop_driver:
+        raise OperationalError("", None, sqlite3.OperationalError(INTERRUPTED))
 
 
 def _query(connection: Connection, query: Read[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -179,12 +183,11 @@ def _query(connection: Connection, query: Read[P, T], /, *args: P.args, **kwargs
 async def write(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """A short change: it is committed when this returns, and undone if `change` raises. It blocks the event loop."""
     database = _Open.database
-    done = asyncio.get_running_loop().create_future()
+    done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
     database.changes.append(_Queued((change, args, kwargs), done, time.monotonic() + BUSY_TIMEOUT))
     if database.committer is None or database.committer.done():
         database.committer = asyncio.create_task(database.commit_changes())
-    result: T = await done
-    return result
+    return await done
 
 
 def write_sync(change: Write[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -266,9 +269,9 @@ def _transaction(connection: Connection, begin: str) -> Iterator[None]:
         raise
 
 
-async def run_job(kind: str, job: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-    """A long job in a thread, with transactions of its own. Of each kind, at most `JOBS` run at once."""
-    await anyio.to_thread.run_sync(functools.partial(job, *args, **kwargs), limiter=_Open.database.jobs[kind])
+async def run_job(kind: str, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """A long job in a thread, with transactions of its own. Of each kind, at most `THREADS` run at once."""
+    return await anyio.to_thread.run_sync(functools.partial(job, *args, **kwargs), limiter=_Open.database.threads[kind])
 
 
 def server_is_stopping() -> bool:
@@ -300,9 +303,8 @@ def migrate(url: str) -> None:
         from alembic import command  # noqa: PLC0415  # not loaded where nothing is to be migrated
 
         command.upgrade(_alembic(connection), "head")
-        if connection.dialect.name == "sqlite" and (
-            broken := connection.exec_driver_sql("PRAGMA foreign_key_check").first()
-        ):
+        broken = connection.dialect.name == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+        if broken:
             raise RuntimeError(f"a row without its referenced row after the migrations: {tuple(broken)}")
 
 
@@ -364,17 +366,21 @@ class Sqlite:
         # AUTOCOMMIT: `_transaction` begins and ends transactions.
         options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True, "json_serializer": to_json}
         self.engine = create_engine(url, pool_size=8, max_overflow=4, **options)
-        writers = 1 + sum(JOBS.values())
+        writers = sum(THREADS.values())
         self.writer = create_engine(url, pool_size=writers, max_overflow=0, pool_timeout=BUSY_TIMEOUT, **options)
         configure(self.engine, PRAGMAS)
         configure(self.writer, PRAGMAS | WRITER_PRAGMAS)
         self.loop_reader, self.loop_writer = self.engine.connect(), self.writer.connect()
         self.loop_driver = _driver(self.loop_reader)
-        self.ticks = 0
+        self.ticks = self.uncheckpointed = 0  # uncheckpointed: transactions since the last checkpoint
         self.loop_driver.set_progress_handler(self._exceeds_budget, STEPS)
         _driver(self.loop_writer).execute("PRAGMA wal_autocheckpoint=0")  # left to `checkpoint_wal`: the disk is slow
-        self.uncheckpointed = 0  # transactions since the last checkpoint
         self.committed: Callable[[], object] = lambda: None  # called after each commit of this process
+
+        @event.listens_for(self.engine, "checkout")
+        def limit_time(driver: Any, *_: object) -> None:
+            deadline = time.monotonic() + MAX_READ_TIME
+            driver.set_progress_handler(lambda: time.monotonic() > deadline, 100 * STEPS)  # waits for the GIL
 
     def close(self) -> None:
         self.loop_reader.close()
@@ -383,11 +389,8 @@ class Sqlite:
         self.engine.dispose()
 
     def _exceeds_budget(self) -> bool:
-        self.ticks += 1
-        if self.ticks <= MAX_TICKS:
-            return False
-        self.ticks = 0  # for the ROLLBACK
-        return True
+        self.ticks = (self.ticks + 1) % (MAX_TICKS + 1)  # 0 for the ROLLBACK
+        return not self.ticks
 
     def checkpoint(self) -> None:
         """Shorten the write-ahead log, which slows every read: most of it beside writers, the rest without them."""
@@ -401,8 +404,8 @@ class Sqlite:
         loop = asyncio.get_running_loop()
         self.committed = lambda: loop.is_closed() or loop.call_soon_threadsafe(notify)
         with self.engine.connect() as connection:
-            driver = _driver(connection)  # through SQLAlchemy it takes twenty times as long
-            previous = None
+            driver, previous = _driver(connection), None  # through SQLAlchemy it takes twenty times as long
+            driver.set_progress_handler(None, 0)
             while True:
                 try:
                     if (version := driver.execute("PRAGMA data_version").fetchone()) != previous:
@@ -433,8 +436,7 @@ class Sqlite:
     @staticmethod
     def is_full(error: object) -> bool:
         # The index of the write-ahead log is mapped memory: without room to grow, it is an I/O error.
-        full = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE")
-        return getattr(error, "sqlite_errorname", "") in full
+        return getattr(error, "sqlite_errorname", "") in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_WRITE")
 
 
 def configure(engine: sa.Engine, pragmas: Mapping[str, str]) -> None:
@@ -495,11 +497,10 @@ class CompiledQuery:
 
     def all(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> list[Any]:
         driver, bound, ticks = _driver(connection), self._bind(values), backend().ticks
-        if self.too_long and driver is backend().loop_driver and str(bound) in self.too_long:
-            raise OperationalError(self._compiled[0], None, sqlite3.OperationalError(INTERRUPTED))
+        if self.too_long and str(bound) in self.too_long:
+            require_thread(connection)
         try:
-            rows: list[Any] = _call(_fetch_all, driver, self._compiled[0], bound)
-            return rows
+            return _call(_fetch_all, driver, self._compiled[0], bound)
         except OperationalError as error:
             if str(error.orig) == INTERRUPTED and ticks <= MAX_TICKS // 2:  # most of the budget was this statement's
                 if len(self.too_long) >= 1000:
@@ -508,8 +509,7 @@ class CompiledQuery:
             raise
 
     def first(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> Any:
-        rows = self.all(connection, values)
-        return rows[0] if rows else None
+        return next(iter(self.all(connection, values)), None)
 
     def execute_many(
         self, connection: Connection | Session, rows: Sequence[Values], common: Values = MappingProxyType({})
@@ -542,7 +542,7 @@ def _driver(connection: Connection | Session) -> Any:
     return _core(connection).connection.dbapi_connection
 
 
-def _call(function: Callable[..., Any], *args: Any) -> Any:
+def _call(function: Callable[..., T], *args: Any) -> T:
     """Call the driver. Its errors become SQLAlchemy's."""
     try:
         return function(*args)

@@ -29,7 +29,7 @@ from csv_files import SHELF_FORMATS, BrokenRecord, ColumnMapping, ImportRow, Inv
 from database import CompiledQuery
 from models import Book, Principal, ShelfEntry, ShelfStatus, Upload, UploadChunk, UploadStatus
 from schemas import CSV_CONTEXT, INVALID_CHARACTERS, BookBase, BookCreate, BookUpdate, is_isbn13
-from search import index_books
+from search import TITLE, index_books
 from settings import settings
 
 T = TypeVar("T")
@@ -291,7 +291,7 @@ class BatchImporter:
         columns = (col(Book.id), col(Book.title), col(Book.author), col(Book.isbn))
         order = (col(Book.isbn).is_not(None), col(Book.id))
         counts: Counter[Key] = Counter()
-        candidates = sa.select(*columns).where(col(Book.title_key).in_(titles)).order_by(*order)
+        candidates = sa.select(*columns).where(TITLE.in_(titles)).order_by(*order)
         for book_id, title, author, isbn in self.session.execute(candidates):
             if not self.tracker.ours:
                 self.ids.setdefault(_title_and_author(title, author), book_id)

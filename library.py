@@ -21,9 +21,10 @@ import pagination
 from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404, readonly, transactional
 from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
 from csv_files import as_csv, price_cell
-from models import Book, Principal, ShelfEntry, ShelfStatus, User, sort_key
+from models import Book, Principal, ShelfEntry, ShelfStatus, User, normalize
 from pagination import JsonObject, Listing, Page, PageQuery, TimestampKey, json_response, page_response
 from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id, ReviewPublic, Username
+from search import AUTHOR, TITLE
 from security import CurrentUser, Staff
 
 router = Router(tags=["My library"])
@@ -36,8 +37,8 @@ OF_BOOK = col(ShelfEntry.book_id) == col(Book.id)
 SORT_COLUMNS: dict[str, tuple[Any, ...]] = {
     "added": (sa.type_coerce(ShelfEntry.added_at, TimestampKey),),
     "updated": (sa.type_coerce(ShelfEntry.updated_at, TimestampKey),),
-    "title": (col(Book.title_key),),
-    "author": (col(Book.author_key),),
+    "title": (TITLE,),
+    "author": (AUTHOR,),
     "rating": (sa.func.coalesce(col(ShelfEntry.rating), 0, type_=sa.Float),),
 }
 Sort = Literal["added", "updated", "title", "author", "rating", "-added", "-updated", "-title", "-author", "-rating"]
@@ -295,7 +296,7 @@ def most_frequent(names: Iterable[str]) -> list[tuple[str, int]]:
     """The most frequent names, each in one of its spellings."""
     spellings, counts = dict[str, str](), Counter[str]()
     for name in names:
-        key = sort_key(name)
+        key = normalize(name)
         spellings.setdefault(key, name)
         counts[key] += bool(key)
     top = sorted(counts, key=lambda key: (-counts[key], key))[:TOP_COUNT]

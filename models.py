@@ -1,7 +1,8 @@
 """The tables: columns, constraints and indexes, and rules about single rows."""
 
-import hashlib
+import functools
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
@@ -85,23 +86,50 @@ class Stars(sa.TypeDecorator[float]):
 
 # By code points on every database: PostgreSQL's default order depends on the locale of its server.
 SortKey = sa.String().with_variant(sa.String(collation="C"), "postgresql")
-MAX_SORT_KEY = 1200  # bytes; the rest of a longer text becomes a hash, so that different texts have different keys
+MAX_SORT_KEY = 300  # characters: PostgreSQL indexes 2,704 bytes, of title and author together; a cursor holds both, too
+MAX_KEY_WORD = 400  # characters: PostgreSQL's tsvector holds words of 2,046 bytes
+
+
+@functools.lru_cache(10_000)
+def _without_mark(c: str) -> str:
+    """Nothing for accents, points, tone marks, and what is invisible within a word. Vowel signs are letters."""
+    is_invisible = unicodedata.category(c) in ("Cf", "Me") and c != "\N{ZERO WIDTH SPACE}"
+    is_invisible |= "VARIATION SELECTOR" in unicodedata.name(c, "")
+    return "" if unicodedata.combining(c) or is_invisible else c
+
+
+@functools.lru_cache(10_000)
+def _in_word(c: str) -> str:
+    return c if c.isalnum() or unicodedata.category(c).startswith("M") else " "
 
 
 def normalize(text: str) -> str:
-    """Without case and accents, with single spaces."""
-    if not text.isascii():
-        text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    """Without case, accents and marks, with single spaces. Both databases store and compare only what this makes."""
+    if not text.isascii():  # `upper`: \u0131 and \u0345 have capitals whose case folding is not their own
+        text = "".join(map(_without_mark, unicodedata.normalize("NFKD", text).upper()))
     return " ".join(text.casefold().split())
 
 
-def sort_key(text: str) -> str:
-    """The key by which titles and authors are sorted and compared."""
+def word_key(text: str) -> str:
+    """The normalized words of a text: what is indexed, and looked up, by words."""
     key = normalize(text)
-    if len(key) <= MAX_SORT_KEY // 4 or len(whole := key.encode()) <= MAX_SORT_KEY:
-        return key
-    # PostgreSQL indexes at most 2,704 bytes, of title and author together; a cursor holds both, too.
-    return whole[: MAX_SORT_KEY - 33].decode(errors="ignore") + " " + hashlib.blake2b(whole, digest_size=16).hexdigest()
+    if not key.replace(" ", "").isalnum():
+        key = " ".join("".join(map(_in_word, key)).split())
+    return key if len(key) <= MAX_KEY_WORD else re.sub(rf"(\S{{{MAX_KEY_WORD}}})(?=\S)", r"\1 ", key)
+
+
+def sort_key(text: str) -> str:
+    """The beginning of a title's or author's words, by which they are sorted and compared."""
+    return word_key(text)[:MAX_SORT_KEY]
+
+
+TITLE_ORDER, AUTHOR_ORDER = (f"substr({name}, 1, {MAX_SORT_KEY})" for name in ("title_key", "author_key"))
+
+
+@functools.lru_cache(1000)
+def facet_key(text: str | None) -> str | None:
+    """The key by which genres and languages are compared and counted."""
+    return None if text is None else normalize(text)[:MAX_SORT_KEY]
 
 
 def primary_key_column() -> Any:
@@ -334,13 +362,13 @@ class Book(SQLModel, table=True):
         sa.CheckConstraint("available BETWEEN 0 AND copies", name="available"),
         sa.CheckConstraint("rating_sum BETWEEN 0.25 * rating_count AND 5 * rating_count", name="rating"),
         # For sorting by title, detecting duplicates and finding exact titles.
-        sa.Index("ix_book_title_key", "title_key", "author_key"),
-        sa.Index("ix_book_author_key", "author_key"),
+        sa.Index("ix_book_title_key", sa.text(TITLE_ORDER), sa.text(AUTHOR_ORDER)),
+        sa.Index("ix_book_author_key", sa.text(AUTHOR_ORDER)),
         sa.Index("ix_book_year", sa.text(f"coalesce(publication_year, {UNKNOWN_YEAR})")),
         sa.Index("ix_book_year_ascending", sa.text(f"coalesce(publication_year, {-UNKNOWN_YEAR})")),
         sa.Index("ix_book_score", sa.text(SCORE)),
-        sa.Index("ix_book_genre", sa.text("lower(genre)")),  # on PostgreSQL with the id (migration 0010)
-        sa.Index("ix_book_language", sa.text("lower(language)")),
+        sa.Index("ix_book_genre", "genre_key"),  # on PostgreSQL with the id
+        sa.Index("ix_book_language", "language_key"),
         sa.Index("ix_book_available", "id", "available", sqlite_where=HAS_AVAILABLE, postgresql_where=HAS_AVAILABLE),
     )
 
@@ -359,6 +387,9 @@ class Book(SQLModel, table=True):
     publication_year: int | None = None
     title_key: str = Field(sa_type=SortKey, nullable=False)
     author_key: str = Field(sa_type=SortKey, nullable=False)
+    publisher_key: str | None = None
+    genre_key: str | None = Field(default=None, sa_type=SortKey)
+    language_key: str | None = Field(default=None, sa_type=SortKey)
     copies: int = 0
     available: int = 0
     had_copies: bool = flag_column()  # ever
@@ -376,7 +407,14 @@ class Book(SQLModel, table=True):
     @staticmethod
     def described(new: Any) -> dict[str, Any]:
         """The columns that `new`, a BookBase, sets."""
-        return {**vars(new), "title_key": sort_key(new.title), "author_key": sort_key(new.author)}
+        return {
+            **vars(new),
+            "title_key": word_key(new.title),
+            "author_key": word_key(new.author),
+            "publisher_key": new.publisher and word_key(new.publisher),
+            "genre_key": facet_key(new.genre),
+            "language_key": facet_key(new.language),
+        }
 
     @staticmethod
     def initial(added_by: int | None) -> dict[str, Any]:
@@ -396,12 +434,15 @@ class Book(SQLModel, table=True):
 
 
 class Facet(SQLModel, table=True):
-    """How many books have a genre or language, by its spelling. Maintained by triggers."""
+    """How many books have a genre or language, however it is spelled. Maintained by triggers."""
 
-    __table_args__ = (sa.Index("ix_facet_name", "kind", sa.text("lower(name)")),)
+    __table_args__ = (
+        sa.Index("ix_facet_count", "kind", sa.text("count DESC"), "key"),
+        {"sqlite_with_rowid": False},
+    )
 
     kind: str = Field(primary_key=True, max_length=20)
-    name: str = Field(primary_key=True)
+    key: str = Field(primary_key=True, sa_type=SortKey)
     count: int
 
 

@@ -24,6 +24,7 @@ OPTIONS = (
     " -c lock_timeout=1s"  # of a writer, which tries again
     " -c idle_in_transaction_session_timeout=60s"  # a hanging process must not hold the lock for ever
 )
+MAX_READ_TIME = 5  # seconds; a job's or a writer's statement may take longer
 KEEPALIVES: dict[str, Any] = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
 
 
@@ -50,6 +51,10 @@ class Postgresql:
         self.committer = create_engine(url, **one, **options)
         self.writer = create_engine(url, **one | {"pool_size": 2}, **options)  # for threads
         self.dialect = self.engine.dialect
+
+        @event.listens_for(self.engine, "do_connect")
+        def limit_time(_dialect: object, _record: object, _args: object, arguments: dict[str, Any]) -> None:
+            arguments["options"] = f"{OPTIONS} -c statement_timeout={MAX_READ_TIME}s"
 
         @event.listens_for(self.engine, "connect")
         def load_numeric_as_float(connection: Any, _record: object) -> None:

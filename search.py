@@ -1,7 +1,8 @@
 """Full-text search: the words of a query, how each database looks them up, and which books match best.
 
 SQLite has an FTS5 index (`book_fts`), PostgreSQL a column of words (`book.words`, a tsvector under GIN); the migrations
-make both. A word is a run of letters and digits without case and accents, and matches as a prefix.
+make both, of the keys that `Book.described` writes. A word is a run of letters and digits without case and marks, and
+matches as a prefix.
 """
 
 import functools
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from pydantic import AfterValidator
 from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.dialects.postgresql import TSQUERY
 from sqlmodel import Session, col
@@ -17,26 +19,44 @@ from stdnum import isbn as isbn_numbers
 
 import database
 from database import CompiledQuery
-from models import Book, normalize, sort_key
+from models import AUTHOR_ORDER, MAX_SORT_KEY, TITLE_ORDER, Book, sort_key, word_key
 
 FTS = sa.table("book_fts")
 ROWID = sa.literal_column("book_fts.rowid", sa.Integer)
+# `book_fts` has columns of these names, too.
+TITLE: ColumnElement[str] = sa.literal_column(TITLE_ORDER.replace("title", "book.title"), sa.String)
+AUTHOR: ColumnElement[str] = sa.literal_column(AUTHOR_ORDER.replace("author", "book.author"), sa.String)
+MAX_WORDS = 16
 
 
 @functools.lru_cache(1000)
 def words(text: str | None) -> tuple[str, ...]:
-    """The words of a query, or the ISBN that it spells, as it is stored."""
+    """The words of a query, or the ISBN that it spells, as it is stored; with a star where they are prefixes, as
+    `brien*` of `o'brien` is."""
     if text is None:
         return ()
-    if isbn_numbers.is_valid(text):  # it may contain spaces
-        return (_stored_form(text),)
-    return tuple(_stored_form(word) for word in text.replace('"', " ").split() if any(map(str.isalnum, word)))
+    parts = [text] if isbn_numbers.is_valid(text) else text.split()  # an ISBN may contain spaces
+    keys = [key for part in parts if (key := word_key(_stored_form(part)))]
+    return tuple(" ".join(f"{key}*" for key in keys).split())
+
+
+def whole(text: str | None) -> list[str]:
+    return [word.rstrip("*") for word in words(text)]
 
 
 def _stored_form(word: str) -> str:
     if isbn_numbers.is_valid(word):
         return str(isbn_numbers.to_isbn13(isbn_numbers.compact(word)))
     return word.replace("-", "") if re.fullmatch(r"97[89](-\d+)+-?", word) else word
+
+
+def _check_words(text: str) -> str:
+    if len(words(text)) > MAX_WORDS:
+        raise ValueError(f"must have at most {MAX_WORDS} words")
+    return text
+
+
+FEW_WORDS = AfterValidator(_check_words)
 
 
 class SearchTerms(NamedTuple):
@@ -55,6 +75,12 @@ class SearchTerms(NamedTuple):
     @property
     def is_ranked(self) -> bool:
         return bool(words(self.search))
+
+    @property
+    def are_costly(self) -> bool:
+        """Whether FTS5 may read long lists of rows, in a single step of SQLite's virtual machine."""
+        found = [word for text in self for word in words(text)]
+        return len(found) > 4 or any(len(word) < 4 for word in found)  # with the star
 
     def values(self) -> dict[str, Any]:
         """What is bound in `matches` and in the statements of `best_first`."""
@@ -113,8 +139,8 @@ def best_first(
 
 INDEX_BOOKS = CompiledQuery(
     sa.text(
-        "INSERT INTO book_fts (rowid, title, author, isbn, publisher)"
-        " SELECT id, title, author, isbn, publisher FROM book WHERE id BETWEEN :first AND :last"
+        "INSERT INTO book_fts (rowid, title_key, author_key, isbn, publisher_key)"
+        " SELECT id, title_key, author_key, isbn, publisher_key FROM book WHERE id BETWEEN :first AND :last"
     )
 )
 
@@ -132,15 +158,15 @@ def _match(parameter: str) -> Any:
     return sa.text(f"book_fts MATCH :{parameter}")
 
 
-def _all_words(found: Sequence[str], *, prefixes: bool = True) -> str:
-    """Within quotes nothing is syntax; the star makes a word a prefix; `""` matches nothing."""
-    return " AND ".join(f'"{word}"{"*" * prefixes}' for word in found) or '""'
+def _all_words(found: Sequence[str]) -> str:
+    """Normalized words need no quotes: operators are in capitals. `""` matches nothing."""
+    return " AND ".join(dict.fromkeys(found)) or '""'
 
 
 def _fts5_values(terms: SearchTerms) -> dict[str, Any]:
     more = [
-        f"{{{column}}} : ({_all_words(words(text), prefixes=False)})"
-        for column, text in (("author", terms.author), ("publisher", terms.publisher))
+        f"{{{column}}} : ({_all_words(whole(text))})"
+        for column, text in (("author_key", terms.author), ("publisher_key", terms.publisher))
         if text is not None
     ]
     found = words(terms.search)
@@ -148,7 +174,8 @@ def _fts5_values(terms: SearchTerms) -> dict[str, Any]:
     everything = " AND ".join(f"({part})" for part in [*search, *more])
     # Without more terms, a title that has the words has all terms; each part takes its time.
     rest = f"({everything}) AND " if more else ""
-    in_title, begins = f"{rest}{{title}} : ({_all_words(found)})", f'{rest}{{title}} : ^"{" ".join(found)}"*'
+    in_title = f"{rest}{{title_key}} : ({_all_words(found)})"
+    begins = f'{rest}{{title_key}} : ^"{" ".join(whole(terms.search))}"*'
     return {
         "words": everything,
         "begins": begins,
@@ -160,7 +187,7 @@ def _fts5_values(terms: SearchTerms) -> dict[str, Any]:
 
 def _fts5_tiers(filtered: bool) -> list[tuple[Any, Any]]:
     book_id, by_words = col(Book.id), sa.select(ROWID).select_from(FTS)
-    exact = col(Book.title_key) == sa.bindparam("title")
+    exact = sa.bindparam("title", type_=sa.String) == TITLE
     joined = sa.select(ROWID).select_from(sa.join(Book, FTS, book_id == ROWID))
 
     def tier(parameter: str) -> tuple[Any, Any]:
@@ -180,27 +207,18 @@ def _fts5_tiers(filtered: bool) -> list[tuple[Any, Any]]:
 # --- PostgreSQL ---------------------------------------------------------------------------------------------------
 
 WORDS: ColumnElement[Any] = sa.literal_column("book.words")
-TITLE_WORDS: ColumnElement[str] = sa.literal_column("book.title_words", sa.Text)
 # `words` also has the words of these columns with this prefix.
 MARKS = {"title": "t:", "author": "a:", "publisher": "p:"}
 NO_BOOK = "'no such word'"  # matches nothing
-MAX_WORD = 2000  # bytes; PostgreSQL refuses to look for a word of 2,048
 
 
 def _tsquery(parameter: str) -> Any:
     return sa.cast(sa.bindparam(parameter, type_=sa.Text), TSQUERY)
 
 
-def _tokens(found: Sequence[str]) -> list[str]:
-    return [token for word in found for token in re.findall(r"[^\W_]+", normalize(word))]
-
-
-def _terms(found: Sequence[str], mark: str = "", *, prefixes: bool = True) -> list[str]:
+def _terms(found: Sequence[str], mark: str = "") -> list[str]:
     # Letters, digits and our own marks only: nothing in it is syntax within the quotes.
-    tokens = _tokens(found)
-    if not tokens or any(len(token.encode()) > MAX_WORD for token in tokens):
-        return [NO_BOOK]
-    return [f"'{mark}{token}'{':*' * prefixes}" for token in tokens]
+    return [f"'{mark}{word}'".replace("*'", "':*") for word in dict.fromkeys(found)] or [NO_BOOK]
 
 
 def _postgresql_values(terms: SearchTerms) -> dict[str, str]:
@@ -208,14 +226,14 @@ def _postgresql_values(terms: SearchTerms) -> dict[str, str]:
     everything = [] if terms.search is None else _terms(found)
     for column, text in (("author", terms.author), ("publisher", terms.publisher)):
         if text is not None:
-            everything += _terms(words(text), MARKS[column], prefixes=False)
-    begins = re.sub(r"([\\%_])", r"\\\1", " ".join(_tokens(found))) + "%"
+            everything += _terms(whole(text), MARKS[column])
+    begins = " ".join(whole(terms.search))[:MAX_SORT_KEY] + "%"
     return {"words": " & ".join(everything), "begins": begins, "in_title": " & ".join(_terms(found, MARKS["title"]))}
 
 
 def _postgresql_tiers() -> list[tuple[Any, Any]]:
     in_title = WORDS.bool_op("@@")(_tsquery("in_title"))
-    begins = TITLE_WORDS.like(sa.bindparam("begins", type_=sa.Text))
-    exact = col(Book.title_key) == sa.bindparam("title")
+    begins = TITLE.like(sa.bindparam("begins", type_=sa.Text))
+    exact = sa.bindparam("title", type_=sa.String) == TITLE
     tiers = ((exact,), (~exact, begins), (~exact, ~begins, in_title), (~exact, ~begins, ~in_title))
     return [(sa.select(col(Book.id)).where(matches(), *tier), col(Book.id)) for tier in tiers]

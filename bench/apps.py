@@ -83,8 +83,8 @@ class Floor:
             items = self.books(f"WHERE id IN ({','.join(str(row[0]) for row in rows)})")
         elif "genre" in query:
             genre = query["genre"].lower()
-            total = self.run("SELECT count(*) FROM book WHERE lower(genre) = ?", genre)
-            items = self.books("WHERE lower(genre) = ? ORDER BY id LIMIT ? OFFSET ?", genre, limit, offset)
+            total = self.run("SELECT count(*) FROM book WHERE genre_key = ?", genre)
+            items = self.books("WHERE genre_key = ? ORDER BY id LIMIT ? OFFSET ?", genre, limit, offset)
         else:
             total = self.run("SELECT value FROM setting WHERE key = 'book_count'")
             after = json.loads(base64.urlsafe_b64decode(query["cursor"] + "=="))[1] if "cursor" in query else 0
@@ -110,8 +110,8 @@ class Floor:
             " VALUES (?, ?, ?, lower(?1), lower(?2), 0, 0, 0, 0, 1, ?4, ?4) RETURNING id",
             *(new["title"], new["author"], new["isbn"], moment),
         )[0]
-        words = (book_id, new["title"], new["author"], new["isbn"])
-        self.run("INSERT INTO book_fts (rowid, title, author, isbn) VALUES (?, ?, ?, ?)", *words)
+        words = (book_id, new["title"].lower(), new["author"].lower(), new["isbn"])
+        self.run("INSERT INTO book_fts (rowid, title_key, author_key, isbn) VALUES (?, ?, ?, ?)", *words)
         created = self.dump(new | {"id": book_id})
         self.run(
             "INSERT INTO event (at, type, private, data) VALUES (?, 'book.created', 0, ?)", moment, created.decode()
@@ -143,18 +143,23 @@ def make_book(number: int, rng: random.Random) -> dict[str, Any]:
     author = [word(rng.randrange(4900)), word(rng.randrange(300) * 7)]
     if rng.random() < 1 / 3:
         title.insert(1, "shared")
+    genre, description = rng.randrange(GENRES), "What it is about, in some words. " * rng.randrange(8)
+    publisher, language = word(rng.randrange(200)), rng.choice(["en", "de", "fr"])
     return {
         "title": " ".join(title).capitalize(),
         "author": " ".join(author).title(),
         "isbn": isbn_of(number),
-        "genre": f"Genre {rng.randrange(GENRES)}",
-        "description": "What it is about, in some words. " * rng.randrange(8),
-        "publisher": f"{word(rng.randrange(200))} press".title(),
-        "language": rng.choice(["en", "de", "fr"]),
+        "genre": f"Genre {genre}",
+        "description": description,
+        "publisher": f"{publisher} press".title(),
+        "language": language,
         "pages": rng.randrange(80, 900),
         "publication_year": rng.randrange(1900, 2026),
         "title_key": " ".join(title),
         "author_key": " ".join(author),
+        "publisher_key": f"{publisher} press",
+        "genre_key": f"genre {genre}",
+        "language_key": language,
         **dict.fromkeys(("copies", "available", "added_by", "version"), 1),
         **dict.fromkeys(("rating_count", "rating_sum"), 0),
         **dict.fromkeys(("created_at", "updated_at"), MOMENT),
@@ -173,13 +178,17 @@ def insert_books(connection: sqlite3.Connection, columns: Sequence[str], rows: I
 
 MOMENT = "2026-01-01 00:00:00.000000"
 COLUMNS = [*make_book(1, random.Random())]
-INDEX_BOOKS = """
-INSERT INTO book_fts (rowid, title, author, isbn, publisher) SELECT id, title, author, isbn, publisher FROM book
-"""
+INDEX_BOOKS = "INSERT INTO book_fts (book_fts) VALUES ('rebuild')"
 INSERT_ENTRIES = f"""
 INSERT INTO shelf_entry (book_id, user_id, status, tags, added_at, updated_at)
 SELECT id, 1, 'reading', '["bench"]', '{MOMENT}', '{MOMENT}' FROM book ORDER BY genre, id LIMIT 500
 """
+
+
+def known(names: Iterable[Any]) -> list[str]:
+    """The columns that a table has; an older checkout lacks some."""
+    found = {row[0] for row in names}
+    return [name for name in COLUMNS if name in found]
 
 
 def make_database(database: Path | str, books: int, checkout: Path = ROOT) -> None:
@@ -188,13 +197,16 @@ def make_database(database: Path | str, books: int, checkout: Path = ROOT) -> No
         pass  # its start creates the tables and the admin
     if isinstance(database, Path):
         with contextlib.closing(sqlite3.connect(database)) as connection, connection:
-            insert_books(connection, COLUMNS, make_books(books))
+            columns = known(connection.execute("SELECT name FROM pragma_table_info('book')"))
+            insert_books(connection, columns, make_books(books))
             connection.execute(INDEX_BOOKS)
             connection.execute(INSERT_ENTRIES)
         return
     with psycopg.connect(database, autocommit=True) as server:
-        with server.cursor().copy(f"COPY book ({', '.join(COLUMNS)}) FROM STDIN") as copy:
+        names = server.execute("SELECT column_name FROM information_schema.columns WHERE table_name = 'book'")
+        columns = known(names)
+        with server.cursor().copy(f"COPY book ({', '.join(columns)}) FROM STDIN") as copy:
             for book in make_books(books):
-                copy.write_row([*book.values()])
+                copy.write_row([book[name] for name in columns])
         server.execute(INSERT_ENTRIES.encode())
         server.execute("VACUUM ANALYZE book")

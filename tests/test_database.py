@@ -127,12 +127,10 @@ def test_migrations_match_the_models_and_add_search_columns(client: TestClient) 
         # PostgreSQL rewrites the expression of the first; the second has the id there.
         return {one for one in named if one[1] not in ("ix_book_score", "ix_book_genre")}
 
-    # Columns and indexes for search, which are not in the models.
+    # For search, which is not in the models.
     assert database.read_sync(differences) == {
         ("remove_column", "words"),
-        ("remove_column", "title_words"),
         ("remove_index", "ix_book_words"),
-        ("remove_index", "ix_book_title_words"),
     }
 
 
@@ -419,9 +417,8 @@ def test_migration_to_quarters_keeps_every_rating_and_review(
         connection.exec_driver_sql("DELETE FROM book WHERE id = 7")
         before = {table: _contents(connection, table) for table in rows}
         triggers = _triggers(connection)
-    database.migrate(settings.database_url)
-    for row in before["book"]:
-        row["had_copies"] = True
+    with engine.begin() as connection:
+        command.upgrade(database._alembic(connection), "0008")
     with engine.connect() as connection:
         assert {table: _contents(connection, table) for table in rows} == before
         assert _triggers(connection) == triggers
@@ -429,6 +426,7 @@ def test_migration_to_quarters_keeps_every_rating_and_review(
             assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
             assert connection.exec_driver_sql("PRAGMA foreign_key_check").all() == []
     engine.dispose()
+    database.migrate(settings.database_url)
     with TestClient(app) as client:
         rita = Person(client, "rita")
         assert [book["rating"] for book in client.get("/books").json()["items"]] == [13 / 3, 1.0, None]
