@@ -20,6 +20,7 @@ from sqlmodel import Session, col, select
 import csv_files
 import database
 import imports
+import security
 import uploads
 from imports import JobCancelled
 from models import Principal, Role, Upload, UploadChunk, UploadStatus, User
@@ -176,7 +177,9 @@ def test_a_file_is_stored_as_it_arrives(server: Server) -> None:
 
 @pytest.mark.parametrize(("pause", "status"), [(40, "queued"), (61, "failed")], ids=["slow", "silent"])
 def test_a_slow_client_has_a_minute_for_each_piece(reader: Person, clock: Clock, pause: int, status: str) -> None:
-    file = uploads.StoredFile(Principal(2, "Rita", Role.reader, 0), "a.csv")
+    claims = security.verify_token("access", reader.tokens["access_token"])
+    assert claims is not None
+    file = uploads.StoredFile(Principal(2, "Rita", Role.reader, claims.sid), "a.csv")
     form = uploads.UploadForm(file=UploadFile(file))
     with suppress(JobCancelled):
         for piece in (BOOKS, "A,", "B\n", "C,D\n"):
