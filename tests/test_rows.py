@@ -186,7 +186,7 @@ def reviews(session: Session) -> list[BaseModel]:
 def all_loans(session: Session) -> list[BaseModel]:
     rows = session.execute(sa.select(Loan, Book).join_from(Loan, Book).order_by(col(Loan.id)))
     return [
-        LoanPublic(**loan.model_dump(), username="rita", title=book.title, status=status_of(loan))
+        LoanPublic(**loan.model_dump() | {"username": "rita", "title": book.title, "status": status_of(loan)})
         for loan, book in rows
     ]
 
