@@ -207,8 +207,8 @@ def _fts5_tiers(filtered: bool) -> list[tuple[Any, Any]]:
 # --- PostgreSQL ---------------------------------------------------------------------------------------------------
 
 WORDS: ColumnElement[Any] = sa.literal_column("book.words")
-# `words` also has the words of these columns with this prefix.
-MARKS = {"title": "t:", "author": "a:", "publisher": "p:"}
+# `words` also has the words of these columns behind these marks, with which no word begins.
+MARKS = {"title": ":t", "author": ":a", "publisher": ":p"}
 NO_BOOK = "'no such word'"  # matches nothing
 
 

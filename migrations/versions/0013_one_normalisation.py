@@ -118,8 +118,8 @@ POSTGRESQL = (
        $$""",
     """CREATE FUNCTION book_words(title text, author text, isbn text, publisher text) RETURNS tsvector
        LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
-       SELECT array_to_tsvector(marked_tokens('t:', title) || marked_tokens('a:', author)
-         || string_to_array(isbn, ' ') || marked_tokens('p:', publisher))
+       SELECT array_to_tsvector(marked_tokens(':t', title) || marked_tokens(':a', author)
+         || string_to_array(isbn, ' ') || marked_tokens(':p', publisher))
        $$""",
     """ALTER TABLE book ADD COLUMN words tsvector
        GENERATED ALWAYS AS (book_words(title_key, author_key, isbn, publisher_key)) STORED""",
