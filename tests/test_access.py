@@ -286,6 +286,7 @@ REMOVALS: dict[str, tuple[str, Callable[[Person, Person, int], httpx.Response]]]
 ROUNDS = 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("event", "remove"), REMOVALS.values(), ids=REMOVALS)
 def test_no_write_is_committed_after_the_event_that_ends_its_rights(
     serve: Callable[..., Server], event: str, remove: Callable[[Person, Person, int], httpx.Response]

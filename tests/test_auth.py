@@ -207,6 +207,7 @@ def test_adding_books_can_be_restricted_to_staff(
 WARNING = "Development mode: SECRET_KEY is not set. The first account is admin / admin.\n"
 
 
+@pytest.mark.slow
 def test_development_mode_warns_at_each_start_and_keeps_its_key(serve: Callable[..., Server]) -> None:
     server = serve(SECRET_KEY="")
     admin = Person(server.client, "admin", "admin")

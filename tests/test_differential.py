@@ -60,9 +60,6 @@ TITLES = {
     "signs": "C++ & C# — in 21 days!",
     "apostrophe": "Finnegan's Wake",
 }
-# What the two databases still index or compare differently: texts that are left out, and words (a, p and t find every
-# book on PostgreSQL, whose index marks authors, publishers and titles by these letters). Empty it when they agree.
-DIFFERENT_TODAY: set[str] = set()
 GENRES = ["Novel", "novel", "Été", "été", "SF", "Straße", "STRASSE", "Фантастика", "фантастика", "", "  Essay  "]
 LANGUAGES = ["en", "EN", "français", "FRANÇAIS", "日本語"]
 NAMES = [
@@ -225,10 +222,6 @@ class Generator:
 
     def __init__(self, seed: int, known: Callable[[str], int]) -> None:
         self.random, self.known = random.Random(seed), known
-        self.titles = [title for name, title in TITLES.items() if name not in DIFFERENT_TODAY]
-        self.genres = [genre for genre in GENRES if genre not in DIFFERENT_TODAY]
-        self.languages = [language for language in LANGUAGES if language not in DIFFERENT_TODAY]
-        self.hostile = [text for text in HOSTILE if text not in DIFFERENT_TODAY]
 
     def one(self, *values: Any) -> Any:
         return self.random.choice(values)
@@ -243,33 +236,32 @@ class Generator:
 
     def text(self, pool: list[str]) -> str:
         if self.chance(0.1):
-            return str(self.random.choice(self.hostile))
+            return str(self.random.choice(HOSTILE))
         text = self.random.choice(pool)
         return f"{text} {self.random.randrange(40)}" if self.chance(0.4) else text
 
     def words(self) -> str:
         """A query: a title as it is, in another case, its first word, a part of a word, or anything."""
-        title = self.text(self.titles)
+        title = self.text([*TITLES.values()])
         word = self.random.choice(title.split() or [""])
         part = word[: self.random.randrange(1, len(word) + 1)] if word else ""
         others = (title.upper(), title.lower(), word, part, f"{word} {self.random.choice(NAMES)}", f"{part} {word}")
-        query = str(self.one(title, *others, self.random.choice(NAMES)))
-        return self.words() if DIFFERENT_TODAY.intersection(re.findall("[a-z]+", plain(query))) else query
+        return str(self.one(title, *others, self.random.choice(NAMES)))
 
     def book(self) -> dict[str, Any]:
         fields: dict[str, Callable[[], Any]] = {
             "isbn": lambda: self.random.choice(ISBNS),
-            "genre": lambda: self.random.choice(self.genres),
-            "description": lambda: self.text(self.titles),
+            "genre": lambda: self.random.choice(GENRES),
+            "description": lambda: self.text([*TITLES.values()]),
             "publisher": lambda: self.text(NAMES),
-            "language": lambda: self.one("", *self.languages),
+            "language": lambda: self.one("", *LANGUAGES),
             "pages": lambda: self.one(1, 400, 100_000, self.random.choice(NUMBERS)),
             "price": lambda: self.one(0, 9.99, 0.1, 12.345, "7.10", self.random.choice(NUMBERS)),
             "published_date": lambda: self.one("1965-08-01", "0001-01-01", "9999-12-31", "2020-02-30", "x", None),
             "publication_year": lambda: self.one(-5000, -800, 0, 1965, 2024, self.random.choice(NUMBERS)),
             "cover_url": lambda: self.one("https://example.com/a.jpg", "javascript:alert(1)", None),
         }
-        body: dict[str, Any] = {"title": self.text(self.titles), "author": self.text(NAMES)}
+        body: dict[str, Any] = {"title": self.text([*TITLES.values()]), "author": self.text(NAMES)}
         chosen = self.random.sample(sorted(fields), self.random.randrange(5))
         body |= {name: fields[name]() for name in chosen}
         if self.chance(0.05):
@@ -297,10 +289,10 @@ class Generator:
     def filters(self) -> dict[str, Any]:
         known: dict[str, Callable[[], Any]] = {
             "search": self.words,
-            "genre": lambda: self.random.choice(self.genres),
+            "genre": lambda: self.random.choice(GENRES),
             "author": lambda: self.random.choice(NAMES),
             "publisher": lambda: self.random.choice(NAMES),
-            "language": lambda: self.one(*self.languages),
+            "language": lambda: self.one(*LANGUAGES),
             "year_from": lambda: self.one(-5000, 1900, 2024, 10**9, "x"),
             "year_to": lambda: self.one(-5000, 1900, 2024, ""),
             "available": lambda: self.one("true", "false", "maybe"),
@@ -375,7 +367,7 @@ class Generator:
             change = {
                 "status": self.one("wishlist", "reading", "completed", "abandoned", "x", None),
                 "rating": self.one(0.25, 1, 2.5, 4.75, 5, 0, 5.25, 0.3, None, *NUMBERS),
-                "review": self.text(self.titles),
+                "review": self.text([*TITLES.values()]),
                 "tags": self.one([], ["sf", "SF", "sf"], ["été"], ["x" * 200], "sf", None, [""]),
                 "started_at": self.one("2020-01-01T00:00:00Z", "1999-12-31", "x", None, "0001-01-01T00:00:00Z"),
                 "finished_at": self.one("2021-05-05T05:05:05.123456+02:00", "9999-12-31T23:59:59.999999Z", None),
@@ -423,10 +415,10 @@ class Generator:
         lines = ["title,author,isbn,genre,price,pages,year"]
         for _ in range(self.random.randrange(30)):
             cells = [
-                self.text(self.titles),
+                self.text([*TITLES.values()]),
                 self.text(NAMES),
                 self.random.choice(ISBNS) or "",
-                self.random.choice(self.genres),
+                self.random.choice(GENRES),
             ]
             cells += [
                 str(self.one("", "9.99", "x", "-1", "1,5")),
@@ -443,8 +435,6 @@ class Generator:
         if what == "register":
             name = self.one("rita", "RITA", "new", "a b", "é", "x" * 60, "")
             mail = self.one("rita@example.com", "OSKAR@example.com", "bad", "neu@exämple.com")
-            if "which of two taken values is named" in DIFFERENT_TODAY and name.lower() in ("rita", "new"):
-                mail = f"u{self.random.randrange(10**9)}@example.com"
             return self.send(
                 role,
                 "POST",
@@ -452,7 +442,7 @@ class Generator:
                 {"username": name, "email": mail, "password": self.one(PASSWORD, "short")},
             )
         if what == "rename":
-            return self.send(role, "PATCH", "/users/me", {"full_name": self.text(self.titles)})
+            return self.send(role, "PATCH", "/users/me", {"full_name": self.text([*TITLES.values()])})
         if what == "users":
             search = self.one("r", "RITA", "%", "_", "example", self.words())
             return self.send(

@@ -349,6 +349,7 @@ def test_cost_of_many_broken_records_is_bounded(row: str) -> None:
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
 def test_file_whose_rows_all_open_a_quote_fails_with_a_reason(reader: Person) -> None:
     upload = reader.upload(b"title,author\n" + b'x","\n' * 20_000)
     assert upload["status"] == "failed"
@@ -645,6 +646,7 @@ def test_cancelled_upload_keeps_committed_batches(
 # --- large ones ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not REAL_BOOKS.exists() and "CI" not in os.environ,
     reason="the ten thousand real books lie beside the project, not in it",

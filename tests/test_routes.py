@@ -254,6 +254,7 @@ def test_a_write_waiting_for_another_process_does_not_block_reads(client: TestCl
     assert client.get("/books").json()["total"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_writes_are_checkpointed(reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write-ahead log must not grow without bound."""

@@ -94,6 +94,7 @@ def test_titles_of_every_script_are_found(client: TestClient, reader: Person) ->
     assert missed == []
 
 
+@pytest.mark.slow
 def test_normalization_is_the_same_in_every_case_and_form() -> None:
     """Of every character."""
 

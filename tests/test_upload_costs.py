@@ -158,6 +158,7 @@ def test_bodies_of_strangers_cost_no_memory(serve: Callable[..., Server], kind: 
     assert growth < 20
 
 
+@pytest.mark.slow
 def test_a_file_is_stored_as_it_arrives(server: Server) -> None:
     rita = sign_up(server.client, "rita")
     body = part("file", BOOKS.encode() + b"A,B\n" * 500_000, "a.csv")
@@ -317,6 +318,7 @@ def test_waiting_uploads_run_one_after_another(client: TestClient, reader: Perso
     assert client.get("/books").json()["total"] == 2
 
 
+@pytest.mark.slow
 def test_lookups_of_a_slow_source_do_not_block_other_imports(serve: Callable[..., Server], others: Catalogues) -> None:
     asked, go_on = threading.Event(), threading.Event()
 
