@@ -186,7 +186,7 @@ def reviews(session: Session) -> list[BaseModel]:
 def all_loans(session: Session) -> list[BaseModel]:
     rows = session.execute(sa.select(Loan, Book).join_from(Loan, Book).order_by(col(Loan.id)))
     return [
-        LoanPublic(**loan.model_dump() | {"username": "rita", "title": book.title, "status": status_of(loan)})
+        LoanPublic(**loan.model_dump() | {"title": book.title}, username="rita", status=status_of(loan))
         for loan, book in rows
     ]
 
@@ -279,11 +279,11 @@ def test_every_part_of_the_account_export_is_what_its_response_model_says(
 
 
 def facets(connection: sa.Connection) -> tuple[set[Any], set[Any]]:
-    stored = connection.execute(sa.text("SELECT kind, name, count FROM facet")).all()
+    stored = connection.execute(sa.text("SELECT kind, key, count FROM facet")).all()
     counted: set[Any] = set()
     for kind in ("genre", "language"):
         rows = connection.execute(
-            sa.text(f"SELECT '{kind}', {kind}, count(*) FROM book WHERE {kind} IS NOT NULL GROUP BY {kind}")
+            sa.text(f"SELECT '{kind}', {kind}_key, count(*) FROM book WHERE {kind}_key IS NOT NULL GROUP BY 2")
         )
         counted |= {tuple(row) for row in rows}
     return {tuple(row) for row in stored}, counted
@@ -319,7 +319,7 @@ def test_genres_and_languages_are_counted_as_they_change(client: TestClient, adm
     assert client.get("/books", params={"language": "DE"}).json()["total"] == 300
 
     def clear(session: Session) -> None:
-        session.execute(sa.text("UPDATE book SET genre = 'Essay', language = NULL WHERE id % 2 = 0"))
+        session.execute(sa.text("UPDATE book SET genre_key = 'essay', language_key = NULL WHERE id % 2 = 0"))
         session.execute(sa.text("DELETE FROM book WHERE id % 3 = 0"))
 
     database.write_sync(clear)
