@@ -18,7 +18,7 @@ import database
 import mail
 import models
 import security
-from api import Router, errors, or_404
+from api import MAX_ACCOUNT_BODY, Router, errors, or_404
 from auth import end_sessions
 from events import record_account_event
 from mail import Email
@@ -27,7 +27,7 @@ from pagination import json_response
 from schemas import EmailAddress, Password, RequestModel, Storable, UserCreate, UserPublic, pattern
 from security import CurrentUser, authorized, unauthorized
 
-router = Router(tags=["Accounts"])
+router = Router(tags=["Accounts"], max_body_size=MAX_ACCOUNT_BODY)
 
 # --- registration -------------------------------------------------------------------------------------------------
 

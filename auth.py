@@ -14,7 +14,7 @@ from sqlmodel import Session, col
 import database
 import models
 import security
-from api import PAGE, Router, errors, invalid_body, transactional
+from api import MAX_ACCOUNT_BODY, PAGE, Router, errors, invalid_body, transactional
 from events import record_account_event
 from models import InvalidField, LoginSession, OneTimeCode, Principal, User
 from pagination import JsonObject, Listing, Page, PageQuery, columns_of, page_response
@@ -22,7 +22,7 @@ from schemas import Id, RequestModel, SessionPublic, Storable
 from security import CurrentUser, unauthorized
 from settings import settings
 
-router = Router(tags=["Accounts"])
+router = Router(tags=["Accounts"], max_body_size=MAX_ACCOUNT_BODY)
 
 # --- token pairs --------------------------------------------------------------------------------------------------
 

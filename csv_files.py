@@ -79,7 +79,7 @@ def detect_encoding(file: io.BufferedReader) -> str:
 def detect_dialect(text: TextIO) -> Dialect:
     """By the most known columns in the first row, then the most rows of its width, then the most columns."""
     head, delimiters = text.read(SAMPLE), ",;\t|"
-    if excel := re.match(r"sep=([^\x00\r\n])\r?\n", head):
+    if excel := re.match(r"sep=([^\x00\r\n ])\r?\n", head):
         delimiters, head = excel[1], head[excel.end() :]
     quotes = '"' if '"' in head else "\"'"
 
@@ -168,10 +168,8 @@ def records(text: TextIO, dialect: Dialect) -> Iterator[list[str] | BrokenRecord
         except csv.Error as error:
             yield BrokenRecord(lines.reject_first_line(), str(error))
             continue
-        if (
-            len(cells) == 1 != width and cells[0].count(dialect.delimiter) < MAX_CELLS
-        ):  # maybe quoted as a whole, and ended by `;`
-            inner = [*csv.reader(io.StringIO(cells[0].rstrip("; "), newline=""), **options)]
+        if len(cells) == 1 != width and cells[0].count(dialect.delimiter) < MAX_CELLS:  # quoted as a whole, then `;`
+            inner = [*islice(csv.reader(io.StringIO(cells[0].rstrip("; "), newline=""), **options), 2)]
             if len(inner) == 1 and len(inner[0]) == (width or max(2, len(inner[0]))):
                 cells = inner[0]
         if cells and not width:

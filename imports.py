@@ -179,8 +179,7 @@ class RowParser:
             [name for part in texts.get(field, "").split(",") if (name := part.strip())] for field in ("status", "tags")
         )
         statuses = {shelf: csv_files.shelf_status(shelf) for shelf in shelves}
-        for shelf in statuses.keys() & {*tags}:  # Goodreads has the exclusive shelf among the others
-            tags.remove(shelf)
+        tags = [tag for tag in tags if tag not in statuses]  # Goodreads has the exclusive shelf among the others
         tags = [shelf for shelf, status in statuses.items() if not status] + tags
         tags = list(dict.fromkeys(self._cut(row, "tags", tag, MAX_TAG) for tag in tags))
         if len(tags) > MAX_TAGS:

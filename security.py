@@ -303,8 +303,8 @@ def _refuse_default_password(session: Session) -> None:
 # --- rate limits --------------------------------------------------------------------------------------------------
 
 
-# Attempts from one address, and of one account from one address. With a limit of one account from all addresses,
-# strangers could lock it.
+# Attempts from one address, of one account from one address, and of one account from all addresses, where a token is
+# needed: elsewhere strangers could lock the account.
 RATE_LIMITS = {
     "login": ("100 per 1 minute", "10 per 15 minutes"),
     "register": ("50 per 1 hour", "5 per 1 hour"),
@@ -312,7 +312,7 @@ RATE_LIMITS = {
     "forgot": ("30 per 1 hour", "5 per 1 hour"),
     "reset": ("30 per 1 hour", "10 per 1 hour"),
     "verify": ("30 per 1 hour", "5 per 1 hour"),
-    "password": ("30 per 1 hour", "10 per 1 hour"),
+    "password": ("30 per 1 hour", "10 per 1 hour", "20 per 1 hour"),
 }
 MAIL_LIMITS = ("10 per 1 hour", "1 per 1 minute")  # one of them must allow a mail that anybody can request
 
@@ -367,7 +367,7 @@ def _limits(action: str, request: Request, account: object) -> list[tuple[limits
     address = client_address(request)
     keys = [f"{action} from {address}"]
     if account is not None:
-        keys.append(f"{_key(action, account)} from {address}")
+        keys += [f"{_key(action, account)} from {address}", _key(action, account)]
     return [(limits.parse(rate), key) for rate, key in zip(RATE_LIMITS[action], keys, strict=False)]
 
 

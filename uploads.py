@@ -173,7 +173,7 @@ async def upload_books(
     Delimiter, quotes and encoding are detected. A book is here already if its ISBN is, or without one, its title and
     author. 429 while five of my uploads are not finished.
     """
-    return await store_upload(form, tasks, response)
+    return await store_upload(form, user, tasks, response)
 
 
 @uploading.post("/my-library/import", tags=["My library"], responses=RESPONSES, **ACCEPTED)
@@ -189,16 +189,16 @@ async def import_library(
     The answer is 202, as that of `/books/upload`. Books that are not in the catalogue are added to it. Ratings and
     reviews become public, each with my user name and `finished_at`; the rest of my shelf stays private.
     """
-    return await store_upload(form, tasks, response)
+    return await store_upload(form, user, tasks, response)
 
 
 router.routes.extend(uploading.routes)
 
 
-async def store_upload(form: ShelfForm, tasks: BackgroundTasks, response: Response) -> UploadPublic:
+async def store_upload(form: ShelfForm, user: Principal, tasks: BackgroundTasks, response: Response) -> UploadPublic:
     if not form.file.size:
         raise InvalidField("file", "is empty")
-    upload = await anyio.to_thread.run_sync(database.write_sync, complete_upload, form)
+    upload = await anyio.to_thread.run_sync(database.write_sync, complete_upload, user, form)
     tasks.add_task(run_waiting, upload.enrich)
     response.headers["Location"] = f"/books/upload/{upload.id}"
     return upload
@@ -227,7 +227,8 @@ def insert_chunk(session: Session, job: ImportJob, number: int, data: bytes) -> 
     session.execute(sa.insert(UploadChunk), [{"upload_id": job.upload_id, "number": number, "data": data}])
 
 
-def complete_upload(session: Session, form: ShelfForm) -> UploadPublic:
+@security.authorized
+def complete_upload(session: Session, user: Principal, form: ShelfForm) -> UploadPublic:
     file: Any = form.file.file  # a StoredFile
     insert_chunk(session, file.job, file.chunks, bytes(file.data))
     upload = lock_upload(session, file.job)

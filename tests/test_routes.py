@@ -14,6 +14,7 @@ import httpx2 as httpx
 import pytest
 from fastapi.testclient import TestClient
 
+import api
 import database
 from api import FastRoute
 from main import app
@@ -171,8 +172,8 @@ BODIES: dict[str, tuple[Any, dict[str, str], int]] = {
     "number as text": (b'{"title": 1, "author": "B"}', JSON, 422),
     "lone surrogate": (b'{"title": "\\ud800", "author": "B"}', JSON, 422),
     "too deep": (b"[" * 100_000, JSON, 400),
-    "too long": (b" " * (1 << 20) + BOOK, JSON, 413),
-    "too long, chunked": (lambda: iter([b" " * (1 << 20), BOOK]), JSON, 413),
+    "too long": (b" " * api.MAX_BODY + BOOK, JSON, 413),
+    "too long, chunked": (lambda: iter([b" " * api.MAX_BODY, BOOK]), JSON, 413),
 }
 
 
