@@ -193,10 +193,10 @@ class Hostile:
         assert answer.status_code not in (429, 503) or "Retry-After" in answer.headers, f"{name}: no Retry-After"
 
     def punycode_form(self, client: httpx.Client, turn: int) -> None:
-        part = b'--b\r\nContent-Disposition: form-data; name="username"\r\n\r\n' + b"b" * 1_000_000
+        part = b'--b\r\nContent-Disposition: form-data; name="username"\r\n\r\n' + b"b" * 15_000
         body, codec = part + b"\r\n--b--\r\n", ("punycode", "idna", "utf-7", "no-such")[turn % 4]
         headers = {"Content-Type": f"multipart/form-data; boundary=b; charset={codec}"}
-        self.expect("punycode forms", client.post("/login", content=body, headers=headers), 413, 415)
+        self.expect("punycode forms", client.post("/login", content=body, headers=headers), 415)
 
     def body_without_token(self, client: httpx.Client, turn: int) -> None:
         def body() -> Iterator[bytes]:
