@@ -473,7 +473,7 @@ class CompiledQuery:
 
     def __init__(self, statement: Any) -> None:
         self.statement = statement
-        self.too_long: set[str] = set()  # values with which it exceeded the budget of a read
+        self.too_long: dict[str, int] = {}  # values that exceeded a read's budget, and the least `start` among them
 
     @functools.cached_property
     def _compiled(self) -> tuple[str, dict[str, Any], list[tuple[str, Callable[[Any], Any]]]]:
@@ -497,7 +497,7 @@ class CompiledQuery:
 
     def all(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> list[Any]:
         driver, bound, ticks = _driver(connection), self._bind(values), backend().ticks
-        if self.too_long and str(bound) in self.too_long:
+        if self.too_long and bound.get("start", 0) >= self.too_long.get(str({**bound, "start": 0}), float("inf")):
             require_thread(connection)
         try:
             return _call(_fetch_all, driver, self._compiled[0], bound)
@@ -505,7 +505,7 @@ class CompiledQuery:
             if str(error.orig) == INTERRUPTED and ticks <= MAX_TICKS // 2:  # most of the budget was this statement's
                 if len(self.too_long) >= 1000:
                     self.too_long.clear()
-                self.too_long.add(str(bound))
+                self.too_long[str({**bound, "start": 0})] = bound.get("start", 0)  # of an offset
             raise
 
     def first(self, connection: Connection | Session, values: Values = MappingProxyType({})) -> Any:

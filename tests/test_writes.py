@@ -187,11 +187,21 @@ def test_a_read_beyond_its_budget_runs_in_a_thread(client: TestClient, admin: Pe
         assert client.portal.call(database.read, count_to, most) == most
         assert [thread is loop_thread for thread in threads] == on_the_loop
         threads.clear()
-    assert slow.too_long == {"{'most': 100000}"}
+    assert slow.too_long == {"{'most': 100000, 'start': 0}": 0}
     for _ in range(1500):  # SQLite counts the steps of a cached statement over all its executions
         assert client.portal.call(database.read, count_to, 10) == 10
     assert len(threads) == 1500
     assert admin.add_book(title="Dune")["id"] == 1
+
+
+@pytest.mark.sqlite
+def test_a_page_deeper_than_one_beyond_its_budget_runs_in_a_thread_at_once(client: TestClient) -> None:
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n LIMIT 1 OFFSET :start"
+    page = database.CompiledQuery(sa.text(numbers))
+    assert client.portal is not None
+    for start, least in ((10, []), (100_000, [100_000]), (150_000, [100_000]), (90_000, [90_000]), (10, [90_000])):
+        assert client.portal.call(database.read, page.first, {"start": start}) == (start,)
+        assert [*page.too_long.values()] == least
 
 
 READS = (
