@@ -238,7 +238,7 @@ def test_requests_for_a_link_do_not_reveal_accounts(client: TestClient, admin: P
         pytest.param({"email": ["rita@example.com"]}, id="a list"),
         pytest.param({"email": "rita@example.com\0"}, id="NUL"),
         pytest.param({"email": "rita@example.com\nBcc: x@example.com"}, id="a line break"),
-        pytest.param({"email": f"{'r' * 500_000}@example.com"}, id="huge"),
+        pytest.param({"email": f"{'r' * 10_000}@example.com"}, id="huge"),
         pytest.param({"email": "rita@example.com", "x": 1}, id="another field"),
     ],
 )
