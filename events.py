@@ -399,8 +399,8 @@ class EventStreamResponse(EventSourceResponse):
 # --- routes -------------------------------------------------------------------------------------------------------
 
 TYPES = pattern(
-    r"^(\*|[a-z]+\.(\*|[a-z_]+))(,(\*|[a-z]+\.(\*|[a-z_]+)))*$",
-    "must be event types separated by commas, like book.*,review.created",
+    r"^(\*|[a-z]+\.(\*|[a-z_]+))(,(\*|[a-z]+\.(\*|[a-z_]+))){0,15}$",
+    "must be at most 16 event types separated by commas, like book.*,review.created",
 )
 Types = Annotated[str, Field(max_length=500, pattern=TYPES, examples=["book.*,review.created"])]
 TypesParameter = Annotated[

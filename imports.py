@@ -175,12 +175,16 @@ class RowParser:
         row.book, row.lookup_isbn = (None, values["isbn"]) if needs_lookup else (book, None)
 
     def _read_entry(self, row: ImportRow, texts: dict[str, str]) -> None:
-        shelves, tags = (
+        shelves, names = (
             [name for part in texts.get(field, "").split(",") if (name := part.strip())] for field in ("status", "tags")
         )
         statuses = {shelf: csv_files.shelf_status(shelf) for shelf in shelves}
-        tags = [tag for tag in tags if tag not in statuses]  # Goodreads has the exclusive shelf among the others
-        tags = [shelf for shelf, status in statuses.items() if not status] + tags
+        tags, exclusive = [shelf for shelf, status in statuses.items() if not status], {*statuses}
+        for name in names:
+            if name in exclusive:
+                exclusive.remove(name)  # Goodreads has it among the others, once
+            else:
+                tags.append(name)
         tags = list(dict.fromkeys(self._cut(row, "tags", tag, MAX_TAG) for tag in tags))
         if len(tags) > MAX_TAGS:
             self._warn(row, "tags", ", ".join(tags[MAX_TAGS:]), f"more than {MAX_TAGS} tags: these were left out")

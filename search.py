@@ -51,7 +51,7 @@ def _stored_form(word: str) -> str:
 
 
 def _check_words(text: str) -> str:
-    if len(words(text)) > MAX_WORDS:
+    if len({*words(text)}) > MAX_WORDS:
         raise ValueError(f"must have at most {MAX_WORDS} words")
     return text
 

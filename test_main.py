@@ -317,7 +317,7 @@ def test_errors_explain_patterns_in_words(client: TestClient, reader: Person) ->
         "email": "must be an e-mail address, like ada@example.com",
         "otp": "must be the six digits of the code",
         "cover_url": "must be an address that begins with http:// or https://",
-        "types": "must be event types separated by commas, like book.*,review.created",
+        "types": "must be at most 16 event types separated by commas, like book.*,review.created",
         "cursor": "is not a cursor of this service",
     }
     schema = json.dumps(client.get("/openapi.json").json())

@@ -232,7 +232,7 @@ def test_a_worker_that_is_replaced_waits_for_the_database(serve: Callable[..., S
     def workers() -> list[int]:
         return [int(pid) for pid in re.findall(r"Started server process \[(\d+)\]", server.log.read_text())]
 
-    wait_for(lambda: len(workers()) == 2 or None)
+    wait_for(lambda: server.log.read_text().count("Application startup complete") == 2 or None)
     with database_away(server):
         os.kill(workers()[0], signal.SIGKILL)
         wait_for(lambda: "waiting for the database: " in server.log.read_text() or None, 60)

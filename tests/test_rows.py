@@ -327,6 +327,26 @@ def test_genres_and_languages_are_counted_as_they_change(client: TestClient, adm
     assert stored == counted
 
 
+@pytest.mark.sqlite
+def test_a_change_of_a_genre_reads_no_other_genres(admin: Person) -> None:
+    book = admin.add_book(genre="Novel", language="en")["id"]
+    more = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000)"
+    statements = (f"UPDATE book SET genre_key = 'essay' WHERE id = {book}", f"DELETE FROM book WHERE id = {book}")
+
+    def change(session: Session) -> list[int]:
+        session.execute(sa.text(f"INSERT INTO facet {more} SELECT 'genre', 'g' || i, 1 FROM n"))
+        ticks = []
+        driver = database._driver(session)
+        for statement in statements:
+            ticks.append(0)
+            driver.set_progress_handler(lambda: ticks.append(ticks.pop() + 1), 100)
+            session.execute(sa.text(statement))
+            driver.set_progress_handler(None, 0)
+        return ticks
+
+    assert max(database.write_sync(change)) < 20  # hundreds of steps
+
+
 # --- how much is read ---------------------------------------------------------------------------------------------
 
 FILTERS = ((), ("genre",), ("language",), ("available",), ("added_by",), ("genre", "language"))

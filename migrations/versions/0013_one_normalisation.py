@@ -74,7 +74,8 @@ def _write_keys(connection: sa.Connection) -> None:
 MORE = """INSERT INTO facet SELECT kind, key, 1 FROM
        (SELECT 'genre' AS kind, new.genre_key AS key UNION ALL SELECT 'language', new.language_key)
        WHERE key IS NOT NULL ON CONFLICT (kind, key) DO UPDATE SET count = count + 1;"""
-OLD = "(kind, key) IN (VALUES ('genre', old.genre_key), ('language', old.language_key))"
+# With `(kind, key) IN (VALUES ...)`, SQLite went through all genres: 70 ms for 300,000.
+OLD = "(kind = 'genre' AND key = old.genre_key OR kind = 'language' AND key = old.language_key)"
 LESS = f"""UPDATE facet SET count = count - 1 WHERE {OLD};
        DELETE FROM facet WHERE count = 0 AND {OLD};"""
 DROP_SQLITE = (
