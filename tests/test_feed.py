@@ -528,7 +528,11 @@ def test_streams_that_pruning_has_passed_end_and_are_reset(
     def fill(session: Session) -> None:
         for number in range(2 * events.BUFFER_SIZE):
             events.record(session, "book.updated", {"number": number, "title": "x" * 400})
-        while at_once and events.prune(session):
+        if at_once:
+            prune(session)
+
+    def prune(session: Session) -> None:  # all in one transaction, before the tail reads on
+        while events.prune(session):
             pass
 
     async def follow() -> list[bytes]:
@@ -536,8 +540,7 @@ def test_streams_that_pruning_has_passed_end_and_are_reset(
         chunks = [await anext(stream)]
         await database.write(fill)
         chunks += [await anext(stream)] if not at_once else []
-        while await database.write(events.prune):
-            pass
+        await database.write(prune)
         return chunks + [chunk async for chunk in stream]
 
     assert client.portal is not None
@@ -546,7 +549,7 @@ def test_streams_that_pruning_has_passed_end_and_are_reset(
     assert time.monotonic() - began < 9, "it ended by itself"
     ids = [int(number) for number in re.findall(r"^id: (\d+)$", frames, re.MULTILINE)]
     assert ids == list(range(start + 1, start + 1 + len(ids)))
-    assert len(ids) < 2 * events.BUFFER_SIZE, "only what was read before the rest was pruned"
+    assert len(ids) <= events.BUFFER_SIZE, "only what was read before the rest was pruned"
     back = client.get("/stream", params={"since": (ids or [start])[-1], "seconds": 0.2}).text
     assert '"reason": "expired"' in back
     now = client.get("/events", params={"limit": 100}).json()["next"]
