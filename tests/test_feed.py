@@ -549,7 +549,8 @@ def test_streams_that_pruning_has_passed_end_and_are_reset(
     assert time.monotonic() - began < 9, "it ended by itself"
     ids = [int(number) for number in re.findall(r"^id: (\d+)$", frames, re.MULTILINE)]
     assert ids == list(range(start + 1, start + 1 + len(ids)))
-    assert len(ids) <= events.BUFFER_SIZE, "only what was read before the rest was pruned"
+    in_flight = events.READ_BATCH if database.is_postgresql() else 0  # a read in a thread sees what it began with
+    assert len(ids) <= events.BUFFER_SIZE + in_flight, "only what was read before the rest was pruned"
     back = client.get("/stream", params={"since": (ids or [start])[-1], "seconds": 0.2}).text
     assert '"reason": "expired"' in back
     now = client.get("/events", params={"limit": 100}).json()["next"]
