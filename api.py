@@ -416,8 +416,9 @@ DOCS_CSP = (
 )
 # Trusted types: browsers refuse to use text as HTML.
 PAGE_CSP = (
-    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; base-uri 'none'; "
-    b"form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; manifest-src 'self'; "
+    b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    b"require-trusted-types-for 'script'; trusted-types 'none'"
 )
 VERIFY_CSP = b"default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 CSP_BY_PATH = {"/": PAGE_CSP, "/docs": DOCS_CSP, "/docs/oauth2-redirect": DOCS_CSP, "/redoc": DOCS_CSP}

@@ -1,7 +1,7 @@
 // What users wrote enters the page as text only: as children of `el`, never as HTML. The page's policy forbids the rest.
 const $ = id => document.getElementById(id);
 const all = selector => document.querySelectorAll(selector);
-const base = location.pathname.replace(/\/+$/, ''); // where the service lives, also behind a prefix
+const base = (document.documentElement.dataset.base ?? new URL('.', document.baseURI).pathname).replace(/\/+$/, ''); // where the service lives
 const STATUSES = { wishlist: 'Wishlist', reading: 'Reading', completed: 'Completed', abandoned: 'Abandoned' };
 const sleep = ms => new Promise(done => { setTimeout(done, ms); });
 function fill(node, props, children) {
@@ -17,8 +17,9 @@ const svg = (tag, props, ...children) => fill(document.createElementNS('http://w
 const put = (node, ...children) => { node.replaceChildren(); fill(node, {}, children); };
 const once = work => { let at = null; return ({ detail }) => { if (detail < 2) at ??= work().finally(() => { at = null; }); }; }; // not for a double click
 const button = (text, onclick, more = {}) => el('button', { type: 'button', onclick, ...more }, text);
+const link = (href, text, more = {}) => el('a', { href, ...more }, text);
 const options = (choices, chosen) => Object.entries(choices).map(([value, text]) => el('option', { value, selected: value === chosen }, text));
-const facts = (...all) => el('p', { class: 'row soft' }, all.filter(Boolean).map(fact => el('span', {}, fact)));
+const facts = (...all) => el('p', { class: 'facts' }, all.filter(Boolean).map(fact => el('span', {}, fact)));
 const chip = text => el('span', { class: 'chip' }, text);
 const alertSlot = () => el('p', { class: 'problem', role: 'alert' });
 const plural = (n, one, many = `${one}s`) => `${n.toLocaleString('en')} ${n === 1 ? one : many}`;
@@ -26,42 +27,50 @@ const day = moment => new Date(moment).toLocaleDateString('en', { dateStyle: 'me
 const year = y => y == null ? null : y < 0 ? `${-y} BCE` : String(y);
 const star = (seen, heard, more = '') => el('span', {}, el('span', { class: 'star', 'aria-hidden': true }, seen), el('span', { class: 'unseen' }, heard), more);
 const stars = n => star('★'.repeat(n) + ['', '¼', '½', '¾'][n % 1 * 4] + '☆'.repeat(5 - n), `${n} of 5 stars`);
-const rating = ({ rating_count: n, rating }) => n > 0 && star('★ ', 'rated ', `${rating.toFixed(1)} (${n})`);
+const rating = ({ rating_count: n, rating }) => n > 0 && star('★ ', 'rated ', `${rating.toFixed(1)} (${n.toLocaleString('en')})`);
 const say = text => { $('say').textContent = text; };
+const number = text => [...text].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) % 9973, 7);
+function cover({ id, title, author, isbn }) { // drawn at once; the real one, where there is one, comes over it
+  const drawn = el('div', { class: `cover look-${number(title) % 4}`, 'aria-hidden': true },
+    el('strong', { dir: 'auto' }, title.replace(/\s*\(.*\)$/, '') || title), el('em', { dir: 'auto' }, author));
+  drawn.style.setProperty('--hue', number(author) % 360);
+  if (isbn) drawn.append(el('img', { alt: '', loading: 'lazy', decoding: 'async', onerror: event => event.target.remove(),
+    src: `${base}/books/${id}/cover?optional=true&v=${isbn}` }));
+  return drawn;
+}
 // --- requests ------------------------------------------------------------------------------------------------------
 const problem = ({ detail, errors = [] }, status) => Object.assign(new Error(detail ?? `The server answered ${status}.`), { errors, status }); // RFC 9457
-let tokens = JSON.parse(sessionStorage.tokens ?? 'null'), me = null, newPair = null;
-const otherTabs = new BroadcastChannel('tokens'); // a duplicated tab has the same login, whose refresh tokens work once
-otherTabs.onmessage = ({ data: { was, now } }) => { if (tokens?.refresh_token === was) keep(now); };
-function keep(pair) { if ((tokens = pair)) sessionStorage.tokens = JSON.stringify(pair); else delete sessionStorage.tokens; }
-async function ask(path, token, { method = 'GET', json, body = json && JSON.stringify(json), headers, signal }) {
+let token = null, me = null, newToken = null; // the refresh token is a cookie that scripts can't read
+const otherTabs = new BroadcastChannel('login'); // they have the same cookie
+otherTabs.onmessage = ({ data }) => data === 'out' ? signedOut() : signedIn().catch(() => {});
+const lock = work => navigator.locks ? navigator.locks.request('refresh', work) : work(); // only https and localhost have locks
+async function ask(path, token, { method = 'GET', json, body = json && JSON.stringify(json), headers, signal } = {}) {
   const more = { ...(json && { 'Content-Type': 'application/json' }), ...(token && { Authorization: `Bearer ${token}` }) };
-  const answer = await fetch(`${base}/${path}`, { method, body, signal, headers: { ...headers, ...more } })
-    .catch(error => { throw signal?.aborted && error.name !== 'TimeoutError' ? error : problem({ detail: 'The server can’t be reached. Try again in a moment.' }); });
+  const answer = await fetch(`${base}/${path}`, { method, body, signal, headers: { ...headers, ...more } }).catch(error => {
+    if (signal?.aborted && error.name !== 'TimeoutError') throw error;
+    reachable(false);
+    throw problem({ detail: 'The server can’t be reached. Try again in a moment.' });
+  });
+  reachable(true);
   if (answer.ok) return answer;
   throw problem(await answer.json().catch(() => ({})), answer.status);
 }
-function refresh() { // one at a time: all requests that found the token too old wait for it
-  newPair ??= (async () => {
-    const was = tokens.refresh_token;
-    try {
-      const now = await (await ask('auth/refresh', null, { method: 'POST', json: { refresh_token: was } })).json();
-      if (tokens?.refresh_token === was) keep(now);
-      otherTabs.postMessage({ was, now });
-    } catch (error) {
+function refreshToken() { // one at a time, over all tabs: the cookie works once
+  newToken ??= lock(async () => {
+    try { token = (await (await ask('auth/refresh', null, { method: 'POST' })).json()).access_token; } catch (error) {
       if (error.status !== 401) throw error;
-      if (tokens?.refresh_token === was) signedOut('Your login has ended. Sign in again.');
+      await signedOut(me ? 'Your login has ended. Sign in again.' : '');
     }
-  })().finally(() => { newPair = null; });
-  return newPair;
+  }).finally(() => { newToken = null; });
+  return newToken;
 }
 async function send(path, how = {}) {
-  await newPair?.catch(() => {});
-  const token = tokens?.access_token;
-  try { return await ask(path, token, how); } catch (error) {
-    if (error.status !== 401 || !token) throw error;
-    if (tokens?.access_token === token) await refresh();
-    return ask(path, tokens?.access_token, how);
+  await newToken?.catch(() => {});
+  const used = token;
+  try { return await ask(path, used, how); } catch (error) {
+    if (error.status !== 401 || !used) throw error;
+    if (token === used) await refreshToken();
+    return ask(path, token, how);
   }
 }
 const soon = () => AbortSignal.timeout(30000); // an answer that never comes must not hold up those after it
@@ -91,138 +100,182 @@ function onSubmit(form, work) {
   });
 }
 // --- lists, page by page -------------------------------------------------------------------------------------------
-function pages({ root, tag = 'li', path, limit = 24, key, row, empty = () => [] }) {
+// `path` is asked for the rows; `address` gives the list's own address (#/…) for the fields of its form and a page, and
+// a list without one keeps its place to itself. `params` may turn the fields into other parameters.
+function pages({ root, tag = 'li', path, address, params = fields => fields, limit = 24, key, row, skeleton, empty = () => [] }) {
   const list = root.querySelector('ul, tbody'), form = root.querySelector('form');
-  const back = button('Back', () => turn(-limit)), next = button('Next', () => turn(limit)), place = el('span'), none = el('div', { class: 'empty' });
-  const pager = el('nav', { class: 'row pager', hidden: true, 'aria-label': `Pages of ${list.ariaLabel}` }, back, place, next);
+  const none = el('div', { class: 'empty' }), pager = el('nav', { class: 'pager', hidden: true, 'aria-label': `Pages of ${list.ariaLabel}` });
   root.querySelector('ul, .scroll').before(alertSlot());
   root.append(none, pager);
   const drawn = new Map(); // by key: a row's node
-  let page = null, offset = 0, wanted = 0, asking = new AbortController(), typing; // `wanted` is the offset that was asked for last
-  const asked = () => form ? Object.fromEntries([...new FormData(form)].filter(([, value]) => value)) : {};
+  let page = null, offset = 0, wanted = 0, shows = '', asking = new AbortController(), typing; // `wanted` is the offset that was asked for last
+  const fields = () => form ? Object.fromEntries([...new FormData(form)].filter(([, value]) => value.trim())) : {};
+  const place = at => address({ ...fields(), ...(at && { page: at / limit + 1 }) });
   function draw(item, isNew) {
     const text = JSON.stringify(item), node = drawn.get(key(item)) ?? el(tag, { class: isNew && 'new' });
     drawn.set(key(item), node);
     if (node.shows === text) return node;
-    const controls = () => [...node.querySelectorAll('button, select')], focused = controls().indexOf(document.activeElement);
+    const controls = () => [...node.querySelectorAll('a, button, select')], focused = controls().indexOf(document.activeElement);
     put(node, row(item, node));
     controls()[focused]?.focus(); // what had the focus in it has it again
     return Object.assign(node, { shows: text });
   }
   function drawAll(quiet) { // moves no node that stands right, so that none loses the focus
     const had = list.contains(document.activeElement), items = page?.items ?? [], isNew = quiet && drawn.size > 0, nodes = items.map(item => draw(item, isNew));
-    for (const [id, node] of drawn) if (!nodes.includes(node)) { node.remove(); drawn.delete(id); }
+    for (const [id, node] of drawn) if (!nodes.includes(node)) drawn.delete(id);
+    for (const node of [...list.children]) if (!nodes.includes(node)) node.remove();
     nodes.forEach((node, i) => { if (list.children[i] !== node) list.insertBefore(node, list.children[i] ?? null); });
-    put(none, page && !items.length ? empty(Object.keys(asked()).length) : []);
-    [back.disabled, next.disabled, pager.hidden] = [!offset, !page?.next, !offset && !page?.next];
-    place.textContent = `${offset + 1}–${offset + items.length} of ${page?.total.toLocaleString('en')}`;
+    put(none, page && !items.length ? empty(page, fields()) : []);
+    drawPager(items.length);
     if (had) keepFocus(list);
   }
+  function step(text, at) {
+    return address ? link(place(at), text, { class: 'button' }) : button(text, async () => { await self.load(false, at); list.focus(); root.scrollIntoView(); });
+  }
+  function drawPager(count) {
+    const text = page ? `${(offset + 1).toLocaleString('en')}–${(offset + count).toLocaleString('en')} of ${page.total.toLocaleString('en')}` : '';
+    const had = pager.contains(document.activeElement), now = `${text} ${address?.(fields())} ${page?.next}`;
+    pager.hidden = !offset && !page?.next;
+    if (pager.shows === now) return;
+    pager.shows = now;
+    put(pager, offset > 0 && step('Previous', Math.max(0, offset - limit)), el('span', {}, text), page?.next && step('Next', offset + limit));
+    if (had) list.focus();
+  }
+  function drawSkeleton() { if (!page && skeleton) put(list, Array.from({ length: limit }, () => el('li', { class: 'skeleton', 'aria-hidden': true }, skeleton()))); }
   async function read(quiet, at) {
     asking.abort(); // the answer to an earlier question is of no more use
     wanted = at;
-    const { signal } = asking = new AbortController();
-    const answer = await send(`${path()}?${new URLSearchParams({ ...asked(), limit, offset: at })}`, { signal: AbortSignal.any([signal, soon()]) });
+    const { signal } = asking = new AbortController(), query = new URLSearchParams({ ...params(fields()), limit, offset: at }).toString();
+    const answer = await send(`${path()}?${query}`, { signal: AbortSignal.any([signal, soon()]) });
     const found = await answer.json();
     if (signal.aborted) return;
-    if (!found.items.length && at) { await read(quiet, Math.max(0, at - limit)); return; }
-    [page, offset] = [found, at];
+    if (!found.items.length && at && found.total) { await read(quiet, Math.floor((found.total - 1) / limit) * limit); return; }
+    [page, offset, shows] = [found, at, query];
     lastId ??= answer.headers.get('X-Event-Cursor');
     drawAll(quiet);
     if (!quiet) say(`${list.ariaLabel}: ${page.total}.`);
   }
-  async function turn(by) { await self.load(false, offset + by); list.focus(); root.scrollIntoView(); }
+  async function load(quiet, at = wanted) {
+    if (quiet) return read(true, at).catch(() => {});
+    drawSkeleton();
+    await attempt(root, () => read(false, at));
+    if (!page) drawAll();
+  }
   const self = {
-    load: (quiet, at = wanted) => quiet ? read(true, at).catch(() => {}) : attempt(root, () => read(false, at)),
-    restart: () => { clearTimeout(typing); return self.load(false, 0); },
-    forget: () => { asking.abort(); [page, offset, wanted] = [null, 0, 0]; drawAll(); },
+    load,
+    open({ page: number = 1, ...values } = {}) { // as its address says; what is drawn already is only looked after
+      form?.reset();
+      for (const [name, value] of Object.entries(values)) {
+        const field = form?.elements.namedItem(name);
+        if (field?.tagName === 'SELECT' && ![...field.options].some(option => option.value === value)) field.append(el('option', { value }, value));
+        if (field) field[field.type === 'checkbox' ? 'checked' : 'value'] = value;
+      }
+      const at = (Math.max(1, Math.floor(number) || 1) - 1) * limit;
+      return load(Boolean(page) && shows === new URLSearchParams({ ...params(fields()), limit, offset: at }).toString(), at);
+    },
+    forget() { asking.abort(); [page, offset, wanted, shows] = [null, 0, 0, '']; drawAll(); },
   };
-  form?.addEventListener('input', () => { clearTimeout(typing); typing = setTimeout(self.restart, 200); });
-  form?.addEventListener('submit', event => { event.preventDefault(); self.restart(); });
+  form?.addEventListener('input', ({ target }) => { // typing changes the address in place, a choice is a step that Back takes back
+    clearTimeout(typing);
+    if (target.type !== 'search') { moveTo(place(0)); return; }
+    typing = setTimeout(() => { history.replaceState(history.state, '', base + '/' + place(0)); setTitle(); load(false, 0); }, 40);
+  });
+  form?.addEventListener('submit', event => event.preventDefault());
   return self;
 }
+const to = (path, fields = {}) => { const query = new URLSearchParams(fields).toString(); return `#/${path}${query && `?${query}`}`; };
+const moveTo = address => { location.hash = address; };
 // --- the catalogue -------------------------------------------------------------------------------------------------
 const filters = $('filters'), addForm = $('add-form');
+const linkTo = (id, title) => link(`#/book/${id}`, el('bdi', {}, title), { 'data-book': id });
 const catalogue = pages({
-  root: $('view-'), path: () => 'books', key: book => book.id,
-  row(book, node) {
-    node.style.setProperty('--hue', [...book.author].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) % 360, 7));
-    const available = book.copies > 0 && el('span', { class: book.available && 'good' }, `${book.available} of ${book.copies} available`);
-    return [
-      el('h3', {}, linkTo(book.id, book.title)), el('p', {}, book.author),
-      facts(year(book.publication_year), book.genre && chip(book.genre), rating(book), available),
-    ];
-  },
-  empty: filtered => filtered
-    ? [el('p', {}, 'Nothing here is like that.'), button('Show everything', () => { filters.reset(); catalogue.restart(); })]
-    : [el('h3', {}, 'The catalogue is empty.'), el('p', {}, me ? 'Be the first to add a book, or bring in a file.' : 'Sign in and add the first book.'),
-      me ? button('Add the first book', openAdd) : button('Sign in', () => openAccount('in'), { class: 'strong' }), ' ',
-      me?.role === 'admin' && button('Load fifty classics', once(() => attempt($('view-'), loadSample)), { class: 'strong' })],
+  root: $('view-'), path: () => 'books', address: fields => to('', fields), key: book => book.id,
+  row: book => [cover(book), el('h3', {}, linkTo(book.id, book.title)), el('p', { class: 'by' }, el('bdi', {}, book.author)),
+    facts(year(book.publication_year), book.genre), facts(rating(book), stock(book))],
+  skeleton: () => [el('div', { class: 'cover' }), el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '), facts(' ')],
+  empty: ({ suggestions = [] }, fields) => Object.keys(fields).length ? nothingFound(suggestions, fields) : emptyCatalogue(),
 });
+const stock = ({ copies, available }) => copies > 0 && el('span', { class: available && 'good' }, `${available} of ${copies} available`);
+function nothingFound(suggestions, { search = '', ...others }) {
+  return [el('h3', {}, 'Nothing here is like that.'),
+    suggestions.length > 0 && el('p', {}, 'Did you mean ', suggestions.flatMap((words, i) => [i ? ', ' : '', link(to('', { ...others, search: words }), words)]), '?'),
+    el('p', { class: 'row' }, link('#/', 'Show everything', { class: 'button' }), search && link(to('add', { search }), 'Add it by ISBN or by words', { class: 'button' }))];
+}
+function emptyCatalogue() {
+  return [el('h3', {}, 'The catalogue is empty.'), el('p', {}, me ? 'Be the first to add a book, or bring in a file.' : 'Sign in and add the first book.'),
+    el('p', { class: 'row' }, me ? link('#/add', 'Add the first book', { class: 'button' }) : button('Sign in', () => openAccount('in'), { class: 'strong' }),
+      me?.role === 'admin' && button('Load fifty classics', once(() => attempt($('view-'), loadSample)), { class: 'strong' }))];
+}
 async function loadSample() {
   const body = new FormData();
   body.append('file', await (await send('static/sample_books.csv')).blob(), 'sample_books.csv');
   await startUpload(body);
 }
 async function loadGenres() {
-  const select = filters.elements.genre, was = select.value, genres = await get('books/genres').catch(() => null);
-  if (genres) put(select, el('option', { value: '' }, 'All'),
-    genres.map(({ genre: value, count }) => el('option', { value, selected: value === select.value }, `${value} (${count})`)));
-  if (select.value !== was) catalogue.restart();
+  const select = filters.elements.genre, genres = await get('books/genres').catch(() => null), was = select.value;
+  if (!genres) return;
+  const gone = was && !genres.some(({ genre }) => genre === was);
+  put(select, el('option', { value: '' }, 'All'), gone && el('option', { value: was, selected: true }, was),
+    genres.map(({ genre: value, count }) => el('option', { value, selected: value === was }, `${value} (${count})`)));
 }
-$('add-book').onclick = openAdd;
-function openAdd() { addForm.reset(); clear(addForm); $('add').showModal(); }
 onSubmit(addForm, async fields => {
   const given = Object.entries(fields).filter(([, value]) => value.trim());
   const book = await api('POST', 'books', Object.fromEntries(given.map(([name, value]) => [name, addForm.elements[name].type === 'number' ? Number(value) : value])));
-  $('add').close();
+  addForm.reset();
   refreshAll();
-  await openBook(book.id);
+  moveTo(`#/book/${book.id}`);
 });
 // --- one book ------------------------------------------------------------------------------------------------------
-const dialog = $('book'), mine = $('mine');
-let shown = null, entry = null; // the book in the dialog, and what my shelf says of it
-const linkTo = (id, title) => button(title, () => openBook(id), { class: 'link', 'data-book': id });
-const note = text => { dialog.querySelector('.note').textContent = text; };
+const bookView = $('view-book'), mine = $('mine');
+let shown = null, entry = null; // the book in its view, and what my shelf says of it
+const note = text => { bookView.querySelector('.note').textContent = text; };
 const reviews = pages({
-  root: $('book-reviews'), path: () => `books/${shown.id}/reviews`, limit: 10, key: review => review.username,
+  root: $('book-reviews'), path: () => `books/${shown.id}/reviews`, address: fields => to(`book/${shown.id}`, fields), limit: 10, key: review => review.username,
   row: ({ username, rating, review, updated_at }) => [
-    el('p', { class: 'row' }, el('strong', {}, username), rating && stars(rating), el('span', { class: 'soft' }, day(updated_at))),
-    review && el('p', { class: 'text' }, review),
+    el('p', { class: 'row' }, el('strong', {}, el('bdi', {}, username)), rating && stars(rating), el('span', { class: 'soft' }, day(updated_at))),
+    review && el('p', { class: 'text', dir: 'auto' }, review),
   ],
   empty: () => 'Nobody has reviewed it yet.',
 });
-async function openBook(id) {
-  shown = { id };
-  $('book-title').textContent = '…';
-  put($('book-info'));
-  $('book-desk').hidden = mine.hidden = true;
-  note('');
-  reviews.forget();
-  if (!dialog.open) dialog.showModal();
-  await attempt(dialog, async () => { await readBook(id); if (shown?.id === id) await Promise.all([reviews.restart(), me && readMine(id)]); });
+async function openBook(id, query = {}) {
+  if (shown?.id !== id) {
+    shown = { id };
+    $('book-title').textContent = '…';
+    put($('book-info'));
+    put($('book-cover'), el('div', { class: 'cover' }));
+    $('book-desk').hidden = mine.hidden = true;
+    note('');
+    reviews.forget();
+  }
+  await attempt(bookView, async () => {
+    await readBook(id);
+    await starting;
+    if (shown?.id === id) await Promise.all([reviews.open(query), me && readMine(id)]);
+  });
 }
 const readBook = id => get(`books/${id}`).then(book => shown?.id === id && !(book.version < shown.version) && drawBook(shown = book));
 // Not the entry itself: where there is none, its 404 would be an error in the browser's log.
 const readMine = id => get(`my-library?book_id=${id}`).then(({ items }) => shown?.id === id && drawMine(items[0]));
 function drawBook(book) {
   const known = {
-    Author: book.author, Genre: book.genre, Published: book.published_date ?? year(book.publication_year),
+    Genre: book.genre && link(to('', { genre: book.genre }), book.genre), Published: book.published_date ?? year(book.publication_year),
     Publisher: book.publisher, Language: book.language, Pages: book.pages, ISBN: book.isbn, Price: book.price?.toFixed(2),
   };
-  const cover = /^https?:\/\//i.test(book.cover_url ?? ''); // a link, not a picture: its host need not know who reads what here
-  $('book-title').textContent = book.title;
+  const elsewhere = /^https?:\/\//i.test(book.cover_url ?? ''); // a link, not a picture: its host need not know who reads what here
+  setTitle();
+  put($('book-title'), el('bdi', {}, book.title));
+  put($('book-cover'), cover(book));
   put($('book-info'),
+    el('p', { class: 'lead' }, 'by ', link(to('', { search: book.author }), el('bdi', {}, book.author))),
     el('p', {}, rating(book) || el('span', { class: 'soft' }, 'Not rated yet')),
+    book.description && el('p', { class: 'text', dir: 'auto' }, book.description),
     el('dl', {}, Object.entries(known).flatMap(([name, value]) => value ? [el('dt', {}, name), el('dd', {}, value)] : [])),
-    book.description && el('p', { class: 'text' }, book.description),
-    cover && el('a', { href: book.cover_url, target: '_blank', rel: 'noreferrer noopener' }, 'Its cover, on another site'));
+    elsewhere && link(book.cover_url, 'Its cover, on another site', { target: '_blank', rel: 'noreferrer noopener' }));
   $('stock-now').textContent = book.copies ? `${book.available} of ${plural(book.copies, 'copy', 'copies')} available.` : 'There is no copy to lend.';
   $('book-desk').hidden = !(me || book.copies);
   $('borrow').hidden = !(me && book.available);
-  $('stock').hidden = !isStaff();
 }
-$('borrow').onclick = once(() => attempt(dialog, async () => {
+$('borrow').onclick = once(() => attempt(bookView, async () => {
   const { due_at, book_id } = await api('POST', 'loans', { book_id: shown.id });
   note(`Yours until ${day(due_at)}.`);
   await readBook(book_id);
@@ -265,18 +318,18 @@ $('unshelve').onclick = once(() => attempt(mine, () => changeMine('It is off you
 // --- my shelf ------------------------------------------------------------------------------------------------------
 $('view-shelf').querySelector('select').append(...options(STATUSES));
 const shelf = pages({
-  root: $('view-shelf'), path: () => 'my-library', key: item => item.book_id,
+  root: $('view-shelf'), path: () => 'my-library', address: ({ status, ...fields }) => to(status ? `shelf/${status}` : 'shelf', fields), key: item => item.book_id,
   row: ({ book_id, book, status, rating, review, tags, finished_at }) => [
-    el('h3', {}, linkTo(book_id, book.title)), el('p', {}, book.author),
+    el('h3', {}, linkTo(book_id, book.title)), el('p', {}, el('bdi', {}, book.author)),
     facts(rating && stars(rating), finished_at && `finished ${day(finished_at)}`, ...tags.map(chip)),
-    review && el('p', { class: 'text' }, review.length > 200 ? `${review.slice(0, 200)}…` : review),
+    review && el('p', { class: 'text', dir: 'auto' }, review.length > 200 ? `${review.slice(0, 200)}…` : review),
     el('select', { 'aria-label': `Status of ${book.title}`, onchange: event => move(book, status, event.target) }, options(STATUSES, status)),
     alertSlot(),
-    button('Rate and review', () => openBook(book_id)),
+    link(`#/book/${book_id}`, 'Rate and review', { class: 'button' }),
   ],
   empty: () => [el('h3', {}, 'Nothing here yet.'),
     el('p', {}, 'Find a book in the catalogue and put it on your shelf, or bring in a shelf from Goodreads, StoryGraph, LibraryThing or BookWyrm.'),
-    el('a', { href: '#/' }, 'To the catalogue'), ' · ', el('a', { href: '#/import' }, 'Import')],
+    link('#/', 'To the catalogue'), ' · ', link('#/import', 'Import')],
 });
 async function move({ id, title }, was, select) {
   const now = await attempt(select.closest('li'), () => api('PATCH', `my-library/${id}`, { status: select.value }));
@@ -300,7 +353,7 @@ const loadStats = () => attempt($('view-stats'), async () => {
   const { by_status, by_year, undated, average_rating, top_genres, top_tags, top_authors } = stats;
   put($('charts'),
     el('div', { class: 'panel' }, el('h3', {}, 'My average rating'), el('p', { class: 'big' }, average_rating == null ? '–' : `★ ${average_rating.toFixed(2)}`),
-      Object.values(by_status).every(n => !n) && el('p', {}, 'Your shelf is empty. ', el('a', { href: '#/' }, 'Find a book'))),
+      Object.values(by_status).every(n => !n) && el('p', {}, 'Your shelf is empty. ', link('#/', 'Find a book'))),
     chart('On my shelf', 'books', Object.entries(STATUSES).map(([status, name]) => [name, by_status[status]])),
     chart('Books finished by year', 'books', [...by_year.map(({ year, books }) => [String(year), books]), ...undated ? [['day not known', undated]] : []]),
     chart('Pages finished by year', 'pages', by_year.map(({ year, pages }) => [String(year), pages])),
@@ -310,7 +363,8 @@ const loadStats = () => attempt($('view-stats'), async () => {
 });
 // --- the lending desk ----------------------------------------------------------------------------------------------
 const loans = pages({
-  root: $('view-lending'), path: () => 'loans', key: loan => loan.id,
+  root: $('view-lending'), path: () => 'loans', address: fields => to('lending', fields), key: loan => loan.id,
+  params: ({ status, ...fields }) => ({ ...fields, ...(status !== 'all' && { status }) }),
   row({ id, book_id, title, username, quantity, borrowed_at, due_at, returned_at, renewals }, node) {
     const late = new Date(due_at) < new Date();
     const change = what => button(what, once(() => attempt(node, async () => {
@@ -318,7 +372,7 @@ const loans = pages({
       loans.load(true);
     })));
     return [
-      el('h3', {}, book_id ? linkTo(book_id, title) : title), isStaff() && username && el('p', {}, `lent to ${username}`),
+      el('h3', {}, book_id ? linkTo(book_id, title) : title), isStaff() && username && el('p', {}, 'lent to ', el('bdi', {}, username)),
       facts(quantity > 1 && plural(quantity, 'copy', 'copies'), `since ${day(borrowed_at)}`,
         returned_at ? el('span', { class: 'good' }, `returned ${day(returned_at)}`)
           : el('span', { class: late && 'bad' }, `${late ? 'overdue since' : 'due'} ${day(due_at)}`),
@@ -326,7 +380,7 @@ const loans = pages({
       !returned_at && el('p', { class: 'row' }, change('Return'), change('Renew')), alertSlot(),
     ];
   },
-  empty: () => [el('h3', {}, 'No loans here.'), el('p', {}, 'Books with a copy to lend have a “Borrow it” button.'), el('a', { href: '#/' }, 'To the catalogue')],
+  empty: () => [el('h3', {}, 'No loans here.'), el('p', {}, 'Books with a copy to lend have a “Borrow it” button.'), link('#/', 'To the catalogue')],
 });
 // --- files ---------------------------------------------------------------------------------------------------------
 const uploadForm = $('upload');
@@ -342,7 +396,10 @@ $('view-import').addEventListener('drop', event => { // beside the field, a brow
 });
 async function startUpload(body) {
   watch(await (await send('books/upload', { method: 'POST', body })).json());
-  location.hash = '#/import';
+  moveTo(`#/import/${job.id}`);
+}
+async function openJob(id) {
+  if (id && job?.id !== id) await attempt($('job'), async () => { watch(await get(`books/upload/${id}`)); });
 }
 async function watch(upload) {
   for (drawJob(upload); job?.id === upload.id && running(job);) {
@@ -362,8 +419,8 @@ function drawJob(now) {
     `${failed} refused`, plural(warnings, 'warning')].flat().join(' · ');
   $('job-hint').textContent = hint ?? '';
   [view.hidden, $('job-refused').hidden, $('job-warnings').hidden] = [false, running(job) || !failed, running(job) || !warnings];
-  if (!$('job-refused').hidden) refused.restart();
-  if (!$('job-warnings').hidden) warned.restart();
+  if (!$('job-refused').hidden) refused.load(false, 0);
+  if (!$('job-warnings').hidden) warned.load(false, 0);
 }
 const [refused, warned] = ['job-refused', 'job-warnings'].map(id => pages({
   root: $(id), path: () => `books/upload/${job.id}/errors`, tag: 'tr', limit: 20, key: JSON.stringify,
@@ -375,7 +432,7 @@ $('job-download').onclick = () => attempt($('job'), async () => {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 });
-// --- accounts ------------------------------------------------------------------------------------------------------
+// --- who is signed in ----------------------------------------------------------------------------------------------
 const isStaff = () => ['librarian', 'admin'].includes(me?.role);
 const sign = $('sign');
 let signingUp = false;
@@ -385,7 +442,7 @@ function openAccount(way) {
   clear(sign);
   $('h-account').textContent = sign.querySelector('.strong').textContent = signingUp ? 'Sign up' : 'Sign in';
   $('other-way').textContent = signingUp ? 'I have an account' : 'I have no account yet';
-  $('hint').textContent = signingUp ? 'A password has at least 8 characters.' : document.body.dataset.hint ?? '';
+  $('about-password').textContent = signingUp ? 'A password has at least 8 characters.' : document.body.dataset.hint ?? '';
   $('more').hidden = $('more').disabled = !signingUp;
   username.previousSibling.textContent = signingUp ? 'User name ' : 'User name or e-mail address ';
   [password.autocomplete, password.minLength] = signingUp ? ['new-password', 8] : ['current-password', 0];
@@ -397,44 +454,103 @@ $('account').addEventListener('close', () => sign.reset());
 for (const node of all('[data-open]')) node.onclick = () => openAccount(node.dataset.open);
 onSubmit(sign, async fields => {
   if (signingUp) { await api('POST', 'auth/register', fields); openAccount('in'); } // where signing in fails now, the account is there already
-  keep(await api('POST', 'login', { username: fields.username, password: fields.password }));
+  token = (await api('POST', 'login?cookie=true', { username: fields.username, password: fields.password })).access_token;
   await signedIn();
+  otherTabs.postMessage('in');
   $('account').close();
   keepFocus();
 });
-$('sign-out').onclick = async () => { await api('POST', 'auth/logout').catch(() => {}); signedOut(); };
-function keepFocus(wanted = dialog.open ? $('book-title') : $('main')) { // where what had it is gone
+$('sign-out').onclick = async () => { await api('POST', 'auth/logout').catch(() => {}); otherTabs.postMessage('out'); signedOut(); };
+function keepFocus(wanted = $('main')) { // where what had it is gone
   const at = document.activeElement;
   if (at === document.body || !at.getClientRects().length) wanted.focus({ preventScroll: true });
 }
 async function signedIn() {
+  if (!token) await refreshToken();
+  if (!token) return;
   me = await get('users/me');
-  await changedUser();
+  changedUser();
   say(`Signed in as ${me.username}.`);
 }
 async function signedOut(why = '') {
-  keep(null);
-  me = job = null;
+  [token, me, job, entry] = [null, null, null, null];
   for (const list of [shelf, loans, refused, warned]) list.forget(); // the next at this machine may be somebody else
-  for (const node of all('#charts, .ticker')) put(node);
+  for (const node of all('#charts, .ticker, #latest')) put(node);
   $('job').hidden = true;
-  dialog.close();
-  const done = changedUser();
+  changedUser();
   $('notice').textContent = why;
   keepFocus();
-  await done;
   say('Signed out.');
 }
+function drawRole(role) { // kept for the next start, which then draws the right links at once
+  if (role) localStorage.role = role; else delete localStorage.role;
+  document.body.classList.toggle('member', Boolean(role));
+  document.body.classList.toggle('staff', ['librarian', 'admin'].includes(role));
+  document.body.classList.toggle('admin', role === 'admin');
+}
 function changedUser() {
-  document.body.classList.toggle('member', Boolean(me));
-  $('who').textContent = me ? `${me.full_name ?? me.username}, ${me.role}` : '';
-  if (dialog.open && shown?.id) openBook(shown.id);
+  drawRole(me?.role);
+  put($('who'), me && [el('bdi', {}, me.full_name ?? me.username), el('span', {}, `, ${me.role}`)]);
   route();
   reconnect();
-  return catalogue.load();
 }
-// --- views ---------------------------------------------------------------------------------------------------------
-const VIEWS = { '': null, shelf, stats: { restart: loadStats, load: loadStats }, lending: loans, import: null };
+// --- views, each with an address -----------------------------------------------------------------------------------
+// A view is `#/name/id?query`: its title, `who` may see it, what opens it there, and what draws it anew after a change.
+// Its section is `view-name`; one that the page does not hold yet is made, with its title as heading.
+const VIEWS = {
+  '': { title: 'Catalogue', open: ({ query }) => catalogue.open(query), refresh: () => Promise.all([catalogue.load(true), loadGenres()]) },
+  book: { title: 'Book', open: ({ id, query }) => openBook(Number(id), query), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
+  add: { title: 'Add a book', who: 'member' },
+  shelf: { title: 'My shelf', who: 'member', open: ({ id, query }) => shelf.open({ status: id, ...query }), refresh: () => shelf.load(true) },
+  stats: { title: 'Statistics', who: 'member', open: loadStats, refresh: loadStats },
+  lending: { title: 'Lending', who: 'member', open: ({ query }) => loans.open(query), refresh: () => loans.load(true) },
+  import: { title: 'Import', who: 'member', open: ({ id }) => openJob(Number(id)) },
+  account: { title: 'My account', who: 'member', open: () => stub('account') },
+  users: { title: 'Users', who: 'admin', open: () => stub('users') },
+  desk: { title: 'Desk', who: 'staff', open: () => stub('desk') },
+};
+const stub = name => { if (!sectionOf(name).querySelector('p')) sectionOf(name).append(el('p', {}, 'Nothing here yet.')); };
+const sectionOf = name => $(`view-${name}`) ?? $('main').appendChild(el('section', { id: `view-${name}`, 'aria-labelledby': `h-${name}` },
+  el('h2', { id: `h-${name}`, tabindex: -1 }, VIEWS[name].title)));
+const allowed = who => !who || document.body.classList.contains(who);
+function parse(address) {
+  const [path, query] = address.replace(/^#?\/?/, '').split('?'), [name, id = ''] = path.split('/');
+  return { name: Object.hasOwn(VIEWS, name) ? name : '', id, query: Object.fromEntries(new URLSearchParams(query)) };
+}
+let at = parse(''), entryKey = null, last = '';
+let routes = 0;
+const scrolled = new Map(); // by entry of the history: how far down
+history.scrollRestoration = 'manual'; // a list must be drawn first
+function setTitle() {
+  const { query } = parse(location.hash), title = at.name === 'book' && shown?.title || VIEWS[at.name].title;
+  document.title = `${query.search ? `“${query.search}” · ` : ''}${title} · Books`;
+}
+async function route(moved = false) {
+  const from = at, turn = ++routes;
+  scrolled.set(entryKey, scrollY);
+  at = parse(location.hash);
+  if (!history.state?.key) history.replaceState({ key: Date.now() + Math.random(), from: last }, '');
+  [entryKey, last] = [history.state.key, location.hash];
+  const view = VIEWS[at.name], place = allowed(view.who) ? at.name : 'invite', section = sectionOf(place);
+  for (const other of all('main > section')) other.hidden = other !== section;
+  for (const link of all('header nav a')) link.setAttribute('aria-current', parse(link.hash).name === at.name ? 'page' : 'false');
+  if (at.name !== 'book') shown = null;
+  $('notice').textContent = '';
+  setTitle();
+  if (moved) {
+    scrollTo(0, scrolled.get(entryKey) ?? 0);
+    const opener = from.name === 'book' && scrolled.has(entryKey) && section.querySelector(`[data-book="${from.id}"]`);
+    (opener || section.querySelector('h2')).focus({ preventScroll: true });
+  }
+  await starting;
+  if (turn !== routes || !allowed(view.who)) return;
+  await view.open?.(at);
+  if (moved && turn === routes && scrolled.get(entryKey) > scrollY) scrollTo(0, scrolled.get(entryKey));
+}
+addEventListener('hashchange', () => route(true));
+$('book-back').onclick = event => { if (history.state?.from) { event.preventDefault(); history.back(); } }; // to the list as it was
+document.querySelector('.skip').onclick = event => { event.preventDefault(); $('main').focus(); }; // the view stays in the address
+for (const node of all('[data-close]')) node.onclick = () => node.closest('dialog').close();
 let refreshing = false, stale = false;
 async function refreshAll() { // one at a time, at most once a second, and not all clients at the same moment
   stale = true;
@@ -442,30 +558,10 @@ async function refreshAll() { // one at a time, at most once a second, and not a
   for (refreshing = true; stale;) {
     await sleep(300 + Math.random() * 700);
     stale = false;
-    const lists = [catalogue, me && VIEWS[view], shown?.id && reviews];
-    await Promise.all([loadGenres(), shown?.id && readBook(shown.id).catch(() => {}), ...lists.map(list => list?.load(true))]);
+    if (allowed(VIEWS[at.name].who)) await Promise.resolve(VIEWS[at.name].refresh?.()).catch(() => {});
   }
   refreshing = false;
 }
-let view = '';
-function route(moved) {
-  const wanted = location.hash.replace(/^#\/?/, '');
-  view = Object.hasOwn(VIEWS, wanted) ? wanted : '';
-  const place = view && !me ? 'invite' : view;
-  for (const section of all('main > section')) section.hidden = section.id !== `view-${place}`;
-  for (const link of all('header nav a')) link.setAttribute('aria-current', link.hash === `#/${view}` ? 'page' : 'false');
-  $('notice').textContent = '';
-  if (moved) { scrollTo(0, 0); $(`view-${place}`).querySelector('h2').focus(); }
-  if (me) VIEWS[view]?.restart();
-}
-addEventListener('hashchange', () => route(true));
-document.querySelector('.skip').onclick = event => { event.preventDefault(); $('main').focus(); }; // the view stays in the address
-for (const node of all('[data-close]')) node.onclick = () => node.closest('dialog').close();
-dialog.addEventListener('close', () => { // what opened it may have been drawn anew meanwhile
-  keepFocus(document.querySelector(`main > :not([hidden]) [data-book="${shown?.id}"]`) ?? $('main'));
-  shown = null;
-});
-for (const link of all('footer a')) link.href = `${base}/${link.getAttribute('href')}`;
 // --- live ----------------------------------------------------------------------------------------------------------
 const TYPES = 'book.*,books.*,review.*,reviews.*,shelf.*,loan.*';
 const ticker = document.querySelector('.ticker');
@@ -480,18 +576,26 @@ const TOLD = { // {book} is a link to it
   'shelf.imported': 'Books that went on your shelf: {count}', 'loan.created': 'You borrowed {book}, until {due}',
   'loan.renewed': 'You may keep {book} until {due}', 'loan.returned': 'You brought back {book}',
 };
+function sentence(type, { id, book_id = id, title, author, username = 'Somebody', rating, due_at, count, ...data }) {
+  const parts = { ...data, username: el('bdi', {}, username), title: el('bdi', {}, title ?? ''), author: el('bdi', {}, author ?? ''),
+    book: linkTo(book_id, title ?? ''), stars: rating && stars(rating), due: due_at && day(due_at), count: count?.toLocaleString('en') };
+  return TOLD[type].split(/\{(\w+)\}/).map((part, i) => i % 2 ? parts[part] : part);
+}
 function tell(type, data, at = new Date()) {
   if (!TOLD[type] || $('pause').checked) return;
-  const { id, book_id = id, title, username, rating, due_at } = data;
-  const all = { ...data, username: username ?? 'Somebody', book: linkTo(book_id, title), stars: rating && stars(rating), due: day(due_at) };
-  const words = TOLD[type].split(/\{(\w+)\}/).map((part, i) => i % 2 ? all[part] : part);
-  const time = el('time', { class: 'soft', datetime: at.toISOString() }, at.toLocaleTimeString('en', { timeStyle: 'short' }));
-  ticker.prepend(el('li', {}, words, ' ', time));
+  const before = ticker.firstChild, one = `${type} ${data.upload_id ?? data.user_id}`; // a file comes in many batches: one line
+  if (data.count && before?.one === one) { data = { ...data, count: before.count + data.count }; before.remove(); }
+  const today = at.toDateString() === new Date().toDateString();
+  const time = () => el('time', { datetime: at.toISOString() }, today ? at.toLocaleTimeString('en', { timeStyle: 'short' })
+    : at.toLocaleString('en', { day: 'numeric', month: 'short', hour: 'numeric', minute: '2-digit' }));
+  ticker.prepend(Object.assign(el('li', {}, sentence(type, data), ' ', time()), { one, count: data.count }));
+  put($('latest'), sentence(type, data), ' ', time());
   if (ticker.children.length > 30) ticker.lastChild.remove();
 }
+$('live-more').onclick = () => { $('live-more').ariaExpanded = String(!($('log').hidden = !$('log').hidden)); };
 function heard(type, data) {
   if (type === 'book.deleted' && shown?.id === data.id) {
-    show(dialog, problem({ detail: 'This book has just been deleted.' }));
+    show(bookView, problem({ detail: 'This book has just been deleted.' }));
     [shown, $('book-desk').hidden, mine.hidden] = [{}, true, true];
   }
   tell(type, data);
@@ -537,9 +641,22 @@ function online(on) { // only where it changes: else it is read aloud at each tr
 function reconnect() { connection?.abort('again'); wake(); }
 document.addEventListener('visibilitychange', () => { if (document.hidden) connection?.abort('again'); else wake(); });
 addEventListener('online', reconnect);
+let lost = false; // whether something could not be read since the server was last there
+function reachable(yes) {
+  $('offline').hidden = yes;
+  if (yes && lost) readAgain();
+  lost = !yes;
+}
+function readAgain() { if (!me && localStorage.role) signedIn().catch(() => {}); else route(); }
+$('retry').onclick = () => { reconnect(); readAgain(); };
 // --- the start -----------------------------------------------------------------------------------------------------
+for (const link of all('footer a')) link.href = `${base}/${link.getAttribute('href')}`;
+$('hint').textContent = document.body.dataset.hint ?? '';
+history.replaceState(history.state, '', `${base}/${document.documentElement.dataset.book ? `#/book/${document.documentElement.dataset.book}` : location.hash}`);
+drawRole(localStorage.role);
+const starting = localStorage.role ? signedIn().catch(error => { if (me) show($('main'), error); }) : null;
 loadGenres();
-await (tokens ? signedIn().catch(async error => { if (tokens) { await changedUser(); show($('main'), error); } }) : changedUser());
+await Promise.all([route(), starting]);
 // What happened lately, so that the ticker does not begin empty.
 const { items: lately } = await get(`events?limit=30&types=${TYPES}&after=${Math.max(0, lastId - 30)}`).catch(() => ({ items: [] }));
 for (const { id, type, data, at } of lately) if (id <= lastId) tell(type, data, new Date(at)); // the stream has the rest
