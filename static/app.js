@@ -30,10 +30,14 @@ const stars = n => star('★'.repeat(n) + ['', '¼', '½', '¾'][n % 1 * 4] + '�
 const rating = ({ rating_count: n, rating }) => n > 0 && star('★ ', 'rated ', `${rating.toFixed(1)} (${n.toLocaleString('en')})`);
 const say = text => { $('say').textContent = text; };
 const number = text => [...text].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) % 9973, 7);
+function hued(node, author, tall = 0) {
+  node.style.setProperty('--hue', number(author) % 360);
+  node.style.setProperty('--tall', tall);
+  return node;
+}
 function cover({ id, title, author, isbn }) { // drawn at once; the real one, where there is one, comes over it
-  const drawn = el('div', { class: `cover look-${number(title) % 4}`, 'aria-hidden': true },
-    el('strong', { dir: 'auto' }, title.replace(/\s*\(.*\)$/, '') || title), el('em', { dir: 'auto' }, author));
-  drawn.style.setProperty('--hue', number(author) % 360);
+  const drawn = hued(el('div', { class: `cover look-${number(title) % 4}`, 'aria-hidden': true },
+    el('strong', { dir: 'auto' }, title.replace(/\s*\(.*\)$/, '') || title), el('em', { dir: 'auto' }, author)), author);
   if (isbn) drawn.append(el('img', { alt: '', loading: 'lazy', decoding: 'async', onerror: event => event.target.remove(),
     src: `${base}/books/${id}/cover?optional=true&v=${isbn}` }));
   return drawn;
@@ -105,6 +109,7 @@ function onSubmit(form, work) {
 function pages({ root, tag = 'li', path, address, params = fields => fields, limit = 24, key, row, skeleton, empty = () => [] }) {
   const list = root.querySelector('ul, tbody'), form = root.querySelector('form');
   const none = el('div', { class: 'empty' }), pager = el('nav', { class: 'pager', hidden: true, 'aria-label': `Pages of ${list.ariaLabel}` });
+  const counter = root.querySelector('.count');
   root.querySelector('ul, .scroll').before(alertSlot());
   root.append(none, pager);
   const drawn = new Map(); // by key: a row's node
@@ -127,6 +132,7 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     nodes.forEach((node, i) => { if (list.children[i] !== node) list.insertBefore(node, list.children[i] ?? null); });
     put(none, page && !items.length ? empty(page, fields()) : []);
     drawPager(items.length);
+    if (counter) counter.textContent = page ? page.total.toLocaleString('en') : '';
     if (had) keepFocus(list);
   }
   function step(text, at) {
@@ -134,12 +140,11 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
   }
   function drawPager(count) {
     const text = page ? `${(offset + 1).toLocaleString('en')}–${(offset + count).toLocaleString('en')} of ${page.total.toLocaleString('en')}` : '';
-    const had = pager.contains(document.activeElement), now = `${text} ${address?.(fields())} ${page?.next}`;
+    const now = `${text} ${address?.(fields())} ${page?.next}`;
     pager.hidden = !offset && !page?.next;
     if (pager.shows === now) return;
     pager.shows = now;
     put(pager, offset > 0 && step('Previous', Math.max(0, offset - limit)), el('span', {}, text), page?.next && step('Next', offset + limit));
-    if (had) list.focus();
   }
   function drawSkeleton() { if (!page && skeleton) put(list, Array.from({ length: limit }, () => el('li', { class: 'skeleton', 'aria-hidden': true }, skeleton()))); }
   async function read(quiet, at) {
@@ -163,7 +168,7 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
   }
   const self = {
     load,
-    open({ page: number = 1, ...values } = {}) { // as its address says; what is drawn already is only looked after
+    async open({ page: number = 1, ...values } = {}) { // as its address says; what is drawn already is only looked after
       form?.reset();
       for (const [name, value] of Object.entries(values)) {
         const field = form?.elements.namedItem(name);
@@ -171,7 +176,9 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
         if (field) field[field.type === 'checkbox' ? 'checked' : 'value'] = value;
       }
       const at = (Math.max(1, Math.floor(number) || 1) - 1) * limit;
-      return load(Boolean(page) && shows === new URLSearchParams({ ...params(fields()), limit, offset: at }).toString(), at);
+      const turned = page && at !== offset;
+      await load(Boolean(page) && shows === new URLSearchParams({ ...params(fields()), limit, offset: at }).toString(), at);
+      if (turned) { list.focus({ preventScroll: true }); root.querySelector('form, ul, .scroll').scrollIntoView(); }
     },
     forget() { asking.abort(); [page, offset, wanted, shows] = [null, 0, 0, '']; drawAll(); },
   };
@@ -190,12 +197,17 @@ const filters = $('filters'), addForm = $('add-form');
 const linkTo = (id, title) => link(`#/book/${id}`, el('bdi', {}, title), { 'data-book': id });
 const catalogue = pages({
   root: $('view-'), path: () => 'books', address: fields => to('', fields), key: book => book.id,
-  row: book => [cover(book), el('h3', {}, linkTo(book.id, book.title)), el('p', { class: 'by' }, el('bdi', {}, book.author)),
-    facts(year(book.publication_year), book.genre), facts(rating(book), stock(book))],
+  row: book => [el('div', { class: 'on' }, cover(seen(book)), stock(book)), el('h3', {}, linkTo(book.id, book.title)), el('p', { class: 'by' }, el('bdi', {}, book.author)),
+    facts(year(book.publication_year), book.genre), facts(rating(book))],
   skeleton: () => [el('div', { class: 'cover' }), el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '), facts(' ')],
   empty: ({ suggestions = [] }, fields) => Object.keys(fields).length ? nothingFound(suggestions, fields) : emptyCatalogue(),
 });
-const stock = ({ copies, available }) => copies > 0 && el('span', { class: available && 'good' }, `${available} of ${copies} available`);
+const books = new Map(); // those that were drawn last: a book's view begins with what is known of it
+function seen(book) { if (books.size > 500) books.clear(); books.set(book.id, book); return book; }
+function drawSpines() { // for the eye alone
+  if (!$('spines').children.length) put($('spines'), [...books.values()].slice(0, 16).map(({ title, author }) => hued(el('span', {}, title), author, number(title) % 30)));
+}
+const stock = ({ copies, available }) => copies > 0 && el('span', { class: available ? 'stock good' : 'stock' }, copies > 1 ? `${available} of ${copies} available` : available ? 'available' : 'on loan');
 function nothingFound(suggestions, { search = '', ...others }) {
   return [el('h3', {}, 'Nothing here is like that.'),
     suggestions.length > 0 && el('p', {}, 'Did you mean ', suggestions.flatMap((words, i) => [i ? ', ' : '', link(to('', { ...others, search: words }), words)]), '?'),
@@ -215,9 +227,60 @@ async function loadGenres() {
   const select = filters.elements.genre, genres = await get('books/genres').catch(() => null), was = select.value;
   if (!genres) return;
   const gone = was && !genres.some(({ genre }) => genre === was);
-  put(select, el('option', { value: '' }, 'All'), gone && el('option', { value: was, selected: true }, was),
+  put(select, el('option', { value: '' }, 'All genres'), gone && el('option', { value: was, selected: true }, was),
     genres.map(({ genre: value, count }) => el('option', { value, selected: value === was }, `${value} (${count})`)));
 }
+// --- adding books --------------------------------------------------------------------------------------------------
+const findForm = $('find');
+let scanning = Promise.resolve(); // one line after the other, however fast they are typed
+findForm.addEventListener('submit', event => {
+  event.preventDefault();
+  const field = findForm.elements.search, words = field.value.trim();
+  if (!/^[\dx\s-]{10,17}$/i.test(words)) { history.replaceState(history.state, '', `${base}/${to('add', { search: words })}`); findCandidates(words); return; }
+  const line = el('li', {}, el('span', {}, words), el('span', { class: 'soft' }, 'Looking it up…'));
+  field.value = '';
+  clear(findForm);
+  $('added').prepend(line);
+  scanning = scanning.then(async () => put(line, el('span', {}, words), await addIsbn(words.replace(/[\s-]/g, ''))));
+});
+function openAdd({ query: { search } }) {
+  put($('candidates'));
+  findForm.elements.search.value = search ?? '';
+  findForm.elements.search.focus();
+  if (search) return findCandidates(search);
+}
+async function lookUp(query) { // in one catalogue after the other, until one knows it
+  let error = null;
+  for (const source of ['google', 'openlibrary']) {
+    const found = await get(`books/external?${new URLSearchParams({ ...query, source, max_results: 10 })}`).catch(problem => { error = problem; });
+    if (found?.items.length) return found.items;
+  }
+  if (error) throw error;
+  return [];
+}
+const findCandidates = words => attempt(findForm, async () => {
+  const found = await lookUp({ q: words });
+  put($('candidates'), found.map(drawCandidate), !found.length && el('li', {}, 'No other catalogue knows it. Type it in by hand.'));
+});
+function drawCandidate(candidate) {
+  const { title, author, publication_year, publisher, isbn } = candidate, place = el('div', { class: 'grow' });
+  const add = button('Add', once(async () => put(place, await addFound(candidate).catch(error => el('span', { class: 'bad' }, error.message)))), { class: 'strong', 'aria-label': `Add ${title}` });
+  fill(place, {}, [el('h3', {}, el('bdi', {}, title)), el('p', { class: 'by' }, el('bdi', {}, author)), facts(year(publication_year), publisher, isbn && `ISBN ${isbn}`), add]);
+  const drawn = cover({ ...candidate, isbn: null });
+  drawn.classList.add('small');
+  return el('li', {}, drawn, place);
+}
+async function addFound({ source, ref, isbn }) {
+  const here = isbn && (await get(`books?isbn=${isbn}`)).items[0], book = here || await api('POST', 'books/external', { source, ref });
+  return el('span', { class: here ? 'soft' : 'good' }, here ? 'Here already: ' : 'Added: ', linkTo(book.id, book.title));
+}
+async function addIsbn(isbn) {
+  try {
+    const here = (await get(`books?isbn=${isbn}`)).items[0], [found] = here ? [{ isbn }] : await lookUp({ isbn });
+    return found ? await addFound({ ...found, isbn }) : el('span', { class: 'bad' }, 'Unknown. ', button('Type it in by hand', () => byHand(isbn), { class: 'link' }));
+  } catch (error) { return el('span', { class: 'bad' }, error.message); }
+}
+function byHand(isbn) { addForm.closest('details').open = true; addForm.elements.isbn.value = isbn; addForm.elements.title.focus(); }
 onSubmit(addForm, async fields => {
   const given = Object.entries(fields).filter(([, value]) => value.trim());
   const book = await api('POST', 'books', Object.fromEntries(given.map(([name, value]) => [name, addForm.elements[name].type === 'number' ? Number(value) : value])));
@@ -227,60 +290,76 @@ onSubmit(addForm, async fields => {
 });
 // --- one book ------------------------------------------------------------------------------------------------------
 const bookView = $('view-book'), mine = $('mine');
-let shown = null, entry = null; // the book in its view, and what my shelf says of it
+let shown = null, entry = null, held = null; // the book in its view, what my shelf says of it, and my loan of it
 const note = text => { bookView.querySelector('.note').textContent = text; };
 const reviews = pages({
-  root: $('book-reviews'), path: () => `books/${shown.id}/reviews`, address: fields => to(`book/${shown.id}`, fields), limit: 10, key: review => review.username,
+  root: $('book-reviews'), path: () => `books/${shown.id}/reviews`, limit: 10, key: review => review.username,
   row: ({ username, rating, review, updated_at }) => [
     el('p', { class: 'row' }, el('strong', {}, el('bdi', {}, username)), rating && stars(rating), el('span', { class: 'soft' }, day(updated_at))),
     review && el('p', { class: 'text', dir: 'auto' }, review),
   ],
   empty: () => 'Nobody has reviewed it yet.',
 });
-async function openBook(id, query = {}) {
+async function openBook(id) {
   if (shown?.id !== id) {
-    shown = { id };
-    $('book-title').textContent = '…';
-    put($('book-info'));
-    put($('book-cover'), el('div', { class: 'cover' }));
-    $('book-desk').hidden = mine.hidden = true;
+    [shown, held] = [{ id }, null];
+    for (const part of all('.side, .rest, #mine')) part.hidden = true;
+    put($('book-title'), 'A book');
+    for (const part of all('#book-head, #book-info, #book-cover')) put(part);
     note('');
     reviews.forget();
+    if (books.has(id)) drawBook(shown = books.get(id));
   }
   await attempt(bookView, async () => {
-    await readBook(id);
-    await starting;
-    if (shown?.id === id) await Promise.all([reviews.open(query), me && readMine(id)]);
+    await Promise.all([readBook(id), reviews.load(Boolean(shown.title), 0)]);
+    if (me && shown?.id === id) await readMine(id);
   });
 }
 const readBook = id => get(`books/${id}`).then(book => shown?.id === id && !(book.version < shown.version) && drawBook(shown = book));
-// Not the entry itself: where there is none, its 404 would be an error in the browser's log.
-const readMine = id => get(`my-library?book_id=${id}`).then(({ items }) => shown?.id === id && drawMine(items[0]));
+async function readMine(id) { // not the entry itself: where there is none, its 404 would be an error in the browser's log
+  const [{ items: [mine] }, { items: lent }] = await Promise.all([get(`my-library?book_id=${id}`), get(`loans?user_id=${me.id}&limit=100`)]);
+  if (shown?.id !== id) return;
+  held = lent.find(loan => loan.book_id === id && !loan.returned_at) ?? null;
+  drawMine(mine);
+  drawDesk();
+}
 function drawBook(book) {
   const known = {
-    Genre: book.genre && link(to('', { genre: book.genre }), book.genre), Published: book.published_date ?? year(book.publication_year),
+    Genre: book.genre && link(to('', { genre: book.genre }), el('bdi', {}, book.genre)), Published: book.published_date ?? year(book.publication_year),
     Publisher: book.publisher, Language: book.language, Pages: book.pages, ISBN: book.isbn, Price: book.price?.toFixed(2),
   };
   const elsewhere = /^https?:\/\//i.test(book.cover_url ?? ''); // a link, not a picture: its host need not know who reads what here
   setTitle();
+  for (const part of all('.side, .rest')) part.hidden = false;
   put($('book-title'), el('bdi', {}, book.title));
-  put($('book-cover'), cover(book));
-  put($('book-info'),
-    el('p', { class: 'lead' }, 'by ', link(to('', { search: book.author }), el('bdi', {}, book.author))),
-    el('p', {}, rating(book) || el('span', { class: 'soft' }, 'Not rated yet')),
-    book.description && el('p', { class: 'text', dir: 'auto' }, book.description),
+  if ($('book-cover').shows !== `${book.id} ${book.title} ${book.author} ${book.isbn}`) put($('book-cover'), cover(book));
+  $('book-cover').shows = `${book.id} ${book.title} ${book.author} ${book.isbn}`;
+  put($('book-head'), el('p', { class: 'lead' }, 'by ', link(to('', { search: book.author }), el('bdi', {}, book.author))),
+    el('p', {}, rating(book) || el('span', { class: 'soft' }, 'Not rated yet')));
+  put($('book-info'), book.description && el('p', { class: 'text', dir: 'auto' }, book.description),
     el('dl', {}, Object.entries(known).flatMap(([name, value]) => value ? [el('dt', {}, name), el('dd', {}, value)] : [])),
     elsewhere && link(book.cover_url, 'Its cover, on another site', { target: '_blank', rel: 'noreferrer noopener' }));
-  $('stock-now').textContent = book.copies ? `${book.available} of ${plural(book.copies, 'copy', 'copies')} available.` : 'There is no copy to lend.';
-  $('book-desk').hidden = !(me || book.copies);
-  $('borrow').hidden = !(me && book.available);
+  $('share').href = `${base}/b/${book.id}`;
+  drawDesk();
 }
-$('borrow').onclick = once(() => attempt(bookView, async () => {
-  const { due_at, book_id } = await api('POST', 'loans', { book_id: shown.id });
-  note(`Yours until ${day(due_at)}.`);
-  await readBook(book_id);
-  keepFocus();
+function drawDesk() {
+  const { copies, available } = shown;
+  put($('stock-now'), held ? `You have it until ${day(held.due_at)}.` : copies ? `${available} of ${plural(copies, 'copy', 'copies')} available.` : 'There is no copy to lend.');
+  [$('borrow').hidden, $('return').hidden] = [!(me && available && !held), !held];
+}
+const changeLoan = (path, json, told) => once(() => attempt(bookView, async () => {
+  const { id } = shown, loan = await api('POST', path(), json?.());
+  note(told(loan));
+  await Promise.all([readBook(id), readMine(id)]);
+  keepFocus($('book-title'));
 }));
+$('borrow').onclick = changeLoan(() => 'loans', () => ({ book_id: shown.id }), ({ due_at }) => `Yours until ${day(due_at)}.`);
+$('return').onclick = changeLoan(() => `loans/${held.id}/return`, null, () => 'You brought it back.');
+$('share').onclick = async event => { // without a clipboard it is a link like others
+  if (!navigator.clipboard) return;
+  event.preventDefault();
+  await navigator.clipboard.writeText($('share').href).then(() => note('The link is copied.'), () => note($('share').href));
+};
 onSubmit($('stock'), async ({ quantity }) => {
   const { id } = shown;
   await api('POST', `books/${id}/stock`, { quantity: Number(quantity) });
@@ -296,7 +375,7 @@ function drawStars(rating) { // a rating between whole stars is kept, and is one
 function drawMine(now, told = '') {
   entry = now;
   clear(mine);
-  note(told);
+  if (told) note(told);
   const { status, review } = mine.elements;
   [status.value, review.value] = [entry?.status ?? 'wishlist', entry?.review ?? ''];
   drawStars(entry?.rating);
@@ -309,7 +388,7 @@ async function changeMine(told, method, json) {
   if (shown?.id !== id) return;
   drawMine(now, told);
   await Promise.all([readBook(id), reviews.load(true)]);
-  keepFocus();
+  keepFocus($('book-title'));
 }
 onSubmit(mine, ({ status, rating, review }) => entry
   ? changeMine('Saved.', 'PATCH', { status, rating: Number(rating) || null, review: review.trim() || null })
@@ -444,6 +523,8 @@ function openAccount(way) {
   $('other-way').textContent = signingUp ? 'I have an account' : 'I have no account yet';
   $('about-password').textContent = signingUp ? 'A password has at least 8 characters.' : document.body.dataset.hint ?? '';
   $('more').hidden = $('more').disabled = !signingUp;
+  $('confirm').hidden = true;
+  $('confirm').querySelector('.note').textContent = '';
   username.previousSibling.textContent = signingUp ? 'User name ' : 'User name or e-mail address ';
   [password.autocomplete, password.minLength] = signingUp ? ['new-password', 8] : ['current-password', 0];
   if (!$('account').open) $('account').showModal();
@@ -451,11 +532,20 @@ function openAccount(way) {
 }
 $('other-way').onclick = () => openAccount(signingUp ? 'in' : 'up');
 $('account').addEventListener('close', () => sign.reset());
+onSubmit($('confirm'), async ({ email }) => { await api('POST', 'auth/verify-email', { email }); $('confirm').querySelector('.note').textContent = 'It is on its way.'; });
 for (const node of all('[data-open]')) node.onclick = () => openAccount(node.dataset.open);
 onSubmit(sign, async fields => {
-  if (signingUp) { await api('POST', 'auth/register', fields); openAccount('in'); } // where signing in fails now, the account is there already
-  token = (await api('POST', 'login?cookie=true', { username: fields.username, password: fields.password })).access_token;
+  const isNew = signingUp;
+  if (isNew) { await api('POST', 'auth/register', fields); openAccount('in'); } // where signing in fails now, the account is there already
+  const login = await api('POST', 'login?cookie=true', { username: fields.username, password: fields.password }).catch(error => {
+    if (error.status !== 403) throw error;
+    $('confirm').hidden = false; // the address must be confirmed first
+    $('confirm').elements.email.value = fields.email ?? (fields.username.includes('@') ? fields.username : '');
+  });
+  if (!login) return;
+  token = login.access_token;
   await signedIn();
+  if (isNew) $('news').textContent = `Welcome! A mail is on its way to ${fields.email}: its link confirms your address.`;
   otherTabs.postMessage('in');
   $('account').close();
   keepFocus();
@@ -498,9 +588,9 @@ function changedUser() {
 // A view is `#/name/id?query`: its title, `who` may see it, what opens it there, and what draws it anew after a change.
 // Its section is `view-name`; one that the page does not hold yet is made, with its title as heading.
 const VIEWS = {
-  '': { title: 'Catalogue', open: ({ query }) => catalogue.open(query), refresh: () => Promise.all([catalogue.load(true), loadGenres()]) },
-  book: { title: 'Book', open: ({ id, query }) => openBook(Number(id), query), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
-  add: { title: 'Add a book', who: 'member' },
+  '': { title: 'Catalogue', open: ({ query }) => catalogue.open(query).then(drawSpines), refresh: () => Promise.all([catalogue.load(true), loadGenres()]) },
+  book: { title: 'Book', open: ({ id }) => openBook(Number(id)), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
+  add: { title: 'Add a book', who: 'member', open: openAdd },
   shelf: { title: 'My shelf', who: 'member', open: ({ id, query }) => shelf.open({ status: id, ...query }), refresh: () => shelf.load(true) },
   stats: { title: 'Statistics', who: 'member', open: loadStats, refresh: loadStats },
   lending: { title: 'Lending', who: 'member', open: ({ query }) => loans.open(query), refresh: () => loans.load(true) },
@@ -531,13 +621,14 @@ async function route(moved = false) {
   at = parse(location.hash);
   if (!history.state?.key) history.replaceState({ key: Date.now() + Math.random(), from: last }, '');
   [entryKey, last] = [history.state.key, location.hash];
+  if (history.state.y != null) { scrolled.set(entryKey, history.state.y); history.replaceState({ ...history.state, y: null }, ''); }
   const view = VIEWS[at.name], place = allowed(view.who) ? at.name : 'invite', section = sectionOf(place);
   for (const other of all('main > section')) other.hidden = other !== section;
   for (const link of all('header nav a')) link.setAttribute('aria-current', parse(link.hash).name === at.name ? 'page' : 'false');
-  if (at.name !== 'book') shown = null;
-  $('notice').textContent = '';
+  if (at.name !== 'book') shown = held = null;
+  $('notice').textContent = $('news').textContent = '';
   setTitle();
-  if (moved) {
+  if (moved && !(from.name === at.name && from.id === at.id)) { // within a view, what has the focus keeps it
     scrollTo(0, scrolled.get(entryKey) ?? 0);
     const opener = from.name === 'book' && scrolled.has(entryKey) && section.querySelector(`[data-book="${from.id}"]`);
     (opener || section.querySelector('h2')).focus({ preventScroll: true });
@@ -545,8 +636,9 @@ async function route(moved = false) {
   await starting;
   if (turn !== routes || !allowed(view.who)) return;
   await view.open?.(at);
-  if (moved && turn === routes && scrolled.get(entryKey) > scrollY) scrollTo(0, scrolled.get(entryKey));
+  if (turn === routes && scrolled.has(entryKey)) scrollTo(0, scrolled.get(entryKey));
 }
+addEventListener('pagehide', () => history.replaceState({ ...history.state, y: scrollY }, '')); // for a reload, and Back from another page
 addEventListener('hashchange', () => route(true));
 $('book-back').onclick = event => { if (history.state?.from) { event.preventDefault(); history.back(); } }; // to the list as it was
 document.querySelector('.skip').onclick = event => { event.preventDefault(); $('main').focus(); }; // the view stays in the address
@@ -589,6 +681,7 @@ function tell(type, data, at = new Date()) {
   const time = () => el('time', { datetime: at.toISOString() }, today ? at.toLocaleTimeString('en', { timeStyle: 'short' })
     : at.toLocaleString('en', { day: 'numeric', month: 'short', hour: 'numeric', minute: '2-digit' }));
   ticker.prepend(Object.assign(el('li', {}, sentence(type, data), ' ', time()), { one, count: data.count }));
+  $('latest').className = '';
   put($('latest'), sentence(type, data), ' ', time());
   if (ticker.children.length > 30) ticker.lastChild.remove();
 }
