@@ -28,6 +28,8 @@ const year = y => y == null ? null : y < 0 ? `${-y} BCE` : String(y);
 const star = (seen, heard, more = '') => el('span', {}, el('span', { class: 'star', 'aria-hidden': true }, seen), el('span', { class: 'unseen' }, heard), more);
 const stars = n => star('★'.repeat(n) + ['', '¼', '½', '¾'][n % 1 * 4] + '☆'.repeat(5 - n), `${n} of 5 stars`);
 const rating = ({ rating_count: n, rating }) => n > 0 && star('★ ', 'rated ', `${rating.toFixed(1)} (${n.toLocaleString('en')})`);
+const languages = new Intl.DisplayNames('en', { type: 'language' });
+const languageName = code => { try { return code && languages.of(code); } catch { return code; } }; // a word is no code
 const say = text => { $('say').textContent = text; };
 const number = text => [...text].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) % 9973, 7);
 function hued(node, author, tall = 0) {
@@ -185,9 +187,10 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
   form?.addEventListener('input', ({ target }) => { // typing changes the address in place, a choice is a step that Back takes back
     clearTimeout(typing);
     if (target.type !== 'search') { moveTo(place(0)); return; }
-    typing = setTimeout(() => { history.replaceState(history.state, '', base + '/' + place(0)); setTitle(); load(false, 0); }, 40);
+    typing = setTimeout(() => { history.replaceState(history.state, '', base + '/' + place(0)); setTitle(); load(false, 0); }, 15);
   });
   form?.addEventListener('submit', event => event.preventDefault());
+  drawSkeleton();
   return self;
 }
 const to = (path, fields = {}) => { const query = new URLSearchParams(fields).toString(); return `#/${path}${query && `?${query}`}`; };
@@ -311,7 +314,9 @@ async function openBook(id) {
     if (books.has(id)) drawBook(shown = books.get(id));
   }
   await attempt(bookView, async () => {
-    await Promise.all([readBook(id), reviews.load(Boolean(shown.title), 0)]);
+    const reading = readBook(id);
+    if (!shown.title) await reading.catch(error => { put($('book-title'), error.status ? 'There is no such book' : 'A book'); throw error; });
+    await Promise.all([reading, reviews.load(Boolean(shown?.title), 0)]);
     if (me && shown?.id === id) await readMine(id);
   });
 }
@@ -326,7 +331,7 @@ async function readMine(id) { // not the entry itself: where there is none, its 
 function drawBook(book) {
   const known = {
     Genre: book.genre && link(to('', { genre: book.genre }), el('bdi', {}, book.genre)), Published: book.published_date ?? year(book.publication_year),
-    Publisher: book.publisher, Language: book.language, Pages: book.pages, ISBN: book.isbn, Price: book.price?.toFixed(2),
+    Publisher: book.publisher, Language: languageName(book.language), Pages: book.pages, ISBN: book.isbn, Price: book.price?.toFixed(2),
   };
   const elsewhere = /^https?:\/\//i.test(book.cover_url ?? ''); // a link, not a picture: its host need not know who reads what here
   setTitle();
@@ -344,7 +349,8 @@ function drawBook(book) {
 }
 function drawDesk() {
   const { copies, available } = shown;
-  put($('stock-now'), held ? `You have it until ${day(held.due_at)}.` : copies ? `${available} of ${plural(copies, 'copy', 'copies')} available.` : 'There is no copy to lend.');
+  $('stock-now').textContent = [held && `You have it until ${day(held.due_at)}.`,
+    copies ? `${available} of ${plural(copies, 'copy', 'copies')} available.` : 'There is no copy to lend.'].filter(Boolean).join(' ');
   [$('borrow').hidden, $('return').hidden] = [!(me && available && !held), !held];
 }
 const changeLoan = (path, json, told) => once(() => attempt(bookView, async () => {
@@ -589,7 +595,7 @@ function changedUser() {
 // Its section is `view-name`; one that the page does not hold yet is made, with its title as heading.
 const VIEWS = {
   '': { title: 'Catalogue', open: ({ query }) => catalogue.open(query).then(drawSpines), refresh: () => Promise.all([catalogue.load(true), loadGenres()]) },
-  book: { title: 'Book', open: ({ id }) => openBook(Number(id)), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
+  book: { title: 'Book', open: ({ id }) => openBook(Number(id) || 0), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
   add: { title: 'Add a book', who: 'member', open: openAdd },
   shelf: { title: 'My shelf', who: 'member', open: ({ id, query }) => shelf.open({ status: id, ...query }), refresh: () => shelf.load(true) },
   stats: { title: 'Statistics', who: 'member', open: loadStats, refresh: loadStats },
