@@ -340,6 +340,7 @@ def test_a_code_works_for_its_own_address_only(client: TestClient, other_reader:
     assert reset(client, code, email="RITA@example.com") == 204
 
 
+@pytest.mark.slow
 def test_password_resets_do_not_reveal_accounts(
     client: TestClient, admin: Person, reader: Person, mailbox: list[Email]
 ) -> None:
