@@ -5,14 +5,13 @@
     database.py    SQLite: engine, transactions, compiled statements, migrations, constraint violations
     postgresql.py  the same interface on PostgreSQL
     schemas.py     request and response models, validated field types
-    mail.py        SMTP delivery, and the mails
     pagination.py  lists: rows as JSON, cursors, offsets, Link headers
     security.py    password hashing, JWTs, the current user, roles, rate limits, the first admin
     csv_files.py   CSV: encoding, dialect, records, cells, known formats
     api.py         what routes share: problem documents, Router, FastRoute, RequestMiddleware
     events.py      the change log, /events and /stream
     auth.py        /login, /auth/refresh, /auth/sessions
-    accounts.py    registration, confirming addresses, passwords
+    accounts.py    registration, confirming addresses, passwords, mail
     search.py      full-text search: FTS5 and tsvector
     books.py       the catalogue and its export
     library.py     /my-library, its export, statistics, reviews

@@ -25,15 +25,15 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import Session, col, select
 
+import accounts
 import auth
 import database
 import external
-import mail
 import main
 import models
 import schemas
 import security
-from mail import Email
+from accounts import Email
 from main import app
 from settings import settings
 
@@ -285,7 +285,7 @@ def mailbox(monkeypatch: pytest.MonkeyPatch) -> list[Email]:
     async def keep(letter: Email) -> None:
         letters.append(letter)
 
-    monkeypatch.setattr(mail, "send", keep)
+    monkeypatch.setattr(accounts, "send", keep)
     return letters
 
 
