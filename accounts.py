@@ -112,21 +112,6 @@ def _is_permanent(error: OSError | ValueError) -> bool:
 # recipient may be somebody else.
 
 
-def reset_code(to: str, username: str, code: str) -> Email:
-    text = (
-        f'A new password was requested for the account "{username}" at Books API\n'
-        f"({settings.public_url}). If that was you, this is your code:\n\n"
-        f"    {code}\n\n"
-        "It is valid for 10 minutes and can be used once. Do not share it: we never ask for it.\n"
-        "If it was not you, do nothing: your password stays as it is.\n"
-    )
-    return Email(to, "Your code for a new password", text)
-
-
-def password_changed(to: str, username: str) -> Email:
-    return _notice(to, "Your password was changed", f'The password of the account "{username}" was changed.')
-
-
 def address_change_requested(to: str, username: str, new: str) -> Email:
     text = (
         f'A new e-mail address was given for the account "{username}": {new}.\n'
@@ -359,7 +344,14 @@ def reset_email(session: Session, address: str) -> Email | None:
     code = f"{secrets.randbelow(10**6):06}"
     cancel_codes(session, user.id, IS_RESET)
     add_code(session, CodePurpose.reset_password, user.id, user.email, CODE_LIFETIME, user.id, code)
-    return reset_code(user.email, user.username, code)
+    text = (
+        f'A new password was requested for the account "{user.username}" at Books API\n'
+        f"({settings.public_url}). If that was you, this is your code:\n\n"
+        f"    {code}\n\n"
+        "It is valid for 10 minutes and can be used once. Do not share it: we never ask for it.\n"
+        "If it was not you, do nothing: your password stays as it is.\n"
+    )
+    return Email(user.email, "Your code for a new password", text)
 
 
 OneTimePassword = Annotated[str, Field(pattern=pattern(r"^[0-9]{6}$", "must be the six digits of the code"))]
@@ -408,7 +400,8 @@ def set_password(session: Session, user: User, password_hash: str, event: str, e
     cancel_all_mailed(session, user)  # somebody who knew the old password may have requested it
     end_sessions(session, user.id, ending)
     record_account_event(session, user.id, event)
-    return password_changed(user.email, user.username)
+    text = f'The password of the account "{user.username}" was changed.'
+    return _notice(user.email, "Your password was changed", text)
 
 
 class PasswordChange(RequestModel):
