@@ -9,7 +9,7 @@ from urllib.parse import urljoin
 import pytest
 from fastapi.testclient import TestClient
 
-from mail import Email
+from accounts import Email
 from settings import settings
 from tests.fixtures import NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in, wait_for
 

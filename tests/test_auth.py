@@ -18,7 +18,7 @@ from sqlmodel import Session, select
 import database
 import models
 import security
-from mail import Email
+from accounts import Email
 from models import LoginSession, OneTimeCode, User
 from settings import COMMON_PASSWORDS, settings
 from tests.fixtures import NEW, PASSWORD, Clock, Person, Server, code_in, make, sign_up, token_in, user_named, wait_for

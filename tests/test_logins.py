@@ -13,7 +13,7 @@ from sqlmodel import Session, select
 
 import auth
 import database
-from mail import Email
+from accounts import Email
 from models import LoginSession, OneTimeCode
 from settings import settings
 from tests.fixtures import JSON, NEW, PASSWORD, Clock, Person, Server, sign_up, token_in, wait_for

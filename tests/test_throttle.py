@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from starlette.requests import Request
 
 import security
-from mail import Email
+from accounts import Email
 from settings import settings
 from tests.fixtures import NEW, PASSWORD, ROOT, Person, Server, code_in, free_port, wait_for
 
