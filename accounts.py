@@ -1,11 +1,19 @@
-"""Accounts: registration, confirming an e-mail address, and passwords."""
+"""Accounts: registration, confirming an e-mail address, passwords; plain-text mail by SMTP, or logged without it."""
 
 import asyncio
+import functools
 import html
+import logging
 import secrets
+import smtplib
+import ssl
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
-from typing import Annotated, Any
+from email.message import EmailMessage
+from email.policy import SMTP
+from email.utils import formatdate, make_msgid, parseaddr
+from typing import Annotated, Any, NamedTuple
 
 import sqlalchemy as sa
 from fastapi import BackgroundTasks, HTTPException, Path, Request, Response
@@ -15,19 +23,117 @@ from sqlalchemy import ColumnElement
 from sqlmodel import Session, col
 
 import database
-import mail
 import models
 import security
 from api import MAX_ACCOUNT_BODY, Router, errors, or_404
 from auth import end_sessions
 from events import record_account_event
-from mail import Email
 from models import CodePurpose, InvalidField, LoginSession, OneTimeCode, Principal, Role, User
 from pagination import json_response
 from schemas import EmailAddress, Password, RequestModel, Storable, UserCreate, UserPublic, pattern
 from security import CurrentUser, authorized, unauthorized
+from settings import settings
 
 router = Router(tags=["Accounts"], max_body_size=MAX_ACCOUNT_BODY)
+log = logging.getLogger("books.mail")
+
+# --- mail ---------------------------------------------------------------------------------------------------------
+
+RETRY_DELAYS = (2, 10, 60)  # seconds
+SMTP_TIMEOUT = 10  # seconds, for each step of the dialogue
+IMPLICIT_TLS_PORT = 465  # RFC 8314, 3.3
+# Threads of its own: a mail server that hangs must not block readers.
+smtp_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="smtp")
+
+
+class Email(NamedTuple):
+    to: str
+    subject: str
+    text: str
+
+
+async def send(email: Email) -> None:
+    """Deliver it, with retries. For background tasks: the final failure is logged, not raised."""
+    if settings.smtp_host is None:
+        log.warning("SMTP_HOST is not set. Mail to %s: %s\n\n%s", *email)
+        return
+    loop = asyncio.get_running_loop()
+    for delay in (*RETRY_DELAYS, None):
+        try:
+            await loop.run_in_executor(smtp_threads, _deliver, email)
+            log.info("mailed %r to %s", email.subject, email.to)
+            return
+        except (OSError, ValueError) as error:  # smtplib's errors are OSErrors; ValueError: an invalid header
+            if delay is None or _is_permanent(error):
+                log.error("mail to %s failed: %s", email.to, error)
+                return
+            log.warning("mail to %s failed, next try in %s s: %s", email.to, delay, error)
+        retry_at = loop.time() + delay
+        while (left := retry_at - loop.time()) > 0:
+            if database.server_is_stopping():
+                return
+            await asyncio.sleep(min(left, 0.2))
+
+
+def _deliver(email: Email) -> None:
+    context = ssl.create_default_context()
+    is_implicit = settings.smtp_tls and settings.smtp_port == IMPLICIT_TLS_PORT
+    connect = functools.partial(smtplib.SMTP_SSL, context=context) if is_implicit else smtplib.SMTP
+    with connect(settings.smtp_host or "", settings.smtp_port, timeout=SMTP_TIMEOUT) as server:
+        if settings.smtp_tls and not is_implicit:
+            server.starttls(context=context)
+        if settings.smtp_username and settings.smtp_password:
+            server.login(settings.smtp_username, settings.smtp_password.get_secret_value())
+        # Explicit addresses: those in the headers could be decoded into others.
+        server.send_message(_message(email), from_addr=parseaddr(settings.mail_from)[1], to_addrs=[email.to])
+
+
+def _message(email: Email) -> EmailMessage:
+    # The longest lines that SMTP takes (RFC 5321, 4.5.3.1.6), so that links are not broken.
+    message = EmailMessage(SMTP.clone(max_line_length=998))
+    message["From"] = settings.mail_from
+    message["To"] = email.to
+    message["Subject"] = email.subject
+    message["Date"] = formatdate()
+    message["Message-ID"] = make_msgid(domain=parseaddr(settings.mail_from)[1].rpartition("@")[2])
+    message["Auto-Submitted"] = "auto-generated"  # RFC 3834: prevents out-of-office replies
+    message.set_content(email.text)
+    return message
+
+
+def _is_permanent(error: OSError | ValueError) -> bool:
+    """Whether a retry can't succeed. SMTP replies from 500 on are permanent (RFC 5321, 4.2.1)."""
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        return all(code >= 500 for code, _ in error.recipients.values())
+    return isinstance(error, ValueError) or getattr(error, "smtp_code", 0) >= 500
+
+
+# The only name in the mails is the username, whose characters are restricted: it is chosen at registration, and the
+# recipient may be somebody else.
+
+
+def address_change_requested(to: str, username: str, new: str) -> Email:
+    text = (
+        f'A new e-mail address was given for the account "{username}": {new}.\n'
+        "It takes effect when it is confirmed. A new password cancels the change."
+    )
+    return _notice(to, "A new e-mail address for your account", text)
+
+
+def address_changed(to: str, username: str, new: str) -> Email:
+    text = f'The e-mail address of the account "{username}" was changed to {new} by an admin.'
+    return _notice(to, "Your e-mail address was changed", text)
+
+
+def account_deleted(to: str, username: str) -> Email:
+    text = f'The account "{username}" was deleted, with its shelf and reviews.'
+    return _notice(to, "Your account was deleted", text)
+
+
+def _notice(to: str, subject: str, text: str) -> Email:
+    site = f"Books API ({settings.public_url})"
+    return Email(to, subject, f"{text}\nThis happened at {site}. If it was not you, contact its operator soon.\n")
+
 
 # --- registration -------------------------------------------------------------------------------------------------
 
@@ -61,7 +167,7 @@ def insert_account(
     session.flush()
     by_id = by.id if by else user.id
     record_account_event(session, user.id, "created", username=user.username, role=role, by=by_id)
-    tasks.add_task(mail.send, confirmation_email(session, user, user.email))
+    tasks.add_task(send, confirmation_email(session, user, user.email))
     return UserPublic.model_validate(user)
 
 
@@ -93,7 +199,13 @@ def confirmation_email(session: Session, user: User, address: str) -> Email:
     """A mail to this address with a new link that confirms it. Earlier links stay valid."""
     token = secrets.token_urlsafe(24)
     add_code(session, CodePurpose.verify_email, user.id, address, LINK_LIFETIME, token)
-    return mail.confirm_address(address, user.username, token)
+    text = (
+        f'This address was given for the account "{user.username}" at Books API.\n'
+        "If that was you, open this link within 24 hours to confirm it:\n\n"
+        f"{settings.public_url}/auth/verify-email/{token}\n\n"
+        "If it was not you, do nothing: nobody can confirm the address without this link.\n"
+    )
+    return Email(address, "Confirm your e-mail address", text)
 
 
 def add_code(
@@ -190,7 +302,7 @@ async def request_verification(body: VerificationRequest, request: Request, task
 async def send_made(make_email: Callable[[Session, str], Email | None], address: str) -> None:
     email = await database.write(make_email, address)
     if email is not None:
-        await mail.send(email)
+        await send(email)
 
 
 def another_link(session: Session, address: str) -> Email | None:
@@ -232,7 +344,14 @@ def reset_email(session: Session, address: str) -> Email | None:
     code = f"{secrets.randbelow(10**6):06}"
     cancel_codes(session, user.id, IS_RESET)
     add_code(session, CodePurpose.reset_password, user.id, user.email, CODE_LIFETIME, user.id, code)
-    return mail.reset_code(user.email, user.username, code)
+    text = (
+        f'A new password was requested for the account "{user.username}" at Books API\n'
+        f"({settings.public_url}). If that was you, this is your code:\n\n"
+        f"    {code}\n\n"
+        "It is valid for 10 minutes and can be used once. Do not share it: we never ask for it.\n"
+        "If it was not you, do nothing: your password stays as it is.\n"
+    )
+    return Email(user.email, "Your code for a new password", text)
 
 
 OneTimePassword = Annotated[str, Field(pattern=pattern(r"^[0-9]{6}$", "must be the six digits of the code"))]
@@ -272,7 +391,7 @@ def use_code(session: Session, body: PasswordReset, password_hash: str, tasks: B
         return None
     security.check_password_strength("new_password", body.new_password, user.username)
     mark_verified(session, user)  # the code was mailed to that address
-    tasks.add_task(mail.send, set_password(session, user, password_hash, "password_reset", sa.true()))
+    tasks.add_task(send, set_password(session, user, password_hash, "password_reset", sa.true()))
     return str(user.username)
 
 
@@ -281,7 +400,8 @@ def set_password(session: Session, user: User, password_hash: str, event: str, e
     cancel_all_mailed(session, user)  # somebody who knew the old password may have requested it
     end_sessions(session, user.id, ending)
     record_account_event(session, user.id, event)
-    return mail.password_changed(user.email, user.username)
+    text = f'The password of the account "{user.username}" was changed.'
+    return _notice(user.email, "Your password was changed", text)
 
 
 class PasswordChange(RequestModel):
@@ -297,7 +417,7 @@ async def change_password(body: PasswordChange, user: CurrentUser, request: Requ
     me = await confirm_password(user, body.current_password, request)
     security.check_password_strength("new_password", body.new_password, me.username, me.email)
     password_hash = await security.hash_password(body.new_password)
-    tasks.add_task(mail.send, await database.write(replace_password, user, password_hash))
+    tasks.add_task(send, await database.write(replace_password, user, password_hash))
 
 
 @authorized

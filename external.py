@@ -226,15 +226,20 @@ class SourceError(HTTPException):
         self.pause = pause
 
 
+async def open_client(seconds: float, accept: str) -> httpx2.AsyncClient:
+    """A client that waits so long for a connection, and for the next bytes."""
+    agent = f"BooksAPI/{VERSION} (+{quote(settings.public_url, safe=':/?#[]@!$&()*+,;=~%')})"
+    # Compressed, a small answer could expand to a large one.
+    headers = {"User-Agent": agent, "Accept": accept, "Accept-Encoding": "identity"}
+    tls = await asyncio.to_thread(tls_context)
+    return httpx2.AsyncClient(verify=tls, timeout=seconds, headers=headers)
+
+
 async def request(source: Source, path: str, params: dict[str, Any], parse: Parser[T], policy: RetryPolicy) -> T | None:
     """What `parse` makes of the JSON (ValueError: it is of another shape); None for 404. Raises SourceError."""
     base = settings.google_books_url if source is Source.google else settings.open_library_url
     url = httpx2.URL(base + path, params=params)
-    agent = f"BooksAPI/{VERSION} (+{quote(settings.public_url, safe=':/?#[]@!$&()*+,;=~%')})"
-    # Compressed, a small answer could expand to a large one.
-    headers = {"User-Agent": agent, "Accept": "application/json", "Accept-Encoding": "identity"}
-    tls = await asyncio.to_thread(tls_context)
-    client = httpx2.AsyncClient(verify=tls, timeout=policy.each, headers=headers)
+    client = await open_client(policy.each, "application/json")
     clock = asyncio.get_running_loop().time
     deadline, attempt = clock() + policy.seconds, 1
     try:

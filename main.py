@@ -5,19 +5,19 @@
     database.py    SQLite: engine, transactions, compiled statements, migrations, constraint violations
     postgresql.py  the same interface on PostgreSQL
     schemas.py     request and response models, validated field types
-    mail.py        SMTP delivery, and the mails
     pagination.py  lists: rows as JSON, cursors, offsets, Link headers
     security.py    password hashing, JWTs, the current user, roles, rate limits, the first admin
     csv_files.py   CSV: encoding, dialect, records, cells, known formats
     api.py         what routes share: problem documents, Router, FastRoute, RequestMiddleware
     events.py      the change log, /events and /stream
     auth.py        /login, /auth/refresh, /auth/sessions
-    accounts.py    registration, confirming addresses, passwords
+    accounts.py    registration, confirming addresses, passwords, mail
     search.py      full-text search: FTS5 and tsvector
     books.py       the catalogue and its export
     library.py     /my-library, its export, statistics, reviews
     loans.py       stock and /loans
     external.py    Google Books and Open Library
+    covers.py      /books/{id}/cover: pictures from Open Library, fetched once
     users.py       /users: profile, account export, administration
     imports.py     cells to rows, rows into the catalogue and onto a shelf, duplicates
     uploads.py     /books/upload, /my-library/import, the import job, refused rows
@@ -66,6 +66,7 @@ import accounts
 import api
 import auth
 import books
+import covers
 import database
 import events
 import external
@@ -345,7 +346,7 @@ if settings.cors_origins:
         expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Event-Cursor", "X-Request-ID"],
     )
 app.add_middleware(RequestMiddleware)  # outermost, so that its headers are on errors of the others, too
-NOUNS = (books, library, auth, accounts, users, uploads, external, loans, events)
+NOUNS = (books, covers, library, auth, accounts, users, uploads, external, loans, events)
 # The most frequent first, even before /docs: Starlette tries routes in turn.
 ROUTERS = (books.hot, library.hot, *(noun.router for noun in NOUNS), library.reviews_router, books.exports, router)
 app.router.routes[:0] = [route for each in ROUTERS for route in each.routes]

@@ -84,6 +84,7 @@ class Stars(sa.TypeDecorator[float]):
         return None if value is None else to_quarters(value)
 
 
+BigId = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 # By code points on every database: PostgreSQL's default order depends on the locale of its server.
 SortKey = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 MAX_SORT_KEY = 300  # characters: PostgreSQL indexes 2,704 bytes, of title and author together; a cursor holds both, too
@@ -308,7 +309,7 @@ class Event(SQLModel, table=True):
 
     __table_args__ = table_options()
 
-    id: int = Field(default=None, primary_key=True, sa_type=sa.BigInteger().with_variant(sa.Integer, "sqlite"))
+    id: int = Field(default=None, primary_key=True, sa_type=BigId)
     at: datetime = now_column()
     type: str = Field(max_length=50)
     private: bool = False
@@ -444,6 +445,15 @@ class Facet(SQLModel, table=True):
     kind: str = Field(primary_key=True, max_length=20)
     key: str = Field(primary_key=True, sa_type=SortKey)
     count: int
+
+
+class Cover(SQLModel, table=True):
+    """A picture from another host; empty: it has none. `position` counts the bytes of all that were ever stored."""
+
+    position: int = Field(primary_key=True, sa_type=BigId)
+    isbn: str = Field(max_length=13, unique=True)
+    data: bytes
+    fetched_at: datetime = now_column()
 
 
 # --- shelves ------------------------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ class Settings(BaseSettings):
     google_books_url: WebUrl = "https://www.googleapis.com/books/v1"
     google_books_key: SecretStr | None = None
     open_library_url: WebUrl = "https://openlibrary.org"
+    covers: bool = True
+    covers_url: WebUrl = "https://covers.openlibrary.org"
     harvest_query: Annotated[str, Field(max_length=300)] | None = None
     rate_limits: bool = True
     rate_limit_storage: LimitStorage = "memory://"

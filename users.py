@@ -17,7 +17,6 @@ import database
 import events
 import library
 import loans
-import mail
 import models
 import schemas
 from api import PAGE, Router, errors, or_404, readonly, transactional, transactional_in_thread
@@ -80,8 +79,8 @@ def request_address_change(session: Session, user: User, address: str, tasks: Ba
         attempt.rollback()
     user.pending_email = address
     record_account_event(session, user.id, "email_change_requested", old=user.email, new=address, by=user.id)
-    tasks.add_task(mail.send, mail.address_change_requested(user.email, user.username, address))
-    tasks.add_task(mail.send, accounts.confirmation_email(session, user, address))
+    tasks.add_task(accounts.send, accounts.address_change_requested(user.email, user.username, address))
+    tasks.add_task(accounts.send, accounts.confirmation_email(session, user, address))
 
 
 class MyPassword(RequestModel):
@@ -97,7 +96,7 @@ async def delete_me(body: MyPassword, user: CurrentUser, request: Request, tasks
     """
     await accounts.confirm_password(user, body.password, request)
     email = await anyio.to_thread.run_sync(database.write_sync, authorized(delete_account), user.id, user)
-    tasks.add_task(mail.send, email)
+    tasks.add_task(accounts.send, email)
 
 
 # --- all that is stored about me ----------------------------------------------------------------------------------
@@ -275,8 +274,8 @@ def set_address(session: Session, user: User, address: str, by: int, tasks: Back
     session.flush()
     accounts.cancel_all_mailed(session, user)
     record_account_event(session, user.id, "email_changed", old=old, new=address, by=by)
-    tasks.add_task(mail.send, mail.address_changed(old, user.username, address))
-    tasks.add_task(mail.send, accounts.confirmation_email(session, user, address))
+    tasks.add_task(accounts.send, accounts.address_changed(old, user.username, address))
+    tasks.add_task(accounts.send, accounts.confirmation_email(session, user, address))
 
 
 @router.delete("/{user_id:id}", status_code=204, responses=errors(403, 404, 409))
@@ -286,13 +285,13 @@ def delete_user(session: Session, user_id: UserId, admin: Admin, tasks: Backgrou
 
     409 while it has books on loan: return them for it first.
     """
-    tasks.add_task(mail.send, delete_account(session, user_id, admin))
+    tasks.add_task(accounts.send, delete_account(session, user_id, admin))
 
 
 MAX_ROWS, MAX_BOOKS = 1000, 200  # to a transaction: other writers wait some 10 ms, on PostgreSQL 30
 
 
-def delete_account(session: Session, user_id: int, by: Principal) -> mail.Email:
+def delete_account(session: Session, user_id: int, by: Principal) -> accounts.Email:
     """Delete an account. Of a large one, only hide it and delete some rows: `main.delete_accounts` deletes the others.
 
     The answer does not wait for them: 50,000 books take longer than a proxy waits, and after a crash that job must go
@@ -302,7 +301,7 @@ def delete_account(session: Session, user_id: int, by: Principal) -> mail.Email:
     was_admin = is_active_admin(user)
     loans.refuse_while_borrowing(session, user_id)
     data = {"user_id": user_id, "username": user.username, "by": by.id}
-    email = mail.account_deleted(user.email, user.username)
+    email = accounts.account_deleted(user.email, user.username)
     user.username = user.email = f"deleted {user_id}"  # which nobody can register or sign in with
     user.is_active, user.full_name, user.pending_email = False, None, None
     session.flush()

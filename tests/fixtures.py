@@ -1,5 +1,6 @@
 """The cast and the stage: a fresh database file per test, in this process or behind a real server."""
 
+import asyncio
 import json
 import os
 import re
@@ -25,15 +26,16 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlmodel import Session, col, select
 
+import accounts
 import auth
+import covers
 import database
 import external
-import mail
 import main
 import models
 import schemas
 import security
-from mail import Email
+from accounts import Email
 from main import app
 from settings import settings
 
@@ -285,7 +287,7 @@ def mailbox(monkeypatch: pytest.MonkeyPatch) -> list[Email]:
     async def keep(letter: Email) -> None:
         letters.append(letter)
 
-    monkeypatch.setattr(mail, "send", keep)
+    monkeypatch.setattr(accounts, "send", keep)
     return letters
 
 
@@ -353,13 +355,14 @@ Fault = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Catalogues:
-    """Google Books and Open Library on one port: some of their answers, with the faults that a test wants."""
+    """Google Books, Open Library and its covers on one port: some of their answers, and faults that a test wants."""
 
     def __init__(self) -> None:
         files = DATA
         self.volumes: list[Any] = json.loads((files / "google_volumes.json").read_text())
         self.works: list[Any] = json.loads((files / "open_library_works.json").read_text())
         self.editions: list[Any] = json.loads((files / "open_library_editions.json").read_text())
+        self.covers: dict[str, bytes] = {}  # by ISBN
         self.requests: list[str] = []
         self.agents: set[str] = set()
         self.faults: list[Fault] = []  # of the next answers, in turn
@@ -410,7 +413,7 @@ class Catalogues:
             assert (query["format"], query["jscmd"]) == ("json", "data")
             keys = query["bibkeys"].split(",")
             return {key: edition for key in keys for edition in self.editions if is_named(edition, key)}
-        return None
+        return self.covers.get(place.removeprefix("/b/isbn/").removesuffix("-M.jpg"))
 
 
 def is_named(edition: dict[str, Any], bibkey: str) -> bool:
@@ -431,7 +434,12 @@ def send(handler: BaseHTTPRequestHandler, answer: Any, status: int = 200, **head
 def nobody_asks_the_real_catalogues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "google_books_url", NOWHERE)
     monkeypatch.setattr(settings, "open_library_url", NOWHERE)
+    monkeypatch.setattr(settings, "covers_url", NOWHERE)
     external.cache.clear()
+    covers.faults.clear()
+    covers.fetches.clear()
+    for name, count in (("slots", 6), ("places", covers.MAX_WAITING)):  # of the event loop that waited for them
+        monkeypatch.setattr(covers, name, asyncio.Semaphore(count))
     for name in ("CLIENT_POLICY", "JOB_POLICY"):
         monkeypatch.setattr(external, name, getattr(external, name)._replace(pause=0.01))
 
@@ -442,6 +450,7 @@ def others(monkeypatch: pytest.MonkeyPatch, nobody_asks_the_real_catalogues: Non
     started = Catalogues()
     monkeypatch.setattr(settings, "google_books_url", started.url)
     monkeypatch.setattr(settings, "open_library_url", started.url)
+    monkeypatch.setattr(settings, "covers_url", started.url)
     yield started
     started.close()
 
@@ -467,7 +476,7 @@ class Server:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         limits = {"RATE_LIMITS": "false"}  # but for the tests that are about them
-        nowhere = {"GOOGLE_BOOKS_URL": NOWHERE, "OPEN_LIBRARY_URL": NOWHERE}
+        nowhere = {"GOOGLE_BOOKS_URL": NOWHERE, "OPEN_LIBRARY_URL": NOWHERE, "COVERS_URL": NOWHERE}
         database_url = {"DATABASE_URL": url_of(self.file)}
         patience = {"UVICORN_TIMEOUT_WORKER_HEALTHCHECK": "60"}  # other tests keep the machine busy
         environment = {**os.environ, **database_url, **limits, **nowhere, **patience, **self.environment}

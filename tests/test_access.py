@@ -141,6 +141,7 @@ MATRIX: dict[str, Access] = {
     "DELETE /books/{book_id}": Access(
         (401, 204, 403, 204, 204, 401, 401), path=lambda world: {"book_id": world.another_book()}
     ),
+    "GET /books/{book_id}/cover": Access(always(204), lambda _: {"params": {"optional": True}}),
     "GET /books/{book_id}/reviews": Access(always(200)),
     "DELETE /books/{book_id}/reviews/{username}": Access(
         succeeding_with(204, STAFF), path=lambda world: {"book_id": world.reviewed_book(), "username": "reader"}

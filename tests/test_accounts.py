@@ -9,7 +9,7 @@ from urllib.parse import urljoin
 import pytest
 from fastapi.testclient import TestClient
 
-from mail import Email
+from accounts import Email
 from settings import settings
 from tests.fixtures import NEW, PASSWORD, Clock, Person, Server, code_in, sign_up, token_in, wait_for
 
@@ -340,6 +340,7 @@ def test_a_code_works_for_its_own_address_only(client: TestClient, other_reader:
     assert reset(client, code, email="RITA@example.com") == 204
 
 
+@pytest.mark.slow
 def test_password_resets_do_not_reveal_accounts(
     client: TestClient, admin: Person, reader: Person, mailbox: list[Email]
 ) -> None:

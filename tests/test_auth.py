@@ -18,7 +18,7 @@ from sqlmodel import Session, select
 import database
 import models
 import security
-from mail import Email
+from accounts import Email
 from models import LoginSession, OneTimeCode, User
 from settings import COMMON_PASSWORDS, settings
 from tests.fixtures import NEW, PASSWORD, Clock, Person, Server, code_in, make, sign_up, token_in, user_named, wait_for
@@ -223,6 +223,7 @@ def test_development_mode_warns_at_each_start_and_keeps_its_key(serve: Callable[
     assert Person(server.client, "admin", PASSWORD).get("/users/me").status_code == 200, "the password stays"
 
 
+@pytest.mark.slow
 def test_development_mode_names_no_account_that_it_does_not_make(serve: Callable[..., Server]) -> None:
     server = serve(SECRET_KEY="", ADMIN_USERNAME="root", ADMIN_PASSWORD="long enough")
     log = server.log.read_text()
@@ -242,6 +243,7 @@ def test_every_worker_warns_of_development_mode(serve: Callable[..., Server]) ->
 KEY = "an-example-key-of-forty-characters-or-so"
 
 
+@pytest.mark.slow
 def test_with_a_key_the_first_admin_comes_from_the_settings(serve: Callable[..., Server]) -> None:
     server = serve(SECRET_KEY=KEY, ADMIN_USERNAME="root", ADMIN_PASSWORD="long enough", ADMIN_EMAIL="root@example.com")
     root = Person(server.client, "root", "long enough")
@@ -249,6 +251,7 @@ def test_with_a_key_the_first_admin_comes_from_the_settings(serve: Callable[...,
     assert "long enough" not in server.log.read_text()
 
 
+@pytest.mark.slow
 def test_with_a_key_and_no_password_no_admin_is_made(serve: Callable[..., Server]) -> None:
     server = serve(SECRET_KEY=KEY)
     assert server.client.post("/login", data={"username": "admin", "password": "admin"}).status_code == 401

@@ -513,6 +513,7 @@ def test_added_by_me_needs_a_token(client: TestClient, reader: Person, other_rea
     assert [book["title"] for book in reader.get("/books?added_by=me").json()["items"]] == ["Mine"]
 
 
+@pytest.mark.slow
 def test_a_single_rating_of_5_ranks_below_many_high_ratings(client: TestClient, reader: Person) -> None:
     for title in ("unrated", "one five", "many", "one two"):
         reader.add_book(title=title)

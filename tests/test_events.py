@@ -72,6 +72,7 @@ def rita(server: Server) -> Person:
     return sign_up(server.client, "rita")
 
 
+@pytest.mark.slow
 def test_the_first_frame_is_ready_with_the_last_id(server: Server, rita: Person) -> None:
     rita.add_book()
     head = server.client.get("/events").json()["next"]
@@ -97,6 +98,7 @@ def test_changes_arrive_within_half_a_second_as_they_are_logged(server: Server, 
     assert logged["at"].endswith("Z")
 
 
+@pytest.mark.slow
 def test_private_changes_reach_their_owner_only(server: Server, rita: Person) -> None:
     oskar = sign_up(server.client, "oskar")
     admin = Person(server.client, "admin", "admin")
@@ -118,6 +120,7 @@ def test_private_changes_reach_their_owner_only(server: Server, rita: Person) ->
         assert [event["type"] for event in polled] == (everything if person is rita else public)
 
 
+@pytest.mark.slow
 def test_streams_end_before_private_events_once_access_is_lost(server: Server, rita: Person) -> None:
     admin = Person(server.client, "admin", "admin")
     demoted = admin.post("/users", json={**NEW, "username": "ada", "email": "ada@example.com", "role": "admin"}).json()
@@ -143,6 +146,7 @@ TYPES: dict[str, tuple[str, list[str]]] = {
 }
 
 
+@pytest.mark.slow
 def test_types_filter_events(server: Server, rita: Person) -> None:
     start = server.client.get("/events").json()["next"]
     book = rita.add_book()
@@ -169,6 +173,7 @@ def test_a_bad_last_event_id_is_422(client: TestClient) -> None:
         assert client.get("/stream", headers={"Last-Event-ID": value}).status_code == 422
 
 
+@pytest.mark.slow
 def test_limit_and_seconds_end_a_stream(server: Server, rita: Person) -> None:
     start = server.client.get("/events").json()["next"]
     for _ in range(3):
@@ -182,6 +187,7 @@ def test_limit_and_seconds_end_a_stream(server: Server, rita: Person) -> None:
     assert timed.error is None
 
 
+@pytest.mark.slow
 def test_reconnecting_clients_get_missed_events_across_a_restart(server: Server, rita: Person) -> None:
     stream = Stream(server.client)
     rita.add_book(title="one")
@@ -214,6 +220,7 @@ def test_clients_behind_the_buffer_read_the_log(client: TestClient, reader: Pers
     assert [json.loads(line[6:])["number"] for line in text.splitlines() if "number" in line] == list(range(total))
 
 
+@pytest.mark.slow
 def test_ids_that_are_not_in_the_log_cause_a_reset(server: Server, rita: Person) -> None:
     rita.add_book()
     oldest, head = rita.get("/events").json()["items"][0]["id"], server.client.get("/events").json()["next"]

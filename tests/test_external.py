@@ -423,6 +423,7 @@ def test_unreachable_source_is_502(reader: Person) -> None:
         assert (answer.status_code, answer.headers["Content-Type"]) == (502, "application/problem+json")
 
 
+@pytest.mark.slow
 def test_retry_after_is_respected(reader: Person, others: Catalogues) -> None:
     others.faults = [answering({}, 500), answering({}, 429, Retry_After="1")]
     started = time.monotonic()
@@ -627,6 +628,7 @@ def isbn13(number: int) -> str:
     return body + str(-sum(int(digit) * (1, 3)[place % 2] for place, digit in enumerate(body)) % 10)
 
 
+@pytest.mark.slow
 def test_pause_between_two_requests_of_a_job(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -662,6 +664,7 @@ def test_short_outage_refuses_nothing(reader: Person, others: Catalogues) -> Non
     assert counts(reader.upload(f"isbn\n{EMMA}\n", enrich="true")) == (1, 1, 0, 0, 0, 0)
 
 
+@pytest.mark.slow
 def test_waiting_job_keeps_its_lease_and_blocks_no_writer(
     reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -690,6 +693,7 @@ def test_waiting_job_keeps_its_lease_and_blocks_no_writer(
     assert len(others.requests) == 1
 
 
+@pytest.mark.slow
 def test_waiting_job_can_be_cancelled(
     client: TestClient, reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -765,6 +769,7 @@ def test_daily_import(
     assert harvest_events(admin)[1:] == [("harvest.completed", {**counted, "added": 0, "skipped": 3})]
 
 
+@pytest.mark.slow
 def test_only_admins_see_harvest_events_in_the_stream(
     client: TestClient, admin: Person, librarian: Person, others: Catalogues, query: str
 ) -> None:

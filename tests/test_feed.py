@@ -410,6 +410,7 @@ def test_clients_that_read_nothing_are_closed_and_resume(quick: Callable[..., Se
     assert "ERROR" not in server.log.read_text()
 
 
+@pytest.mark.slow
 def test_silent_clients_are_closed(quick: Callable[..., Server]) -> None:
     """Linux drops the connection, which ends the stream; by default after a quarter of an hour."""
     client = quick().client
@@ -431,6 +432,7 @@ def refusal(server: Server, address: str) -> tuple[int, str | None] | None:
         return answer.status_code, answer.headers["Retry-After"]
 
 
+@pytest.mark.slow
 def test_streams_are_limited_and_slots_are_freed(quick: Callable[..., Server]) -> None:
     server = quick()
 

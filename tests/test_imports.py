@@ -356,6 +356,7 @@ def test_file_whose_rows_all_open_a_quote_fails_with_a_reason(reader: Person) ->
     assert "does not close" in upload["error"]
 
 
+@pytest.mark.slow
 def test_stray_quote_costs_one_row(client: TestClient, reader: Person) -> None:
     rows = b"".join(b"Book %d,A\n" % n for n in range(30_000))
     upload = reader.upload(b'title,author\n"Stray,A\n' + rows)
@@ -674,6 +675,7 @@ def test_ten_thousand_real_books_are_imported(client: TestClient, reader: Person
     assert (again["inserted"], again["skipped"], again["failed"]) == (0, 10_000, 0)
 
 
+@pytest.mark.slow
 def test_file_over_the_limit_is_413_and_not_stored(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve(MAX_UPLOAD_MB="2")
     reader = sign_up(server.client, "rita")

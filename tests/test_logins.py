@@ -13,7 +13,7 @@ from sqlmodel import Session, select
 
 import auth
 import database
-from mail import Email
+from accounts import Email
 from models import LoginSession, OneTimeCode
 from settings import settings
 from tests.fixtures import JSON, NEW, PASSWORD, Clock, Person, Server, sign_up, token_in, wait_for
@@ -34,6 +34,7 @@ def test_json_with_the_content_type_of_a_form_is_explained(client: TestClient) -
     assert "JSON needs the Content-Type application/json" in answer.json()["detail"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/login", "/auth/register"])
 def test_a_client_that_disconnects_during_its_body_is_no_server_error(server: Server, path: str) -> None:
     with socket.create_connection(("127.0.0.1", server.client.base_url.port or 0)) as connection:

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
-import mail
-from mail import Email
+import accounts
+from accounts import Email
 from settings import settings
 from tests.fixtures import PASSWORD, Person, Server, code_in, free_port, sign_up, token_in, wait_for
 
@@ -186,9 +186,9 @@ def send(inbox: Inbox, monkeypatch: pytest.MonkeyPatch, refusals: list[str]) -> 
     monkeypatch.setattr(settings, "smtp_host", "127.0.0.1")
     monkeypatch.setattr(settings, "smtp_port", inbox.port)
     monkeypatch.setattr(settings, "smtp_tls", False)
-    monkeypatch.setattr(mail, "RETRY_DELAYS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(accounts, "RETRY_DELAYS", (0.01, 0.01, 0.01))
     inbox.refusals = refusals
-    asyncio.run(mail.send(Email("rita@example.com", "Subject", "Text")))
+    asyncio.run(accounts.send(Email("rita@example.com", "Subject", "Text")))
 
 
 def test_sigterm_does_not_wait_for_retries(serve: Callable[..., Server]) -> None:

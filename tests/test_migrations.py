@@ -120,6 +120,7 @@ def migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> T
     return TestClient(app)
 
 
+@pytest.mark.slow
 def test_a_filled_database_of_revision_0010_answers_as_before(
     migrated: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def test_a_backup_is_consistent_while_writes_go_on(server: Server, tmp_path: Pat
     assert list(tmp_path.glob("books-backup-*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_the_documented_commands_restore_a_backup(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve()
@@ -126,6 +127,7 @@ def test_health_fails_where_the_database_can_not_be_written(serve: Callable[...,
     assert server.client.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.sqlite
 def test_blocked_writers_do_not_block_readers(
     client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
@@ -244,6 +246,7 @@ def test_a_worker_that_is_replaced_waits_for_the_database(serve: Callable[..., S
     assert len(workers()) == 3, "no other was lost"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopping", [False, True], ids=["after its time", "when it is told to stop"])
 def test_a_start_fails_without_its_database(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stopping: bool

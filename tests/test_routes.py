@@ -131,6 +131,7 @@ def test_authorization_headers_get_the_same_response(
     assert comparable(short) == comparable(ordinary)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shelf")
 def test_random_queries_get_the_same_response(reader: Person, both_ways: Callable[[Send], Any]) -> None:
     chance = random.Random(8)

@@ -76,6 +76,7 @@ def ids(client: Any, **query: str) -> list[int]:
     return [book["id"] for book in answer.json()["items"]]
 
 
+@pytest.mark.slow
 def test_titles_of_every_script_are_found(client: TestClient, reader: Person) -> None:
     """As they stand, in capitals and by their first word; as author, publisher, genre and language, too."""
     added, missed = {}, []
@@ -146,6 +147,7 @@ def count_to(connection: sa.Connection, most: int, *_: Any) -> int:
     return int(connection.exec_driver_sql(numbers).scalar_one())
 
 
+@pytest.mark.slow
 def test_a_read_that_takes_too_long_is_503(client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (database, postgresql):
         monkeypatch.setattr(module, "MAX_READ_TIME", 0.2)

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from starlette.requests import Request
 
 import security
-from mail import Email
+from accounts import Email
 from settings import settings
 from tests.fixtures import NEW, PASSWORD, ROOT, Person, Server, code_in, free_port, wait_for
 
@@ -62,6 +62,7 @@ def test_ten_wrong_passwords_block_logins_for_a_quarter_of_an_hour(
     assert limited.post("/login", json=RIGHT).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_successful_login_resets_the_count(limited: TestClient) -> None:
     for _ in range(3):
         assert attempts(limited, "/login", WRONG, 9) == [401] * 9
@@ -153,6 +154,7 @@ def test_the_last_mailed_code_works_while_strangers_request_others(
     assert limited.post("/auth/reset-password", json=body).status_code == 204
 
 
+@pytest.mark.slow
 def test_successful_logins_are_not_counted(limited: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(security.RATE_LIMITS, "login", ("4 per 1 minute", "3 per 15 minutes"))
     assert attempts(limited, "/login", RIGHT, 9) == [200] * 9
@@ -246,6 +248,7 @@ def test_links_requested_for_many_addresses_are_limited(limited: TestClient, mai
 # --- client addresses ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_address_is_limited_by_itself(serve: Callable[..., Server]) -> None:
     """Behind a proxy, the rightmost address is the one that the proxy added; a client can send any others before it."""
     server = serve(RATE_LIMITS="true")
@@ -260,6 +263,7 @@ def test_each_address_is_limited_by_itself(serve: Callable[..., Server]) -> None
     assert forgot(99, "203.0.113.7, 203.0.113.8") == 202
 
 
+@pytest.mark.slow
 def test_without_a_trusted_proxy_the_header_is_ignored(serve: Callable[..., Server]) -> None:
     server = serve("--forwarded-allow-ips", "10.0.0.0/8", RATE_LIMITS="true")
     answers = [

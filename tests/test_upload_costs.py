@@ -71,6 +71,7 @@ def test_forms_are_utf8(reader: Person, path: str, content_type: str, is_utf8: b
     assert answer.status_code in ((400, 401, 422) if is_utf8 else (415,)), answer.text
 
 
+@pytest.mark.slow
 def test_a_form_in_punycode_does_not_stop_the_server(server: Server) -> None:
     """1 MB took 198 s."""
     for length, status in ((7000, 415), (500_000, 413)):
@@ -130,6 +131,7 @@ def send_head(server: Server, path: str, length: int, token: str | None = None) 
     return connection
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [*PATHS, "/books"])
 @pytest.mark.parametrize("token", [None, "x.y.z"], ids=["no token", "wrong token"])
 def test_the_token_is_looked_at_before_the_body(server: Server, path: str, token: str | None) -> None:

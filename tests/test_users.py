@@ -19,7 +19,7 @@ import events
 import main
 import security
 import users
-from mail import Email
+from accounts import Email
 from models import Principal
 from schemas import UserPublic
 from settings import check_database_url, settings
