@@ -48,7 +48,7 @@ function cover({ id, title, author, isbn }) { // drawn at once; the real one, wh
 const problem = ({ detail, errors = [] }, status) => Object.assign(new Error(detail ?? `The server answered ${status}.`), { errors, status }); // RFC 9457
 let token = null, me = null, newToken = null; // the refresh token is a cookie that scripts can't read
 const otherTabs = new BroadcastChannel('login'); // they have the same cookie
-otherTabs.onmessage = ({ data }) => data === 'out' ? signedOut() : signedIn().catch(() => {});
+otherTabs.onmessage = ({ data }) => { token = null; if (data === 'out') signedOut(); else signedIn().catch(() => {}); };
 const lock = work => navigator.locks ? navigator.locks.request('refresh', work) : work(); // only https and localhost have locks
 async function ask(path, token, { method = 'GET', json, body = json && JSON.stringify(json), headers, signal } = {}) {
   const more = { ...(json && { 'Content-Type': 'application/json' }), ...(token && { Authorization: `Bearer ${token}` }) };
@@ -569,7 +569,7 @@ async function signedIn() {
   say(`Signed in as ${me.username}.`);
 }
 async function signedOut(why = '') {
-  [token, me, job, entry] = [null, null, null, null];
+  token = me = job = entry = held = null;
   for (const list of [shelf, loans, refused, warned]) list.forget(); // the next at this machine may be somebody else
   for (const node of all('#charts, .ticker, #latest')) put(node);
   $('job').hidden = true;
@@ -633,6 +633,7 @@ async function route(moved = false) {
   for (const link of all('header nav a')) link.setAttribute('aria-current', parse(link.hash).name === at.name ? 'page' : 'false');
   if (at.name !== 'book') shown = held = null;
   $('notice').textContent = $('news').textContent = '';
+  if (moved) $('account').close();
   setTitle();
   if (moved && !(from.name === at.name && from.id === at.id)) { // within a view, what has the focus keeps it
     scrollTo(0, scrolled.get(entryKey) ?? 0);
