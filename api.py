@@ -10,10 +10,10 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
-from typing import Any, Concatenate
+from typing import Annotated, Any, Concatenate
 from urllib.parse import parse_qsl
 
-from fastapi import APIRouter, Request, Response, params
+from fastapi import APIRouter, Header, Request, Response, params
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -21,6 +21,7 @@ from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
+from sqlmodel import Session
 from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -28,9 +29,10 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import database
+import models
 import security
 from database import P, T
-from models import InvalidField
+from models import ANSWERS_KEPT, InvalidField, Principal, StoredAnswer
 from schemas import Problem, describe_error
 
 log = logging.getLogger("books")
@@ -266,6 +268,44 @@ def transactional(handler: database.Write[P, T]) -> Callable[P, Awaitable[T]]:
 def transactional_in_thread(handler: database.Write[P, T]) -> Callable[P, T]:
     """`transactional` for a change that may take longer than the event loop can wait."""
     return _without_first_parameter(security.authorized(handler), database.write_sync)
+
+
+IdempotencyKey = Annotated[
+    str | None, Header(min_length=1, max_length=255, description="For a day, a retry with it gets the same answer.")
+]
+
+
+def idempotent(handler: Callable[Concatenate[Session, P], Response]) -> Callable[..., Response]:
+    """Answer a retry as the first request was answered, for `ANSWERS_KEPT`, in the transaction of the change. 422 for
+    the same key with another request (draft-ietf-httpapi-idempotency-key-header-07)."""
+
+    @functools.wraps(handler)
+    def answer_once(session: Session, /, *, idempotency_key: str | None, user: Principal, **values: Any) -> Response:
+        if idempotency_key is None:
+            return handler(session, user=user, **values)
+        request_hash = security.sha256(f"{handler.__name__} {values}")
+        stored, now = session.get(StoredAnswer, (user.id, idempotency_key)), models.utcnow()
+        if stored is not None and now - stored.created_at < ANSWERS_KEPT:
+            if stored.request_hash != request_hash:
+                raise InvalidField("Idempotency-Key", "was used for another request", "header")
+            return Response(stored.body, stored.status, stored.headers, "application/json")
+        response = handler(session, user=user, **values)
+        answer = StoredAnswer(
+            user_id=user.id,
+            key=idempotency_key,
+            request_hash=request_hash,
+            status=response.status_code,
+            headers={name: response.headers[name] for name in ("Location", "ETag") if name in response.headers},
+            body=bytes(response.body).decode(),
+            created_at=now,
+        )
+        session.merge(answer)
+        return response
+
+    signature = inspect.signature(handler, eval_str=True)
+    key = inspect.Parameter("idempotency_key", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=IdempotencyKey)
+    vars(answer_once)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), key])
+    return answer_once
 
 
 def _without_first_parameter(handler: Callable[Concatenate[Any, P], Any], run: Any) -> Callable[P, Any]:
