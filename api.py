@@ -41,7 +41,7 @@ access_log = logging.getLogger("books.access")
 
 # --- errors as problem documents (RFC 9457) -----------------------------------------------------------------------
 
-PROBLEM_JSON = "application/problem+json"
+JSON, PROBLEM_JSON = "application/json", "application/problem+json"
 TOO_LARGE = "The request is larger than this path takes."
 INTERNAL_ERROR = "Something went wrong here; it is in the server's log."
 # Where Starlette's detail is only the name of the status.
@@ -381,19 +381,20 @@ class FastRoute(APIRoute):
         try:
             values |= {name: read(scope) for name, read in self.readers.items()}
             if self.body is not None:
-                if not _is_plain_json(scope):
-                    return await self.ordinary(scope, receive, send)
+                if _header(scope, b"content-type") != JSON or int(_header(scope, b"content-length") or "") > MAX_BODY:
+                    raise ValueError("not a short body of plain JSON")
                 name, validate = self.body
                 text = await Request(scope, receive).body()
-                receive = _replay(text, receive)
+
+                async def receive() -> Message:
+                    return {"type": "http.request", "body": text}
+
                 values[name] = validate(json.loads(text))
         except (ValueError, RecursionError):  # pydantic's ValidationError among them
-            return await self.ordinary(scope, receive, send)
-        except ClientDisconnect:
-            return None
-        response = await self.endpoint(**values)
-        await response(scope, receive, send)
-        return None
+            await self.ordinary(scope, receive, send)
+        else:
+            response = await self.endpoint(**values)
+            await response(scope, receive, send)
 
 
 def user_checks(user: Dependant) -> list[Any]:
@@ -414,22 +415,6 @@ def _reader(name: str, parameter: inspect.Parameter, marks: Any) -> Reader:
     assert isinstance(mark, params.Header)
     header = name.replace("_", "-").encode()
     return lambda scope: validate(_header(scope, header))
-
-
-def _is_plain_json(scope: Scope) -> bool:
-    """By its headers, and not too long."""
-    length = _header(scope, b"content-length") or ""
-    valid = length.isascii() and length.isdecimal() and int(length) <= MAX_BODY
-    return valid and _header(scope, b"content-type") == "application/json"
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
 
 
 def _header(scope: Scope, name: bytes) -> str | None:
