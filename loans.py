@@ -38,9 +38,7 @@ LOANS = Listing(
     filters={
         "id": col(Loan.id) == sa.bindparam("id"),
         "user_id": col(Loan.user_id) == sa.bindparam("user_id"),
-        "active": sa.and_(IS_OPEN, sa.not_(IS_OVERDUE)),
-        "overdue": sa.and_(IS_OPEN, IS_OVERDUE),
-        "returned": sa.not_(IS_OPEN),
+        "status": sa.bindparam("status") == STATUS,
     },
     orders={"-id": (col(Loan.id),), "id": (col(Loan.id),)},
     with_event_cursor=True,
@@ -168,11 +166,7 @@ async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, re
     """
     if query.user_id not in (None, user.id) and not user.is_staff:
         raise HTTPException(403, "Only librarians and admins see the loans of others.")
-    filters = visible_to(user)
-    if query.user_id is not None:
-        filters["user_id"] = query.user_id
-    if query.status is not None:
-        filters[query.status.value] = True
+    filters = visible_to(user) | query.model_dump(include={"user_id", "status"}, exclude_none=True)
     return page_response(request, await database.read(LOANS.page, filters, "-id", query))
 
 
