@@ -263,8 +263,6 @@ def _prepare(session: Session) -> None:
         if password not in (None, "admin") and settings.admin_username.lower() not in names:
             log.warning("ADMIN_USERNAME is not made: there is an admin already, %s.", admins[0].username)
         return
-    if password in COMMON_PASSWORDS:
-        log.warning("ADMIN_PASSWORD is one of the most common passwords: change it.")
     admin = User(
         username=TypeAdapter(Username).validate_python(settings.admin_username),
         email=TypeAdapter(EmailAddress).validate_python(settings.admin_email),
