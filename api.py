@@ -472,7 +472,6 @@ class RequestMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, status, replaced = time.perf_counter(), 0, False
-        logged = not access_log.isEnabledFor(logging.INFO)
         request_id = secrets.token_hex(8)
         root = scope.get("root_path", "").rstrip("/")
         path = scope["path"].removeprefix(root).rstrip("/") or "/"
@@ -480,15 +479,6 @@ class RequestMiddleware:
         # A copy: the server must still see HEAD, to send no body.
         inner = {**scope, "path": root + path, "method": "GET" if head else scope["method"]}
         inner["books.transport"] = getattr(getattr(receive, "__self__", None), "transport", None)  # uvicorn's
-
-        def log_access() -> None:
-            nonlocal logged
-            logged = True
-            milliseconds = (time.perf_counter() - started) * 1000
-            address = scope["raw_path"].decode("ascii", "replace")[:500]
-            if path.startswith(VERIFY_LINK):  # a secret follows
-                address = root + VERIFY_LINK
-            access_log.info("%s %s %d %.1f ms %s", scope["method"], address, status, milliseconds, request_id)
 
         async def send_response(message: Message) -> None:
             nonlocal status, replaced
@@ -506,9 +496,13 @@ class RequestMiddleware:
                 if root and b"location" in headers:
                     message["headers"].remove((b"location", headers[b"location"]))
                     message["headers"].append((b"location", root.encode() + headers[b"location"]))
+                if access_log.isEnabledFor(logging.INFO):  # the time until the response begins, as uvicorn's
+                    milliseconds = (time.perf_counter() - started) * 1000
+                    address = scope["raw_path"].decode("ascii", "replace")[:500]
+                    if path.startswith(VERIFY_LINK):  # a secret follows
+                        address = root + VERIFY_LINK
+                    access_log.info("%s %s %d %.1f ms %s", scope["method"], address, status, milliseconds, request_id)
             await send(message)
-            if message["type"] == "http.response.body" and not message.get("more_body") and not logged:
-                log_access()  # here, since background tasks run on after the response
 
         try:
             if not settings.public_catalogue and (error := await refuse_visitor(scope, path)) is not None:
@@ -518,9 +512,6 @@ class RequestMiddleware:
             if not status:
                 await problem(500, INTERNAL_ERROR)(scope, receive, send_response)
             raise  # the server logs it
-        finally:
-            if not logged:  # the server stops, or the client is gone
-                log_access()
 
 
 async def refuse_visitor(scope: Scope, path: str) -> Response | None:
