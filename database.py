@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import json
-import logging
 import re
 import signal
 import sqlite3
@@ -65,6 +64,7 @@ class _Database:
         self.threads = {kind: anyio.CapacityLimiter(threads) for kind, threads in THREADS.items()}
         self.changes: deque[_Queued] = deque()
         self.committer: asyncio.Task[None] | None = None
+        self.after_commit: Callable[[], object] = lambda: None
 
     async def commit_changes(self) -> None:
         """Commit the queued changes in groups, until none is left."""
@@ -123,6 +123,11 @@ def open_database(url: str) -> None:
     """Open `url` for this process and run missing migrations. Call it on the event loop."""
     migrate(url)
     _Open.database = _Database(url)
+
+
+def call_after_commit(function: Callable[[], object]) -> None:
+    """Call it after each commit of this process, in the thread of the commit."""
+    _Open.database.after_commit = function
 
 
 async def close_database() -> None:
@@ -235,7 +240,7 @@ def _commit(connection: Connection, changes: Iterable[Change], *, alone: bool = 
             session.expunge_all()
             outcomes.append(outcome)
         _run_deferred(session)
-    backend().committed()
+    _Open.database.after_commit()
     return outcomes
 
 
@@ -334,7 +339,6 @@ def is_full(error: Exception) -> bool:
 
 # --- SQLite -------------------------------------------------------------------------------------------------------
 
-log = logging.getLogger("books.sqlite")
 BUSY_TIMEOUT = 10  # seconds that a writer waits for others
 PRAGMAS = {
     "journal_mode": "WAL",  # readers and the writer do not block each other
@@ -350,7 +354,6 @@ WRITER_PRAGMAS = {
     "cache_size": "-16000",  # KiB; holds what a batch of an import changes
     "busy_timeout": "0",  # `write` and `write_sync` try again: SQLite does so ever more rarely
 }
-POLL_INTERVAL = 0.1  # seconds; a check for commits of other processes takes 3 µs
 
 
 class Sqlite:
@@ -375,7 +378,6 @@ class Sqlite:
         self.ticks = self.uncheckpointed = 0  # uncheckpointed: transactions since the last checkpoint
         self.loop_driver.set_progress_handler(self._exceeds_budget, STEPS)
         _driver(self.loop_writer).execute("PRAGMA wal_autocheckpoint=0")  # left to `checkpoint_wal`: the disk is slow
-        self.committed: Callable[[], object] = lambda: None  # called after each commit of this process
 
         @event.listens_for(self.engine, "checkout")
         def limit_time(driver: Any, *_: object) -> None:
@@ -398,22 +400,6 @@ class Sqlite:
         with self.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
             write_sync(lambda _session: connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)"))
-
-    async def listen(self, notify: Callable[[], None]) -> None:
-        """Call `notify` whenever another connection, of this process or another, has committed."""
-        loop = asyncio.get_running_loop()
-        self.committed = lambda: loop.is_closed() or loop.call_soon_threadsafe(notify)
-        with self.engine.connect() as connection:
-            driver, previous = _driver(connection), None  # through SQLAlchemy it takes twenty times as long
-            driver.set_progress_handler(None, 0)
-            while True:
-                try:
-                    if (version := driver.execute("PRAGMA data_version").fetchone()) != previous:
-                        previous = version
-                        notify()
-                except sqlite3.Error as error:  # maybe temporary
-                    log.error("can't read data_version: %s", error)
-                await asyncio.sleep(POLL_INTERVAL)
 
     @staticmethod
     def is_busy(error: Exception) -> bool:

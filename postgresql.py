@@ -1,24 +1,18 @@
 """PostgreSQL: the guarantees of the SQLite file, for more than one machine."""
 
-import asyncio
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import anyio
 import psycopg
 from psycopg.types.numeric import FloatLoader
-from sqlalchemy import Connection, Table, create_engine, event, make_url
+from sqlalchemy import Connection, Table, create_engine, event
 from sqlalchemy.exc import IntegrityError
-
-log = logging.getLogger("books.postgresql")
 
 # One writer at a time, as on SQLite. Event ids are handed out at insert, not at commit: without the lock, a reader of
 # the log skips an event that commits late. Taken at the start of a transaction, before any row lock, so that the two
 # can't deadlock.
 WRITE_LOCK, MIGRATION_LOCK = 0x626F6F6B, 0x626F6F6C
-CHANNEL = "books_events"
 OPTIONS = (
     "-c timezone=UTC"
     " -c lock_timeout=1s"  # of a writer, which tries again
@@ -32,12 +26,11 @@ class Postgresql:
     kind = "postgresql"
     threads = 5  # beside a writer and two jobs: the smallest plans allow 20 connections, for two processes
     begin_read = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"  # one snapshot for all statements
-    begin_write = f"BEGIN; SELECT pg_advisory_xact_lock({WRITE_LOCK}); NOTIFY {CHANNEL}"  # sent at the commit
+    begin_write = f"BEGIN; SELECT pg_advisory_xact_lock({WRITE_LOCK})"
     driver_error = psycopg.Error
     loop_driver, ticks = None, 0  # reads run in threads
 
     def __init__(self, url: str, to_json: Callable[[object], str]) -> None:
-        self.url = url
         # AUTOCOMMIT: `database` begins and ends transactions.
         options: dict[str, Any] = {
             "isolation_level": "AUTOCOMMIT",
@@ -65,9 +58,6 @@ class Postgresql:
         self.writer.dispose()
         self.engine.dispose()
 
-    def committed(self) -> None:
-        """NOTIFY has told this process, too."""
-
     @staticmethod
     def copy_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
         """Insert rows with the same columns by COPY, in a quarter of the time of multi-row INSERTs and an eighth of
@@ -80,26 +70,6 @@ class Postgresql:
         with driver.cursor() as cursor, cursor.copy(f'COPY "{table.name}" ({columns}) FROM STDIN') as copy:
             for row in rows:
                 copy.write_row([f(row[n]) if f else row[n] for n, f in zip(names, processors, strict=True)])
-
-    async def listen(self, notify: Callable[[], None]) -> None:
-        """Call `notify` after each committed event, and after each reconnect, for those that were missed."""
-        address = make_url(self.url).set(drivername="postgresql").render_as_string(hide_password=False)
-        while True:
-            try:
-                with anyio.CancelScope(shield=True):  # cancelled half-way, it would never be closed
-                    listener = await psycopg.AsyncConnection.connect(
-                        address, autocommit=True, connect_timeout=10, **KEEPALIVES
-                    )
-                try:
-                    await listener.execute(f"LISTEN {CHANNEL}")
-                    notify()
-                    async for _ in listener.notifies():
-                        notify()
-                finally:  # its own `async with` rolls back first, which fails when cancelled
-                    await listener.close()
-            except psycopg.Error as error:
-                log.error("lost the LISTEN connection: %s", error)
-            await asyncio.sleep(0.5)
 
     @staticmethod
     def violation(error: IntegrityError) -> tuple[str, str]:
