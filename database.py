@@ -298,8 +298,8 @@ MIGRATIONS = Path(__file__).resolve().parent / "migrations"
 
 def migrate(url: str) -> None:
     """Run missing migrations. Of several processes that start at once, the first runs them."""
-    migration = sqlite_migration if url.startswith("sqlite") else _postgresql().postgresql_migration
-    with migration(url) as connection:
+    engine = migration_engine(url) if url.startswith("sqlite") else _postgresql().migration_engine(url)
+    with engine.begin() as connection:
         revision = None
         if sa.inspect(connection).has_table("alembic_version"):
             revision = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
@@ -433,18 +433,13 @@ def configure(engine: sa.Engine, pragmas: Mapping[str, str]) -> None:
             connection.execute(f"PRAGMA {name}={value}")
 
 
-@contextmanager
-def sqlite_migration(url: str) -> Iterator[Connection]:
-    """A transaction for the migrations, which other processes wait for."""
-    engine = create_engine(url)
+def migration_engine(url: str) -> sa.Engine:
+    """Its transactions begin with the lock that other processes wait for."""
+    engine = create_engine(url, poolclass=sa.NullPool)
     # Rebuilding a table drops it, which would cascade to the rows that refer to it.
     configure(engine, PRAGMAS | {"foreign_keys": "OFF"})
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    try:
-        with engine.begin() as connection:
-            yield connection
-    finally:
-        engine.dispose()
+    return engine
 
 
 # --- compiled statements ------------------------------------------------------------------------------------------

@@ -1,12 +1,11 @@
 """PostgreSQL: the guarantees of the SQLite file, for more than one machine."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psycopg
 from psycopg.types.numeric import FloatLoader
-from sqlalchemy import Connection, Table, create_engine, event
+from sqlalchemy import Connection, Engine, NullPool, Table, create_engine, event
 from sqlalchemy.exc import IntegrityError
 
 # One writer at a time, as on SQLite. Event ids are handed out at insert, not at commit: without the lock, a reader of
@@ -94,13 +93,9 @@ class Postgresql:
         return isinstance(getattr(error, "orig", None), psycopg.errors.LockNotAvailable)
 
 
-@contextmanager
-def postgresql_migration(url: str) -> Iterator[Connection]:
-    """A transaction for the migrations, which other processes wait for."""
-    engine = create_engine(url, connect_args={"connect_timeout": 10})
-    try:
-        with engine.begin() as connection:
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
-            yield connection
-    finally:
-        engine.dispose()
+def migration_engine(url: str) -> Engine:
+    """Its transactions begin with the lock that other processes wait for."""
+    engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 10})
+    lock = f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(lock))
+    return engine
