@@ -75,7 +75,7 @@ class _Database:
                     outcomes = _commit(self.backend.loop_writer, self._take(group))
                     self.backend.uncheckpointed += 1
                 else:
-                    outcomes = await run_job("commits", _commit_with, self.backend.committer, self._take(group))
+                    outcomes = await run_job("commits", _commit_with, self.backend.writer, self._take(group))
             except Exception as error:  # whatever it is, each of the group is to be answered
                 if not group:  # the transaction could not begin
                     is_busy, now = self.backend.is_busy(error), time.monotonic()

@@ -30,30 +30,22 @@ class Postgresql:
     loop_driver, ticks = None, 0  # reads run in threads
 
     def __init__(self, url: str, to_json: Callable[[object], str]) -> None:
-        # AUTOCOMMIT: `database` begins and ends transactions.
-        options: dict[str, Any] = {
-            "isolation_level": "AUTOCOMMIT",
-            "skip_autocommit_rollback": True,
-            "json_serializer": to_json,
-            "connect_args": {"options": OPTIONS, "connect_timeout": 10, **KEEPALIVES},
-        }
-        self.engine = create_engine(url, pool_size=self.threads, max_overflow=4, **options)
-        # A change is not tried again where its connection turns out to be broken.
-        one = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 10, "pool_pre_ping": True}
-        self.committer = create_engine(url, **one, **options)
-        self.writer = create_engine(url, **one | {"pool_size": 2}, **options)  # for threads
-        self.dialect = self.engine.dialect
+        def engine(options: str, **pool: Any) -> Engine:
+            connect_args = {"options": options, "connect_timeout": 10, **KEEPALIVES}
+            # AUTOCOMMIT: `database` begins and ends transactions.
+            own = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True, "json_serializer": to_json}
+            return create_engine(url, connect_args=connect_args, **own, **pool)
 
-        @event.listens_for(self.engine, "do_connect")
-        def limit_time(_dialect: object, _record: object, _args: object, arguments: dict[str, Any]) -> None:
-            arguments["options"] = f"{OPTIONS} -c statement_timeout={MAX_READ_TIME}s"
+        self.engine = engine(f"{OPTIONS} -c statement_timeout={MAX_READ_TIME}s", pool_size=self.threads, max_overflow=4)
+        # A change is not tried again where its connection turns out to be broken.
+        self.writer = engine(OPTIONS, pool_size=3, max_overflow=0, pool_timeout=10, pool_pre_ping=True)
+        self.dialect = self.engine.dialect
 
         @event.listens_for(self.engine, "connect")
         def load_numeric_as_float(connection: Any, _record: object) -> None:
             connection.adapters.register_loader("numeric", FloatLoader)  # sort keys, which go into cursors
 
     def close(self) -> None:
-        self.committer.dispose()
         self.writer.dispose()
         self.engine.dispose()
 
