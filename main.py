@@ -58,7 +58,6 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlmodel import Session
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
@@ -78,7 +77,7 @@ import security
 import uploads
 import users
 from api import HANDLERS, RequestMiddleware, Router, disk_full, errors
-from models import Setting, claim_job
+from models import claim_job
 from settings import STATIC, VERSION, settings
 
 if sys.platform != "win32":
@@ -179,13 +178,7 @@ async def sweep_logins() -> None:
 
 # --- health -------------------------------------------------------------------------------------------------------
 
-PROBE_TIMEOUT = 15  # seconds; longer than a writer waits for others
-PROBE_INTERVAL = 5  # seconds; requests must not keep the disk busy
-
-
-class _Probe:
-    at = float("-inf")
-    running: asyncio.Task[Setting] | None = None
+PROBE_INTERVAL = timedelta(seconds=5)  # requests must not keep the disk busy
 
 
 class Health(BaseModel):
@@ -197,19 +190,13 @@ class Health(BaseModel):
 @router.get("/health")
 async def health() -> Health:
     """Check whether the service can read and write its database: 200, or 503 with what is wrong."""
-    verb, reason = "read", f"another writer holds the lock for {PROBE_TIMEOUT} s"
+    verb = "read"
     try:
         await database.read(pagination.last_event_id)
-        if time.monotonic() - _Probe.at > PROBE_INTERVAL:
-            verb = "written"
-            # One for all requests; whoever holds the lock, the answer must come.
-            if _Probe.running is None or _Probe.running.done():
-                probe = Setting(key="probed", value=models.utcnow().isoformat())
-                _Probe.running = asyncio.create_task(database.write(Session.merge, probe))
-            await asyncio.wait_for(asyncio.shield(_Probe.running), PROBE_TIMEOUT)
-            _Probe.at = time.monotonic()
-    except (DBAPIError, TimeoutError) as error:
-        log.error("the database can't be %s: %s", verb, getattr(error, "orig", reason))
+        verb = "written"
+        await database.write(claim_job, "probe", PROBE_INTERVAL)  # it always takes the lock, and writes if it is due
+    except DBAPIError as error:
+        log.error("the database can't be %s: %s", verb, error.orig)
         raise HTTPException(503, f"The database can't be {verb}.", {"Retry-After": "5"}) from None
     return Health(status="ok", version=VERSION, database=database.backend().kind)
 
