@@ -42,7 +42,6 @@ import gc
 import hashlib
 import logging
 import os
-import signal
 import sqlite3
 import sys
 import tempfile
@@ -274,21 +273,12 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     sys.setswitchinterval(0.0005)
     gc.freeze()  # a full collection took 50 ms
     await when_available(database.open_database, settings.database_url)
-    serving = False
     try:
         last_event_id = await when_available(database.write_sync, events.continue_ids)
         await when_available(security.prepare)
         security.open_rate_limits()
         async with events.tail.running(last_event_id), recurring_jobs():
-            serving = True
             yield
-    except Exception:
-        # uvicorn ends by itself if the start fails, but not later: without its lifespan it would answer everything with
-        # 500. Stop it, so that its supervisor starts it again.
-        if serving and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            log.exception("stopping the service")
-            signal.raise_signal(signal.SIGTERM)
-        raise
     finally:
         await database.close_database()
 

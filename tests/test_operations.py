@@ -347,29 +347,6 @@ def test_two_upload_jobs_run_at_once(client: TestClient) -> None:
     assert (len(most), max(most)) == (10, database.THREADS["imports"])
 
 
-# An unexpected error in a task of the lifespan.
-BROKEN = """
-import asyncio
-import events
-
-async def die(self):
-    await asyncio.sleep(1)
-    raise ZeroDivisionError("unexpected")
-
-events.EventTail._read_log = die
-from main import app
-"""
-
-
-@pytest.mark.slow
-def test_an_error_in_the_lifespan_stops_the_server(serve: Callable[..., Server], tmp_path: Path) -> None:
-    """Without its lifespan it would answer everything with 500; a supervisor starts it again."""
-    (tmp_path / "broken.py").write_text(BROKEN)
-    server = serve("--app-dir", str(ROOT), app="broken:app", PYTHONPATH=str(tmp_path))
-    server.process.wait(30)
-    assert "stopping the service" in server.log.read_text()
-
-
 def test_the_event_log_is_pruned(client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(session: Session) -> None:
         for number in range(50):
