@@ -127,8 +127,8 @@ PAUSE = 0.01  # seconds between two batches, for other writers
 async def recurring_jobs() -> AsyncIterator[None]:
     async with anyio.create_task_group() as jobs:
         jobs.start_soon(run_every, 1, database.checkpoint_wal)
-        jobs.start_soon(run_every, RESUME_INTERVAL, resume_uploads)
-        jobs.start_soon(run_every, RESUME_INTERVAL, resume_lookups)
+        for enrich in (False, True):  # go on with the uploads of processes that were stopped or killed
+            jobs.start_soon(run_every, RESUME_INTERVAL, uploads.run_waiting, enrich)
         jobs.start_soon(run_every, RESUME_INTERVAL, delete_accounts)
         jobs.start_soon(run_every, 60, prune_events)
         jobs.start_soon(run_every, 600, sweep_logins)
@@ -138,23 +138,14 @@ async def recurring_jobs() -> AsyncIterator[None]:
         jobs.cancel_scope.cancel()
 
 
-async def run_every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
+async def run_every(seconds: float, job: Callable[..., Awaitable[None]], *args: Any) -> None:
     while True:
         try:
-            await job()
+            await job(*args)
         except Exception as error:  # must not stop the service; a full disk or a locked file may be temporary
             is_bug = not isinstance(error, OperationalError)
             log.error("%s failed: %s", job.__name__, error, exc_info=is_bug)
         await anyio.sleep(seconds)
-
-
-async def resume_uploads() -> None:
-    """Go on with the uploads of processes that were stopped or killed."""
-    await uploads.run_waiting(enrich=False)
-
-
-async def resume_lookups() -> None:
-    await uploads.run_waiting(enrich=True)
 
 
 async def delete_accounts() -> None:
@@ -263,8 +254,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 
     At SIGTERM, sse-starlette sets `events.tail.closing` and streams end; a running import releases its upload after the
     present batch, and retries of mails are dropped. uvicorn waits for requests and background tasks, at most for its
-    `--timeout-graceful-shutdown`, and only then ends this. What is left over is resumed by `resume_uploads` at the next
-    start.
+    `--timeout-graceful-shutdown`, and only then ends this. Uploads that are left over go on at the next start.
     """
     configure_logging()
     raise_file_limit()

@@ -1,6 +1,6 @@
 """Files in: `/books/upload`, `/my-library/import`, the import job and its refused rows.
 
-A stored file is imported by a background task; `main.resume_uploads` starts it for files that a stopped process left.
+A stored file is imported by a background task; a recurring job of `main` does so for files that a stopped process left.
 The job commits each batch together with its progress: killed in between, it is resumed from there.
 """
 
