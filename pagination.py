@@ -6,17 +6,16 @@ does not grow with depth, and rows inserted or deleted meanwhile neither repeat 
 
 import base64
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import sqlalchemy as sa
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, NaiveDatetime, TypeAdapter
 from sqlalchemy import ColumnElement, Connection, and_, bindparam
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -173,6 +172,16 @@ class JsonPage(NamedTuple):
     event_cursor: int | None = None  # id of the last event that the page includes
 
 
+# What a database can compare with a column: PostgreSQL refuses numbers that the column can't hold.
+IN_RANGE = Field(strict=True, ge=-MAX_ID, le=MAX_ID)
+KEY_TYPES = (
+    (sa.Integer, Annotated[int, IN_RANGE]),
+    (sa.Float, Annotated[int, IN_RANGE] | Annotated[float, IN_RANGE]),
+    (TimestampKey, Annotated[NaiveDatetime, AfterValidator(lambda moment: moment.isoformat(" ", "microseconds"))]),
+    (object, Annotated[str, Field(pattern=r"^[^\x00]*$")]),
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Order:
     """A total order: expressions that are never null, the id last. Cursors carry its `name`."""
@@ -185,9 +194,9 @@ class Order:
         return self.name.startswith("-")
 
     @functools.cached_property
-    def key_types(self) -> list[Any]:
-        kinds = ((sa.Integer, int), (sa.Float, int | float), (TimestampKey, datetime), (object, str))
-        return [next(key for kind, key in kinds if isinstance(column.type, kind)) for column in self.columns]
+    def cursors(self) -> TypeAdapter[Any]:
+        keys = [next(key for kind, key in KEY_TYPES if isinstance(column.type, kind)) for column in self.columns]
+        return TypeAdapter(tuple[(Literal[self.name], *keys)])  # type: ignore[name-defined,valid-type]  # made at run time
 
     def order_by(self) -> list[ColumnElement[Any]]:
         return [column.desc() if self.reverse else column.asc() for column in self.columns]
@@ -210,28 +219,10 @@ class Order:
 
     def decode(self, cursor: str) -> list[Key]:
         try:
-            name, *keys = json.loads(base64.urlsafe_b64decode(cursor.encode() + b"=="))
-        except (ValueError, TypeError, RecursionError):
-            raise InvalidField("cursor", "is not a cursor of this service", "query") from None
-        if name != self.name:
-            raise InvalidField("cursor", "belongs to a list in another order", "query")
-        if len(keys) != len(self.columns) or not all(map(_is_comparable, keys, self.key_types)):
-            raise InvalidField("cursor", "is not a cursor of this service", "query")
-        return list(keys)
-
-
-def _is_comparable(key: object, key_type: Any) -> bool:
-    """Whether a database can compare this key with a column of this type."""
-    if key_type is datetime:
-        try:
-            return isinstance(key, str) and datetime.fromisoformat(key).isoformat(" ", "microseconds") == key
+            _, *keys = self.cursors.validate_json(base64.urlsafe_b64decode(cursor.encode() + b"=="))
         except ValueError:
-            return False
-    if key_type is str:
-        # JSON can hold lone surrogates, which no database takes.
-        return isinstance(key, str) and "\x00" not in key and key.encode(errors="ignore").decode() == key
-    # PostgreSQL refuses to compare a column with a number that it can't hold.
-    return isinstance(key, key_type) and not isinstance(key, bool) and abs(key) <= MAX_ID
+            raise InvalidField("cursor", "is not a cursor of this list in this order", "query") from None
+        return list(keys)
 
 
 Filters = Mapping[str, Any]
