@@ -61,9 +61,7 @@ def _pairs(element: JsonObject, value: Callable[[Any], str]) -> str:
 
 @compiles(JsonObject, "sqlite")
 def _json_object(element: JsonObject, compiler: Any, **options: Any) -> str:
-    def value(column: Any) -> str:  # noqa: PLR0911  # a case for each type
-        if isinstance(column, JsonObject):
-            return _json_object(column, compiler, **options)
+    def value(column: Any) -> str:
         text = str(compiler.process(column, **options))
         if isinstance(column.type, UtcDateTime):
             return f"replace(replace({text}, ' ', 'T'), '.000000', '') || 'Z'"
@@ -83,20 +81,15 @@ def _json_object(element: JsonObject, compiler: Any, **options: Any) -> str:
 
 
 @compiles(JsonObject, "postgresql")
-def _json_build_object(element: JsonObject, compiler: Any, **options: Any) -> str:
-    def nested(element: JsonObject) -> str:
-        return f"json_build_object({_pairs(element, value)})"
-
+def _json_build_object(element: JsonObject, compiler: Any, *, is_nested: bool = False, **options: Any) -> str:
     def value(column: Any) -> str:
-        if isinstance(column, JsonObject):
-            return nested(column)
-        text = str(compiler.process(column, **options))
+        text = str(compiler.process(column, **options, is_nested=True))
         if isinstance(column.type, UtcDateTime):
             moment = f"to_char({text} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
             return f"replace({moment}, '.000000Z', 'Z')"
         return f"({text} / 100.0)::float8" if isinstance(column.type, Cents) else text
 
-    return f"{nested(element)}::text"
+    return f"json_build_object({_pairs(element, value)})" + ("" if is_nested else "::text")
 
 
 class TimestampKey(sa.TypeDecorator[str]):
