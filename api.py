@@ -209,8 +209,7 @@ def errors(*statuses: int, sends: dict[int, str] | None = None) -> dict[int | st
     return responses
 
 
-PAGE = errors(sends={200: "Link"})
-FOLLOWED_PAGE = errors(sends={200: "Link X-Event-Cursor"})
+PAGE = errors(sends={200: "Link X-Event-Cursor"})
 
 
 def complete_openapi(schema: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import events
 import models
 import pagination
 from api import (
-    FOLLOWED_PAGE,
+    PAGE,
     FastRoute,
     Router,
     errors,
@@ -90,7 +90,6 @@ BOOKS = Listing(
     orders={s + name: (*columns, col(Book.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")}
     | {"year": (YEAR_ASCENDING, col(Book.id))},
     counts={**COUNTED, ("words",): count_matches},
-    with_event_cursor=True,
 )
 
 
@@ -137,7 +136,7 @@ class BookQuery(BookFilter, PageQuery):
     pass
 
 
-@hot.get("", response_model=Page[BookPublic], responses=FOLLOWED_PAGE)
+@hot.get("", response_model=Page[BookPublic], responses=PAGE)
 async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, request: Request) -> Response:
     """Find books: filter, search and sort the catalogue.
 

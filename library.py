@@ -17,7 +17,7 @@ import csv_files
 import database
 import events
 import pagination
-from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404, readonly, transactional
+from api import PAGE, FastRoute, Router, errors, or_404, readonly, transactional
 from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
 from csv_files import as_csv, price_cell
 from models import Book, Principal, ShelfEntry, ShelfStatus, User, normalize
@@ -49,7 +49,6 @@ ENTRIES = Listing(
         "book_id": col(ShelfEntry.book_id) == sa.bindparam("book_id"),
     },
     orders={s + name: (*columns, col(ShelfEntry.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")},
-    with_event_cursor=True,
 )
 
 # --- my shelf -----------------------------------------------------------------------------------------------------
@@ -61,7 +60,7 @@ class ShelfQuery(PageQuery):
     sort: Sort = Field(default="-added")
 
 
-@hot.get("/my-library", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
+@hot.get("/my-library", response_model=Page[EntryPublic], responses=PAGE)
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """List my shelf, newest first. `X-Event-Cursor` is the id of the last event that the page includes."""
     filters = {"user_id": user.id, **query.model_dump(include={"status", "book_id"}, exclude_none=True)}

@@ -162,7 +162,7 @@ class JsonPage(NamedTuple):
     items: list[str]
     total: int
     next: str | None
-    event_cursor: int | None = None  # id of the last event that the page includes
+    event_cursor: int  # id of the last event that the page includes
 
 
 # What a database can compare with a column: PostgreSQL refuses numbers that the column can't hold.
@@ -237,12 +237,10 @@ class Listing:
         filters: Mapping[str, Any],
         orders: Mapping[str, tuple[Any, ...]],
         counts: Mapping[tuple[str, ...], Any] | None = None,
-        with_event_cursor: bool = False,
     ) -> None:
         self.select, self.filters, self.counts = select, filters, counts or {}
         self.orders = {name: Order(name, columns) for name, columns in orders.items()}
         self.row_id = next(iter(self.orders.values())).columns[-1]
-        self.with_event_cursor = with_event_cursor
         self._compiled = functools.lru_cache(1000)(self._compile)
         self._count = functools.lru_cache(1000)(self._compile_count)
 
@@ -282,8 +280,7 @@ class Listing:
         by = self.orders[order]
         rows, last = self._rows(connection, filters, by, query.keys(by), query.start, query.limit)
         following = None if last is None else by.encode(last)
-        event_cursor = last_event_id(connection) if self.with_event_cursor else None
-        return JsonPage([row[0] for row in rows], self.total(connection, filters), following, event_cursor)
+        return JsonPage([row[0] for row in rows], self.total(connection, filters), following, last_event_id(connection))
 
     def _rows(
         self, connection: Connection, filters: Filters, order: Order, keys: Sequence[Key] | None, start: int, limit: int
@@ -322,14 +319,12 @@ class Listing:
 
 def page_response(request: Request, page: JsonPage) -> Response:
     """The page, with its `Link` (RFC 8288) and `X-Event-Cursor`."""
-    headers = {}
+    headers = {"X-Event-Cursor": str(page.event_cursor)}
     if page.next is not None:
         url, _, query = str(request.url).partition("?")
         query = quote(query, safe="%&=+-._~!$'()*,;:@/?")  # as it came, but for what a header can't hold
         pairs = [pair for pair in query.split("&") if pair and not pair.startswith(("offset=", "skip=", "cursor="))]
         headers["Link"] = f'<{url}?{"&".join([*pairs, f"cursor={page.next}"])}>; rel="next"'
-    if page.event_cursor is not None:
-        headers["X-Event-Cursor"] = str(page.event_cursor)
     following = "null" if page.next is None else f'"{page.next}"'
     return json_response(
         f'{{"items":[{",".join(page.items)}],"total":{page.total},"next":{following}}}', headers=headers
