@@ -41,8 +41,8 @@ Values = Mapping[str, Any]
 
 
 def to_json(value: object) -> str:
-    """JSON as it is stored and streamed: compact, in UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """JSON as it is stored and streamed, and in cursors (PostgreSQL's sort keys are decimals): compact, in UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=float)
 
 
 Change = tuple[Callable[..., Any], Any, Any]  # and its arguments

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import psycopg
-from psycopg.types.numeric import FloatLoader
 from sqlalchemy import Engine, NullPool, Table, create_engine, event
 from sqlalchemy.exc import IntegrityError
 
@@ -40,10 +39,6 @@ class Postgresql:
         # A change is not tried again where its connection turns out to be broken.
         self.writer = engine(OPTIONS, pool_size=3, max_overflow=0, pool_timeout=10, pool_pre_ping=True)
         self.dialect = self.engine.dialect
-
-        @event.listens_for(self.engine, "connect")
-        def load_numeric_as_float(connection: Any, _record: object) -> None:
-            connection.adapters.register_loader("numeric", FloatLoader)  # sort keys, which go into cursors
 
     def close(self) -> None:
         self.writer.dispose()
