@@ -132,8 +132,7 @@ async def recurring_jobs() -> AsyncIterator[None]:
         jobs.start_soon(run_every, RESUME_INTERVAL, delete_accounts)
         jobs.start_soon(run_every, 60, prune_events)
         jobs.start_soon(run_every, 600, sweep_logins)
-        if settings.harvest_query is not None:
-            jobs.start_soon(run_every, external.HARVEST_POLL_INTERVAL, external.harvest)
+        jobs.start_soon(run_every, external.HARVEST_POLL_INTERVAL, external.harvest)
         yield
         jobs.cancel_scope.cancel()
 
