@@ -15,6 +15,15 @@ VERSION = "0.1.0"
 COMMON_PASSWORDS = frozenset((STATIC / "common_passwords.txt").read_text().splitlines()[1:])
 
 
+def matches(pattern: str, example: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"must be {example}")
+        return value
+
+    return AfterValidator(check)
+
+
 def check_database_url(url: str) -> str:
     if match := re.fullmatch(r"(?:postgres|postgresql|postgresql\+psycopg)://(.+)", url):
         return f"postgresql+psycopg://{match[1]}"
@@ -52,9 +61,12 @@ def split_origins(origins: object) -> object:
 
 
 WebUrl = Annotated[str, AfterValidator(check_web_url)]
-Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^\s/?#*]+)$")]
-LimitStorage = Annotated[str, Field(pattern="^(memory|rediss?)://")]
-HostName = Annotated[str, Field(pattern=r"^([\w.-]+|[\da-fA-F]*:[\da-fA-F]*:[\da-fA-F:.]*)$")]  # or an address
+Origin = Annotated[str, matches(r"\*|https?://[^\s/?#*]+", "like https://books.example.com,http://localhost:3000")]
+LimitStorage = Annotated[str, matches(r"(memory|rediss?)://.*", "memory:// or redis://host:6379/0")]
+HostName = Annotated[
+    str,
+    matches(r"(?i)[\w.-]+|[\da-f]*:[\da-f]*:[\da-f:.]*", "a name like smtp.example.com; the port goes into SMTP_PORT"),
+]
 
 
 class Settings(BaseSettings):
