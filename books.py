@@ -246,7 +246,7 @@ def create_book(session: Session, new: BookCreate, user: Contributor) -> Respons
     return json_response(book.model_dump_json(), 201, headers)
 
 
-def add_book(session: Session, new: BookBase, user_id: int) -> BookPublic:
+def add_book(session: Session, new: BookBase, user_id: int | None) -> BookPublic:
     book = Book.described(new) | Book.initial(user_id)
     book["id"] = INSERT_BOOK.first(session, book)[0]
     database.defer(session, index_books, book["id"])  # half the time of a new book, however many there are

@@ -328,9 +328,8 @@ def _run_job(job: ImportJob) -> bool:
         for row in islice(rows, job.done):  # those that it did before it was interrupted
             if row.book is not None:
                 tracker.key(row.book)
-        enricher = external.Enricher(job.renew_lease) if job.enrich else None
         while batch := file.next_batch(rows, job.batch):
-            is_ready = enricher is None or enricher.look_up_isbns(batch)
+            is_ready = external.look_up_isbns(batch, job.renew_lease)
             if is_ready:
                 database.write_sync(_store_batch, job, tracker, batch, file.file.position)
             if not is_ready or database.server_is_stopping():
