@@ -163,8 +163,8 @@ class RowParser:
         needs_lookup = self.enrich and "isbn" in values and not known >= csv_files.LOOKED_UP
         missing = [name for name in ("title", "author") if name not in values]
         if missing and not needs_lookup:
-            for name in missing:
-                row.refuse(self.names.get(name, name), "", "is missing")
+            name, *others = (self.names.get(name, name) for name in missing)
+            row.refuse(name, "", ", as is ".join(["is missing", *others]))
             return
         values |= dict.fromkeys(missing, "?")  # it may be found, but what is wrong is left out now
         book = self._validate(row, BookCreate, values, texts)

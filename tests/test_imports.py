@@ -104,7 +104,7 @@ PARTLY: dict[str, tuple[str | bytes, Counts, Errors]] = {
     "no title nor author": (
         "title,author,isbn\n , ,0441172717\nD,E,\n",
         (2, 1, 0, 1),
-        [(2, "error", "title", "is missing"), (2, "error", "author", "is missing")],
+        [(2, "error", "title", "is missing, as is author")],
     ),
     "prices": (
         "title,author,price\nA,B,nan\nA,B,-1\nA,B,inf\nA,B,1.005\nA,B,free\nA,B,0\n",
