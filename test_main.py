@@ -371,7 +371,7 @@ def test_a_blank_parameter_is_ignored(client: TestClient, reader: Person) -> Non
         for parameter in operations.get("get", {}).get("parameters", []):
             if parameter["in"] == "query" and path != "/stream":
                 answer = reader.get(path.format(book_id=1, upload_id=1), params={parameter["name"]: ""})
-                assert answer.status_code in (200, 403, 422), f"{path} {parameter['name']}: {answer.text}"
+                assert answer.status_code in (200, 403, 404, 422), f"{path} {parameter['name']}: {answer.text}"
     assert client.get("/stream", params={"types": "", "seconds": 0.1}).status_code == 200
 
 
