@@ -15,10 +15,11 @@ import events
 import models
 import pagination
 from api import (
-    FOLLOWED_PAGE,
+    PAGE,
     FastRoute,
     Router,
     errors,
+    idempotent,
     invalid_body,
     or_404,
     readonly,
@@ -89,7 +90,6 @@ BOOKS = Listing(
     orders={s + name: (*columns, col(Book.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")}
     | {"year": (YEAR_ASCENDING, col(Book.id))},
     counts={**COUNTED, ("words",): count_matches},
-    with_event_cursor=True,
 )
 
 
@@ -136,7 +136,7 @@ class BookQuery(BookFilter, PageQuery):
     pass
 
 
-@hot.get("", response_model=Page[BookPublic], responses=FOLLOWED_PAGE)
+@hot.get("", response_model=Page[BookPublic], responses=PAGE)
 async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, request: Request) -> Response:
     """Find books: filter, search and sort the catalogue.
 
@@ -238,6 +238,7 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
 
 @hot.post("", status_code=201, response_model=BookPublic, responses=errors(403, 409, sends={201: "Location ETag"}))
 @transactional
+@idempotent
 def create_book(session: Session, new: BookCreate, user: Contributor) -> Response:
     """Add a book. An ISBN that is here already is refused with 409."""
     book = add_book(session, new, user.id)
@@ -245,7 +246,7 @@ def create_book(session: Session, new: BookCreate, user: Contributor) -> Respons
     return json_response(book.model_dump_json(), 201, headers)
 
 
-def add_book(session: Session, new: BookBase, user_id: int) -> BookPublic:
+def add_book(session: Session, new: BookBase, user_id: int | None) -> BookPublic:
     book = Book.described(new) | Book.initial(user_id)
     book["id"] = INSERT_BOOK.first(session, book)[0]
     database.defer(session, index_books, book["id"])  # half the time of a new book, however many there are

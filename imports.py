@@ -26,7 +26,6 @@ import library
 import models
 from books import revise_book
 from csv_files import SHELF_FORMATS, BrokenRecord, ColumnMapping, ImportRow, InvalidCell, UnreadableFile, printable
-from database import CompiledQuery
 from models import Book, Principal, ShelfEntry, ShelfStatus, Upload, UploadChunk, UploadStatus
 from schemas import CSV_CONTEXT, INVALID_CHARACTERS, BookBase, BookCreate, BookUpdate, is_isbn13
 from search import TITLE, index_books
@@ -38,7 +37,6 @@ CHUNK = 256 * 1024  # bytes of a stored chunk
 MAX_BATCH_SIZE = 4 << 20  # bytes of the file whose rows are in memory at once
 LEASE = timedelta(seconds=15)  # a job that has not renewed it for so long has died
 
-INSERT_BOOKS = CompiledQuery(sa.insert(Book))
 
 # --- cells to rows --------------------------------------------------------------------------------------------------
 
@@ -165,8 +163,8 @@ class RowParser:
         needs_lookup = self.enrich and "isbn" in values and not known >= csv_files.LOOKED_UP
         missing = [name for name in ("title", "author") if name not in values]
         if missing and not needs_lookup:
-            for name in missing:
-                row.refuse(self.names.get(name, name), "", "is missing")
+            name, *others = (self.names.get(name, name) for name in missing)
+            row.refuse(name, "", ", as is ".join(["is missing", *others]))
             return
         values |= dict.fromkeys(missing, "?")  # it may be found, but what is wrong is left out now
         book = self._validate(row, BookCreate, values, texts)
@@ -308,7 +306,7 @@ class BatchImporter:
         if not new:
             return
         books = [Book.described(row.book) for row in new.values()]
-        INSERT_BOOKS.execute_many(self.session, books, Book.initial(self.owner.id))
+        database.insert_many(self.session, Book, books, Book.initial(self.owner.id))
         last = int(self.session.execute(sa.select(sa.func.max(col(Book.id)))).scalar_one())
         first = last - len(new) + 1
         index_books(self.session, [first, last])

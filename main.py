@@ -42,7 +42,6 @@ import gc
 import hashlib
 import logging
 import os
-import signal
 import sqlite3
 import sys
 import tempfile
@@ -58,7 +57,6 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlmodel import Session
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
@@ -78,7 +76,7 @@ import security
 import uploads
 import users
 from api import HANDLERS, RequestMiddleware, Router, disk_full, errors
-from models import Setting, claim_job
+from models import claim_job
 from settings import STATIC, VERSION, settings
 
 if sys.platform != "win32":
@@ -129,34 +127,24 @@ PAUSE = 0.01  # seconds between two batches, for other writers
 async def recurring_jobs() -> AsyncIterator[None]:
     async with anyio.create_task_group() as jobs:
         jobs.start_soon(run_every, 1, database.checkpoint_wal)
-        jobs.start_soon(run_every, RESUME_INTERVAL, resume_uploads)
-        jobs.start_soon(run_every, RESUME_INTERVAL, resume_lookups)
+        for enrich in (False, True):  # go on with the uploads of processes that were stopped or killed
+            jobs.start_soon(run_every, RESUME_INTERVAL, uploads.run_waiting, enrich)
         jobs.start_soon(run_every, RESUME_INTERVAL, delete_accounts)
         jobs.start_soon(run_every, 60, prune_events)
         jobs.start_soon(run_every, 600, sweep_logins)
-        if settings.harvest_query is not None:
-            jobs.start_soon(run_every, external.HARVEST_POLL_INTERVAL, external.harvest)
+        jobs.start_soon(run_every, external.HARVEST_POLL_INTERVAL, external.harvest)
         yield
         jobs.cancel_scope.cancel()
 
 
-async def run_every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
+async def run_every(seconds: float, job: Callable[..., Awaitable[None]], *args: Any) -> None:
     while True:
         try:
-            await job()
+            await job(*args)
         except Exception as error:  # must not stop the service; a full disk or a locked file may be temporary
             is_bug = not isinstance(error, OperationalError)
             log.error("%s failed: %s", job.__name__, error, exc_info=is_bug)
         await anyio.sleep(seconds)
-
-
-async def resume_uploads() -> None:
-    """Go on with the uploads of processes that were stopped or killed."""
-    await uploads.run_waiting(enrich=False)
-
-
-async def resume_lookups() -> None:
-    await uploads.run_waiting(enrich=True)
 
 
 async def delete_accounts() -> None:
@@ -179,13 +167,7 @@ async def sweep_logins() -> None:
 
 # --- health -------------------------------------------------------------------------------------------------------
 
-PROBE_TIMEOUT = 15  # seconds; longer than a writer waits for others
-PROBE_INTERVAL = 5  # seconds; requests must not keep the disk busy
-
-
-class _Probe:
-    at = float("-inf")
-    running: asyncio.Task[Setting] | None = None
+PROBE_INTERVAL = timedelta(seconds=5)  # requests must not keep the disk busy
 
 
 class Health(BaseModel):
@@ -197,19 +179,13 @@ class Health(BaseModel):
 @router.get("/health")
 async def health() -> Health:
     """Check whether the service can read and write its database: 200, or 503 with what is wrong."""
-    verb, reason = "read", f"another writer holds the lock for {PROBE_TIMEOUT} s"
+    verb = "read"
     try:
         await database.read(pagination.last_event_id)
-        if time.monotonic() - _Probe.at > PROBE_INTERVAL:
-            verb = "written"
-            # One for all requests; whoever holds the lock, the answer must come.
-            if _Probe.running is None or _Probe.running.done():
-                probe = Setting(key="probed", value=models.utcnow().isoformat())
-                _Probe.running = asyncio.create_task(database.write(Session.merge, probe))
-            await asyncio.wait_for(asyncio.shield(_Probe.running), PROBE_TIMEOUT)
-            _Probe.at = time.monotonic()
-    except (DBAPIError, TimeoutError) as error:
-        log.error("the database can't be %s: %s", verb, getattr(error, "orig", reason))
+        verb = "written"
+        await database.write(claim_job, "probe", PROBE_INTERVAL)  # it always takes the lock, and writes if it is due
+    except DBAPIError as error:
+        log.error("the database can't be %s: %s", verb, error.orig)
         raise HTTPException(503, f"The database can't be {verb}.", {"Retry-After": "5"}) from None
     return Health(status="ok", version=VERSION, database=database.backend().kind)
 
@@ -277,8 +253,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 
     At SIGTERM, sse-starlette sets `events.tail.closing` and streams end; a running import releases its upload after the
     present batch, and retries of mails are dropped. uvicorn waits for requests and background tasks, at most for its
-    `--timeout-graceful-shutdown`, and only then ends this. What is left over is resumed by `resume_uploads` at the next
-    start.
+    `--timeout-graceful-shutdown`, and only then ends this. Uploads that are left over go on at the next start.
     """
     configure_logging()
     raise_file_limit()
@@ -287,21 +262,12 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     sys.setswitchinterval(0.0005)
     gc.freeze()  # a full collection took 50 ms
     await when_available(database.open_database, settings.database_url)
-    serving = False
     try:
         last_event_id = await when_available(database.write_sync, events.continue_ids)
         await when_available(security.prepare)
         security.open_rate_limits()
         async with events.tail.running(last_event_id), recurring_jobs():
-            serving = True
             yield
-    except Exception:
-        # uvicorn ends by itself if the start fails, but not later: without its lifespan it would answer everything with
-        # 500. Stop it, so that its supervisor starts it again.
-        if serving and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            log.exception("stopping the service")
-            signal.raise_signal(signal.SIGTERM)
-        raise
     finally:
         await database.close_database()
 
@@ -342,7 +308,7 @@ if settings.cors_origins:
         CORSMiddleware,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-        allow_headers=["Authorization", "If-Match", "If-None-Match", "Last-Event-ID"],
+        allow_headers=["Authorization", "Idempotency-Key", "If-Match", "If-None-Match", "Last-Event-ID"],
         expose_headers=["ETag", "Link", "Location", "Retry-After", "X-Event-Cursor", "X-Request-ID"],
     )
 app.add_middleware(RequestMiddleware)  # outermost, so that its headers are on errors of the others, too
