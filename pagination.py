@@ -171,6 +171,7 @@ class JsonPage(NamedTuple):
     total: int
     next: str | None
     event_cursor: int | None = None  # id of the last event that the page includes
+    suggestions: list[str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,8 +348,9 @@ def page_response(request: Request, page: JsonPage) -> Response:
     if page.event_cursor is not None:
         headers["X-Event-Cursor"] = str(page.event_cursor)
     following = "null" if page.next is None else f'"{page.next}"'
+    more = "" if page.suggestions is None else f',"suggestions":{database.to_json(page.suggestions)}'
     return json_response(
-        f'{{"items":[{",".join(page.items)}],"total":{page.total},"next":{following}}}', headers=headers
+        f'{{"items":[{",".join(page.items)}],"total":{page.total},"next":{following}{more}}}', headers=headers
     )
 
 
