@@ -440,7 +440,7 @@ DOCS_CSP = (
 )
 # Trusted types: browsers refuse to use text as HTML.
 PAGE_CSP = (
-    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; base-uri 'none'; "
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; base-uri 'self'; "
     b"form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
 VERIFY_CSP = b"default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -514,7 +514,8 @@ class RequestMiddleware:
 
 def common_headers(scope: Scope, path: str, has_etag: bool) -> Iterator[tuple[bytes, bytes]]:
     yield from SECURITY_HEADERS
-    policy = VERIFY_CSP if path.startswith(VERIFY_LINK) else CSP_BY_PATH.get(path, DEFAULT_CSP)
+    page = "/" if path.startswith("/b/") else path
+    policy = VERIFY_CSP if path.startswith(VERIFY_LINK) else CSP_BY_PATH.get(page, DEFAULT_CSP)
     yield b"content-security-policy", policy
     if scope["scheme"] == "https":
         yield HSTS
