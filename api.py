@@ -294,12 +294,18 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            names = [name for name, _ in request.query_params.multi_items()]
-            for name in Counter(names) - Counter({*names}):
+            if (name := repeated_parameter(request.scope)) is not None:
                 raise InvalidField(name, "is given twice", "query")
             return await handle(request)
 
         return handle_strictly
+
+
+def repeated_parameter(scope: Scope) -> str | None:
+    if b"&" not in scope["query_string"]:
+        return None
+    names = [name for name, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)]
+    return next(iter(Counter(names) - Counter({*names})), None)
 
 
 class Router(APIRouter):
@@ -347,6 +353,8 @@ class FastRoute(StrictRoute):
                 self.body = name, TypeAdapter(parameter.annotation).validate_python
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if repeated_parameter(scope) is not None:
+            return await self.ordinary(scope, receive, send)
         values: dict[str, Any] = {}
         for name, checks in self.user_checks.items():
             values[name] = await security.get_principal(_token(scope))
@@ -384,17 +392,10 @@ def _reader(name: str, parameter: inspect.Parameter, marks: Any) -> Reader:
     if isinstance(mark, params.Path):
         return lambda scope: validate(scope["path_params"][name])
     if isinstance(mark, params.Query):
-        return lambda scope: validate(_query(scope))
+        return lambda scope: validate(dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)))
     assert isinstance(mark, params.Header)
     header = name.replace("_", "-").encode()
     return lambda scope: validate(_header(scope, header))
-
-
-def _query(scope: Scope) -> dict[str, str]:
-    pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    if len(values := dict(pairs)) < len(pairs):
-        raise ValueError("a parameter is given twice")
-    return values
 
 
 def _is_plain_json(scope: Scope) -> bool:

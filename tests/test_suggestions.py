@@ -75,7 +75,7 @@ def test_a_search_that_finds_nothing_suggests_the_nearest_words(catalogue: TestC
 
 
 def test_suggestions_are_for_the_search_within_the_other_filters(catalogue: TestClient) -> None:
-    cases = [
+    cases: list[tuple[dict[str, Any], Any]] = [
         ({"search": "tolkein"}, ["tolkien"]),
         ({"search": "tolkein", "sort": "title"}, ["tolkien"]),
         ({"search": "tolkein", "title": "hobbit"}, ["tolkien"]),
