@@ -168,7 +168,7 @@ def best_first(
 # --- did you mean -------------------------------------------------------------------------------------------------
 
 TERM: Any = sa.table("word", sa.column("term", sa.String)).c.term  # all words of the index
-MAX_VARIED = 2  # words of a query; the nearest of each take some 5 ms in 100,000 books
+MAX_VARIED = 2  # words of a query; the nearest of each take 5 to 10 ms in 100,000 books
 MAX_SCANNED = 20_000  # of the words with the same beginning
 MIN_RATIO = 0.7  # of what two words have in common
 MAX_TRIED, MAX_SUGGESTIONS = 10, 5  # queries
