@@ -8,6 +8,7 @@ import re
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import Annotated, Any, Concatenate
@@ -443,7 +444,7 @@ DOCS_CSP = (
 )
 # Trusted types: browsers refuse to use text as HTML.
 PAGE_CSP = (
-    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; base-uri 'none'; "
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; base-uri 'self'; "
     b"form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
 VERIFY_CSP = b"default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -459,7 +460,8 @@ CORS_REFUSED = "Not allowed for this origin, method or header (see CORS_ORIGINS)
 
 
 class RequestMiddleware:
-    """For every path: access log, request id, security headers, HEAD as GET, and `/books/` as `/books`."""
+    """For every path: access log, request id, security headers, HEAD as GET, `/books/` as `/books`, and no parameter
+    twice."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -503,10 +505,14 @@ class RequestMiddleware:
                     access_log.info("%s %s %d %.1f ms %s", scope["method"], address, status, milliseconds, request_id)
             await send(message)
 
+        app: ASGIApp = self.app
+        if (name := repeated_parameter(scope)) is not None:
+            error = field_error(name, "is given twice", "value_error", "query")
+            app = problem(422, f"{name}: is given twice", errors=[error])
         try:
-            if not settings.public_catalogue and (error := await refuse_visitor(scope, path)) is not None:
-                return await error(inner, receive, send_response)
-            await self.app(inner, receive, send_response)
+            if not settings.public_catalogue:
+                app = await refuse_visitor(scope, path) or app
+            await app(inner, receive, send_response)
         except Exception:  # a bug, or the connection is lost
             if not status:
                 await problem(500, INTERNAL_ERROR)(scope, receive, send_response)
@@ -526,9 +532,18 @@ async def refuse_visitor(scope: Scope, path: str) -> Response | None:
     return None
 
 
+def repeated_parameter(scope: Scope) -> str | None:
+    """A parameter that is given twice. FastAPI would take the last one."""
+    if b"&" not in scope["query_string"]:
+        return None
+    names = [name for name, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)]
+    return next(iter(Counter(names) - Counter({*names})), None)
+
+
 def common_headers(scope: Scope, path: str, has_etag: bool) -> Iterator[tuple[bytes, bytes]]:
     yield from SECURITY_HEADERS
-    policy = VERIFY_CSP if path.startswith(VERIFY_LINK) else CSP_BY_PATH.get(path, DEFAULT_CSP)
+    page = "/" if path.startswith("/b/") else path
+    policy = VERIFY_CSP if path.startswith(VERIFY_LINK) else CSP_BY_PATH.get(page, DEFAULT_CSP)
     yield b"content-security-policy", policy
     if scope["scheme"] == "https":
         yield HSTS

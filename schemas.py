@@ -152,6 +152,7 @@ Timestamp = Annotated[datetime, BeforeValidator(_check_iso), AfterValidator(_to_
 Rating = Annotated[float, Field(ge=0.25, le=5, multiple_of=0.25), AfterValidator(models.to_quarters), Number]
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
 BodyId = Annotated[int, Number, Field(ge=1, le=MAX_ID)]
+AddedBy = Annotated[str, Field(pattern=pattern("^(me|[0-9]{1,10})$", "must be `me` or the id of a user"))]
 USERNAME_PATTERN = pattern(
     r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "must be of the letters A to Z, digits, '.', '_' and '-', a letter or digit first"
 )
