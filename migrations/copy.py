@@ -61,7 +61,7 @@ def opened(file: Path) -> Iterator[Connection]:
 
 
 def require_same_version(source: Connection, target: Connection, file: Path) -> None:
-    revision = sa.select(sa.column("version_num")).select_from(sa.table("alembic_version"))
+    revision: sa.Select[Any] = sa.select(sa.column("version_num")).select_from(sa.table("alembic_version"))
     if not sa.inspect(source).has_table("alembic_version"):
         raise Refused(f"{file} is no database of this service")
     found, needed = source.scalar(revision), target.scalar(revision)
@@ -82,7 +82,7 @@ def require_empty(target: Connection) -> None:
 
 def copy_table(source: Connection, target: Connection, table: sa.Table) -> int:
     copied, has_blobs = 0, any(isinstance(column.type, sa.LargeBinary) for column in table.columns)
-    rows = source.execute(sa.select(table)).mappings()
+    rows: Any = source.execute(sa.select(table)).mappings()
     for batch in rows.partitions(BLOBS if has_blobs else BATCH):
         Postgresql.copy_rows(target, table, batch)
         copied += len(batch)
