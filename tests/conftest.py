@@ -14,7 +14,6 @@ NEEDS = {
     "test_docs.py": "jsonschema_rs",
     "test_schema.py": "schemathesis",
     "data/schema_hooks.py": "schemathesis",
-    "test_start.py": "uv",
     "test_page.py": "axe_playwright_python",
 }
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]

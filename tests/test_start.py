@@ -1,6 +1,7 @@
 """Starting the service other than as the README's first command does: by uv, by FastAPI's command, on Windows."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+from settings import Settings, check_database_url
 from tests.fixtures import DUNE, ROOT, Person, free_port, wait_for
 
 
@@ -59,11 +61,14 @@ def clone(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.sqlite
 def test_uv_starts_the_service_from_a_clone(clone: Path) -> None:
-    uv = [str(Path(sys.executable).with_name("uv")), "run", "--python", sys.executable]
-    environment = {"DATABASE_URL": f"sqlite:///{clone.parent}/books.db"}
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert uv, "install tests/requirements.txt"
+    environment = {"DATABASE_URL": f"sqlite:///{clone.parent}/books.db", "UV_SYSTEM_CERTS": "true"}
     for command in (["uvicorn", "main:app"], ["fastapi", "dev"]):
         port = free_port()
-        with started([*uv, *command, "--port", str(port)], clone, port, **environment) as client:
+        with started(
+            [uv, "run", "--python", sys.executable, *command, f"--port={port}"], clone, port, **environment
+        ) as client:
             assert client.get("/books").json()["total"] == 0
     unknown = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True)
     assert [line for line in unknown.stdout.splitlines() if not line.startswith("A ")] == []
@@ -108,3 +113,23 @@ def test_it_works_without_the_modules_that_windows_lacks(tmp_path: Path) -> None
         assert client.get("/books", params={"search": "dune"}).json()["total"] == 1
         assert "Books" in client.get("/").text
         assert client.get("/stream", params={"limit": 1, "seconds": 1}).text.startswith("event: ready")
+
+
+def test_the_container_files_agree_with_the_service() -> None:
+    dockerfile, compose = (ROOT / "Dockerfile").read_text(), (ROOT / "compose.yaml").read_text()
+    version = (ROOT / ".python-version").read_text().strip()
+    assert re.findall(r"^ARG BASE=.*:(.*)-slim$", dockerfile, re.MULTILINE) == [version]
+    assert "sqlite:////data/books.db" in re.findall(r"^ENV DATABASE_URL=(.*)$", dockerfile, re.MULTILINE)
+    assert "${DATABASE_URL:-sqlite:////data/books.db}" in compose
+    assert "127.0.0.1:8000:8000" in compose, "development mode is for this machine only"
+    copied = {name for line in re.findall(r"^COPY (?!--)(.*) \S+$", dockerfile, re.MULTILINE) for name in line.split()}
+    assert copied == {"requirements.txt", "LICENSE", "*.py", "migrations", "static"}, "no .env, no books.db"
+
+
+def test_the_documented_settings_of_compose_are_valid() -> None:
+    documented = (ROOT / "docs" / "deploying.md").read_text().partition("COMPOSE_PROFILES=")[2].partition("```")[0]
+    values = dict(line.split("=", 1) for line in documented.splitlines()[1:])
+    assert check_database_url(values["DATABASE_URL"]).endswith(
+        f"//books:{values['POSTGRES_PASSWORD']}@postgresql/books"
+    )
+    assert {name.lower() for name in values} - {"postgres_password"} <= set(Settings.model_fields)
