@@ -16,4 +16,4 @@ NEEDS = {
     "data/schema_hooks.py": "schemathesis",
     "test_page.py": "axe_playwright_python",
 }
-collect_ignore = [f"tests/{file}" for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
+collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
