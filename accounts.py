@@ -19,7 +19,7 @@ import mail
 import models
 import security
 from api import MAX_ACCOUNT_BODY, Router, errors, or_404
-from auth import end_sessions
+from auth import ENDS_SESSION, end_sessions
 from events import record_account_event
 from mail import Email
 from models import CodePurpose, InvalidField, LoginSession, OneTimeCode, Principal, Role, User
@@ -244,7 +244,7 @@ class PasswordReset(RequestModel):
     new_password: Password = Field(examples=["a short way home"])
 
 
-@router.post("/auth/reset-password", status_code=204, responses=errors(429))
+@router.post("/auth/reset-password", status_code=204, dependencies=ENDS_SESSION, responses=errors(429))
 async def reset_password(body: PasswordReset, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password with the code that was mailed. Ends every session."""
     refuse_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS

@@ -185,6 +185,11 @@ HEADERS = {
     "Link": (False, "The next page, with `rel=next`, except on the last.", '</books?cursor=WyJpZCIsMjBd>; rel="next"'),
     "Location": (True, "The address of what was made.", "/books/1"),
     "Retry-After": (False, "Seconds until another try is worthwhile.", "60"),
+    "Set-Cookie": (
+        False,
+        "The refresh token, for pages of this service that asked for it; cleared where the session ends.",
+        "refresh_token=eyJhbGci; HttpOnly; Max-Age=1209600; Path=/auth; SameSite=strict",
+    ),
     "WWW-Authenticate": (True, "Always `Bearer`.", "Bearer"),
     "X-Event-Cursor": (True, "The id of the last event that this page includes: follow from there.", "1795254571301"),
 }
@@ -219,12 +224,13 @@ def complete_openapi(schema: dict[str, Any]) -> None:
     }
     components["responses"] = {_name(status): _error_response(status) for status in ERRORS}
     for operation in (operation for path in schema["paths"].values() for operation in path.values()):
-        for parameter in operation.get("parameters", ()):
-            choices = parameter["schema"].get("anyOf", [])
-            if {"type": "null"} in choices:  # an address or a header has no null: it is left out
+        contents = operation.get("requestBody", {}).get("content", {}).values()
+        for part in (*operation.get("parameters", ()), *contents):
+            choices = part["schema"].get("anyOf", [])
+            if {"type": "null"} in choices:  # an address, a header or a body has no null: it is left out
                 choices.remove({"type": "null"})
                 if len(choices) == 1:
-                    parameter["schema"] |= parameter["schema"].pop("anyOf")[0]
+                    part["schema"] |= part["schema"].pop("anyOf")[0]
         if "security" in operation:
             operation["responses"].setdefault("401", errors(401)[401])
         for response in operation["responses"].values():
