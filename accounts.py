@@ -77,7 +77,7 @@ PAGE = (
     '<body><main class="frame"><div class="panel"><h1>{heading}</h1>{content}</div></main></body></html>'
 )
 LINK_RESPONSES = errors(404, 409) | {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
-LinkToken = Annotated[str, Path(max_length=100), Storable]
+LinkToken = Annotated[str, Path(max_length=100, examples=["kJ3vYd0Tn1xQ"]), Storable]
 
 
 class Confirmed(BaseModel):

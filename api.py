@@ -223,14 +223,20 @@ def complete_openapi(schema: dict[str, Any]) -> None:
         for name, (always, text, example) in HEADERS.items()
     }
     components["responses"] = {_name(status): _error_response(status) for status in ERRORS}
-    for operation in (operation for path in schema["paths"].values() for operation in path.values()):
-        contents = operation.get("requestBody", {}).get("content", {}).values()
-        for part in (*operation.get("parameters", ()), *contents):
+    schema["security"] = []  # where an operation names none
+    for method, operation in (item for path in schema["paths"].values() for item in path.items()):
+        bodies = operation.get("requestBody", {}).get("content", {}).values()
+        for part in (*operation.get("parameters", ()), *bodies):
             choices = part["schema"].get("anyOf", [])
             if {"type": "null"} in choices:  # an address, a header or a body has no null: it is left out
                 choices.remove({"type": "null"})
                 if len(choices) == 1:
                     part["schema"] |= part["schema"].pop("anyOf")[0]
+            if "examples" in part["schema"] or part.get("in") == "path":  # where /docs looks for what it fills in
+                part["example"] = part["schema"].pop("examples", [1])[0]
+        for body in bodies if method == "patch" else ():  # what is left out stays as it is
+            for field in components["schemas"][body["schema"]["$ref"].rpartition("/")[2]]["properties"].values():
+                field.pop("default", None)
         if "security" in operation:
             operation["responses"].setdefault("401", errors(401)[401])
         for response in operation["responses"].values():
@@ -244,8 +250,6 @@ def _error_response(status: int) -> dict[str, Any]:
     if status == 422:
         example["errors"] = [{"loc": ["body", "title"], "msg": "Field required", "type": "missing"}]
     content: dict[str, Any] = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
-    if status == 400:  # uvicorn answers broken HTTP by itself
-        content["text/plain"] = {"schema": {"type": "string"}, "example": "Invalid HTTP request received."}
     response: dict[str, Any] = {"description": description, "content": content}
     return response | ({"headers": {n: {"$ref": f"#/components/headers/{n}"} for n in headers}} if headers else {})
 

@@ -19,7 +19,7 @@ import anyio.to_thread
 import sqlalchemy as sa
 from fastapi import BackgroundTasks, Form, HTTPException, Path, Query, Request, Response, UploadFile
 from fastapi.routing import APIRoute
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from sqlalchemy import Connection
 from sqlalchemy.orm import aliased
 from sqlmodel import Session, col
@@ -69,7 +69,7 @@ def _is_file(part: object) -> object:
 
 
 class ShelfForm(RequestModel):
-    file: Annotated[UploadFile, BeforeValidator(_is_file)]
+    file: Annotated[UploadFile, BeforeValidator(_is_file), WithJsonSchema({"type": "string", "format": "binary"})]
     on_duplicate: OnDuplicate = Field(
         default=OnDuplicate.skip,
         description="Skip what is here already, or change it to the values in the file, where it has any.",

@@ -100,7 +100,7 @@ def test_a_body_is_used_instead_of_the_cookie(page: TestClient, cookie: str) -> 
 
 @pytest.mark.parametrize("cookie", [None, "", "nonsense", '"quoted"', "x" * 5000, "\xe4"], ids=repr)
 def test_a_refresh_without_a_valid_token_is_401(page: TestClient, cookie: str | None) -> None:
-    headers = {} if cookie is None else {"Cookie": f"refresh_token={cookie}".encode("latin-1")}
+    headers: Any = {} if cookie is None else {"Cookie": f"refresh_token={cookie}".encode("latin-1")}
     answer = page.post("/auth/refresh", headers=headers)
     assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
     assert is_cleared(answer) if cookie else "Set-Cookie" not in answer.headers
