@@ -150,7 +150,7 @@ def takes(media_type: str, **more: Any) -> dict[str, Any]:
     "/auth/token",
     name="token",
     summary=TOKEN_SUMMARY,
-    openapi_extra=takes("application/x-www-form-urlencoded"),
+    openapi_extra=takes("application/x-www-form-urlencoded", title="LoginForm"),
     **LOGIN,
 )
 async def login(

@@ -313,7 +313,6 @@ def most_frequent(names: Iterable[str]) -> list[tuple[str, int]]:
     "/my-library/export",
     response_class=StreamingResponse,
     responses={200: {"description": "The file, streamed.", **pagination.CSV_FILE}},
-    tags=["In and out"],
 )
 async def export_library(user: CurrentUser) -> StreamingResponse:
     """Download my shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""

@@ -195,7 +195,8 @@ def example(**values: Any) -> dict[str, Any]:
 # Types of response fields, with an example.
 Moment = Annotated[datetime, Field(examples=["2026-03-08T18:00:00Z"])]
 Count = Annotated[int, Field(examples=[2])]
-Stars = Annotated[int | float, Field(description="In quarters; whole stars are whole numbers.", examples=[5])]
+STARS = {"type": "number", "description": "In quarters; whole stars are whole numbers.", "examples": [5]}
+Stars = Annotated[int | float, pydantic.WithJsonSchema(STARS)]
 PublicId = Annotated[int, Field(examples=[1])]
 
 
@@ -206,7 +207,11 @@ class Problem(BaseModel):
     title: str = Field(examples=["Not Found"])
     status: int = Field(examples=[404])
     detail: str = Field(examples=["No such book."])
-    errors: list["FieldError"] | None = Field(default=None, description="Which fields, with 409 and 422.")
+    errors: list["FieldError"] | None = Field(
+        default=None,
+        description="Which fields, with 409 and 422.",
+        json_schema_extra=lambda schema: schema.pop("default"),
+    )
 
 
 class FieldError(BaseModel):

@@ -156,10 +156,10 @@ class UploadRoute(APIRoute):
         return handle_upload
 
 
-uploading = Router(tags=["In and out"], route_class=UploadRoute)
+uploading = Router(route_class=UploadRoute)
 
 
-@uploading.post("/books/upload", responses=errors(403) | RESPONSES, **ACCEPTED)
+@uploading.post("/books/upload", tags=["In and out"], responses=errors(403) | RESPONSES, **ACCEPTED)
 async def upload_books(
     form: Annotated[UploadForm, Form(media_type="multipart/form-data")],
     _query: Annotated[NoQuery, Query()],
