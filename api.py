@@ -217,6 +217,7 @@ def complete_openapi(schema: dict[str, Any]) -> None:
     """Add the components that `errors` refers to, 401 where a token is read, and what FastAPI can't express."""
     components = schema["components"]
     shape = Problem.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+    shape["properties"]["errors"].pop("default")
     components["schemas"] |= {**shape.pop("$defs"), "Problem": shape}
     components["headers"] = {
         name: {"description": text, "required": always, "schema": {"type": "string"}, "example": example}
@@ -225,17 +226,15 @@ def complete_openapi(schema: dict[str, Any]) -> None:
     components["responses"] = {_name(status): _error_response(status) for status in ERRORS}
     schema["security"] = []  # where an operation names none
     for method, operation in (item for path in schema["paths"].values() for item in path.items()):
-        bodies = operation.get("requestBody", {}).get("content", {}).values()
-        for part in (*operation.get("parameters", ()), *bodies):
-            choices = part["schema"].get("anyOf", [])
-            if {"type": "null"} in choices:  # an address, a header or a body has no null: it is left out
-                choices.remove({"type": "null"})
-                if len(choices) == 1:
-                    part["schema"] |= part["schema"].pop("anyOf")[0]
-            if "examples" in part["schema"] or part.get("in") == "path":  # where /docs looks for what it fills in
-                part["example"] = part["schema"].pop("examples", [1])[0]
-        for body in bodies if method == "patch" else ():  # what is left out stays as it is
-            for field in components["schemas"][body["schema"]["$ref"].rpartition("/")[2]]["properties"].values():
+        for parameter in operation.get("parameters", ()):
+            shape = parameter["schema"]
+            if {"type": "null"} in shape.get("anyOf", ()):  # an address or a header has no null: it is left out
+                shape |= shape.pop("anyOf")[0]
+            if "examples" in shape or parameter["in"] == "path":  # where /docs looks for what it fills in
+                parameter["example"] = shape.pop("examples", [1])[0]
+        if method == "patch":  # what is left out stays as it is
+            reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+            for field in components["schemas"][reference.rpartition("/")[2]]["properties"].values():
                 field.pop("default", None)
         if "security" in operation:
             operation["responses"].setdefault("401", errors(401)[401])

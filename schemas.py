@@ -207,11 +207,7 @@ class Problem(BaseModel):
     title: str = Field(examples=["Not Found"])
     status: int = Field(examples=[404])
     detail: str = Field(examples=["No such book."])
-    errors: list["FieldError"] | None = Field(
-        default=None,
-        description="Which fields, with 409 and 422.",
-        json_schema_extra=lambda schema: schema.pop("default"),
-    )
+    errors: list["FieldError"] | None = Field(default=None, description="Which fields, with 409 and 422.")
 
 
 class FieldError(BaseModel):
