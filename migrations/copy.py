@@ -21,7 +21,7 @@ from sqlmodel import SQLModel
 
 import database
 import models  # noqa: F401  # the tables
-from postgresql import WRITE_LOCK, Postgresql, postgresql_migration
+from postgresql import WRITE_LOCK, Postgresql, migration_engine
 from settings import settings
 
 BATCH = 1000  # rows
@@ -82,10 +82,13 @@ def require_empty(target: Connection) -> None:
 
 def copy_table(source: Connection, target: Connection, table: sa.Table) -> int:
     copied, has_blobs = 0, any(isinstance(column.type, sa.LargeBinary) for column in table.columns)
-    rows: Any = source.execute(sa.select(table)).mappings()
-    for batch in rows.partitions(BLOBS if has_blobs else BATCH):
-        Postgresql.copy_rows(target, table, batch)
-        copied += len(batch)
+    types = [column.type.dialect_impl(target.dialect) for column in table.columns]
+    processors = [type_.bind_processor(target.dialect) or (lambda value: value) for type_ in types]
+    names = [column.name for column in table.columns]
+    for batch in source.execute(sa.select(table)).partitions(BLOBS if has_blobs else BATCH):
+        rows = [[process(value) for process, value in zip(processors, row, strict=True)] for row in batch]
+        Postgresql.insert_many(target.connection.dbapi_connection, table, names, rows)
+        copied += len(rows)
     return copied
 
 
@@ -99,7 +102,7 @@ def copy_sequences(source: Connection, target: Connection) -> None:
 def copy(file: Path, url: str) -> None:
     started = time.monotonic()
     database.migrate(url)
-    with opened(file) as source, postgresql_migration(url) as target:
+    with opened(file) as source, migration_engine(url).begin() as target:
         target.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITE_LOCK)))
         require_same_version(source, target, file)
         require_empty(target)
