@@ -82,7 +82,7 @@ def require_empty(target: Connection) -> None:
 
 def copy_table(source: Connection, target: Connection, table: sa.Table) -> int:
     copied, has_blobs = 0, any(isinstance(column.type, sa.LargeBinary) for column in table.columns)
-    types = [column.type.dialect_impl(target.dialect) for column in table.columns]
+    types: list[Any] = [column.type.dialect_impl(target.dialect) for column in table.columns]
     processors = [type_.bind_processor(target.dialect) or (lambda value: value) for type_ in types]
     names = [column.name for column in table.columns]
     for batch in source.execute(sa.select(table)).partitions(BLOBS if has_blobs else BATCH):

@@ -135,7 +135,8 @@ def test_numbers_have_their_bounds(model: str, field: str) -> None:
     schema = COMPONENTS[model]["properties"][field]
     number = schema.get("anyOf", [schema])[0]
     assert number["type"] in ("number", "integer")
-    assert {name: number[name] for name in BOUNDS[model, field]} == BOUNDS[model, field]
+    expected: dict[str, Any] = BOUNDS[model, field]
+    assert {name: number[name] for name in expected} == expected
     assert "pattern" not in number
 
 
