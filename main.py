@@ -38,10 +38,15 @@ and `write_sync`.
 
 import asyncio
 import contextlib
+import csv
 import gc
 import hashlib
+import html
+import json
 import logging
 import os
+import re
+import secrets
 import sqlite3
 import sys
 import tempfile
@@ -49,14 +54,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import anyio.to_thread
-from fastapi import FastAPI, Header, HTTPException, Response
+import fastapi_offline
+import sqlalchemy as sa
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
-from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlmodel import Session, col
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
@@ -68,6 +75,7 @@ import covers
 import database
 import events
 import external
+import imports
 import library
 import loans
 import models
@@ -75,8 +83,8 @@ import pagination
 import security
 import uploads
 import users
-from api import HANDLERS, RequestMiddleware, Router, disk_full, errors
-from models import claim_job
+from api import HANDLERS, RequestMiddleware, Router, disk_full, errors, or_404
+from models import Book, User, claim_job
 from settings import STATIC, VERSION, settings
 
 if sys.platform != "win32":
@@ -228,6 +236,34 @@ def read_copy(copy: BinaryIO) -> Iterator[bytes]:
         yield from iter(lambda: copy.read(1 << 20), b"")
 
 
+# --- sample data --------------------------------------------------------------------------------------------------
+
+
+def add_sample(session: Session) -> None:
+    """Classics, copies and reviews, in a database that has never had a user, and so no books."""
+    if session.scalar(sa.select(col(User.id)).limit(1)) is not None:
+        return
+    books, reviews = (
+        list(csv.reader((STATIC / f"sample_{name}.csv").read_text("utf-8").splitlines()))
+        for name in ("books", "reviews")
+    )
+    password_hash = security.passwords.hash(secrets.token_hex())  # nobody knows this password
+    for name in dict.fromkeys(row[0] for row in reviews[1:]):
+        username = name.lower().replace(" ", ".")
+        reader = User(
+            username=username, full_name=name, email=f"{username}@sample.invalid", password_hash=password_hash
+        )
+        session.add(reader)
+        session.flush()
+        if books:
+            imports.import_records(session, reader, "sample_books.csv", books, shelve=False)
+            books = []
+        own = [row for row in reviews if row[0] in (reviews[0][0], name)]
+        imports.import_records(session, reader, "sample_reviews.csv", own, shelve=True)
+    for book_id in session.scalars(sa.select(col(Book.id)).where(col(Book.id) % 3 > 0)).all():
+        loans.move_stock(session, book_id, copies=book_id % 3, available=book_id % 3)
+
+
 # --- lifespan -----------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +300,8 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     await when_available(database.open_database, settings.database_url)
     try:
         last_event_id = await when_available(database.write_sync, events.continue_ids)
+        if settings.sample:
+            await when_available(database.write_sync, add_sample)
         await when_available(security.prepare)
         security.open_rate_limits()
         async with events.tail.running(last_event_id), recurring_jobs():
@@ -277,7 +315,29 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 FRONT_PAGE = (STATIC / "index.html").read_text("utf-8")
 if settings.makes_admin_admin:
     FRONT_PAGE = FRONT_PAGE.replace("<body>", '<body data-hint="In development mode: admin / admin.">')
-FRONT_ETAG = f'"{hashlib.sha256(FRONT_PAGE.encode()).hexdigest()[:32]}"'
+
+
+def render_page(request: Request, page: str, if_none_match: str | None) -> Response:
+    """The page, which browsers revalidate each time. Its addresses do not depend on its own."""
+    root = html.escape(request.scope.get("root_path", "").rstrip("/"))
+    page = page.replace("<head>", f'<head>\n<base href="{root}/">', 1)
+    etag = f'"{hashlib.sha256(page.encode()).hexdigest()[:32]}"'
+    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    if if_none_match is not None and books.etag_matches(if_none_match, etag, f"W/{etag}"):
+        return Response(status_code=304, headers=headers)
+    return HTMLResponse(page, headers=headers)
+
+
+# --- Redoc --------------------------------------------------------------------------------------------------------
+
+REDOC = Path(fastapi_offline.__file__).parent / "static" / "redoc.standalone.js"
+
+
+@router.get("/static-offline-docs/redoc.standalone.js", include_in_schema=False)
+def redoc() -> Response:
+    """Redoc without its logo, which is on another host: browsers report that the policy forbids it."""
+    script = REDOC.read_text("utf-8").replace("https://cdn.redoc.ly/redoc/logo-mini.svg", "data:,")
+    return Response(script, media_type="text/javascript")
 
 
 # --- the app ------------------------------------------------------------------------------------------------------
@@ -292,7 +352,7 @@ TAGS = {
     "Users": "My account and all that is stored about me; for admins, all accounts.",
     "Service": "Health, and a copy of the database.",
 }
-app = FastAPIOffline(
+app = fastapi_offline.FastAPIOffline(
     title="Books API",
     version=VERSION,
     summary="A catalogue, personal shelves with reviews, a lending desk, CSV import, and a live feed of every change.",
@@ -301,6 +361,9 @@ app = FastAPIOffline(
     lifespan=lifespan,
     exception_handlers=HANDLERS,
     openapi_tags=[{"name": name, "description": text} for name, text in TAGS.items()],
+    servers=[{"url": "/"}],
+    license_info={"name": "MIT", "identifier": "MIT"},
+    swagger_ui_parameters={"persistAuthorization": True},
     redirect_slashes=False,
 )
 if settings.cors_origins:
@@ -331,12 +394,23 @@ app.openapi = openapi  # type: ignore[method-assign]  # FastAPI docs, "Extending
 
 
 @app.get("/", include_in_schema=False)
-async def front_page(if_none_match: Annotated[str | None, Header()] = None) -> Response:
-    """The front page, which browsers revalidate each time."""
-    headers = {"ETag": FRONT_ETAG, "Cache-Control": "no-cache"}
-    if if_none_match is not None and books.etag_matches(if_none_match, FRONT_ETAG, f"W/{FRONT_ETAG}"):
-        return Response(status_code=304, headers=headers)
-    return HTMLResponse(FRONT_PAGE, headers=headers)
+async def front_page(request: Request, if_none_match: books.IfNoneMatch = None) -> Response:
+    return render_page(request, FRONT_PAGE, if_none_match)
+
+
+@app.get("/b/{book_id:id}", include_in_schema=False)
+async def book_page(request: Request, book_id: books.BookId, if_none_match: books.IfNoneMatch = None) -> Response:
+    """The front page with the tags that previews of links show (https://ogp.me). It opens the book of `data-book`."""
+    text, _ = or_404(await database.read(books.FIND_BOOK.first, {"book_id": book_id}), books.NO_BOOK)
+    book, address = json.loads(text), str(request.base_url)
+    description = book["description"] or f"A book by {book['author']}."
+    tags = {"type": "book", "title": book["title"], "description": description[:300], "url": f"{address}b/{book_id}"}
+    if book["isbn"] is not None:
+        tags["image"] = f"{address}books/{book_id}/cover?v={book['isbn']}"
+    head = f"<title>{html.escape(book['title'])}</title>"
+    head += "".join(f'\n<meta property="og:{name}" content="{html.escape(tag)}">' for name, tag in tags.items())
+    page = re.sub("<title>.*</title>", lambda _: head, FRONT_PAGE, count=1)
+    return render_page(request, page.replace("<html ", f'<html data-book="{book_id}" ', 1), if_none_match)
 
 
 app.mount("/static", StaticFiles(directory=STATIC), name="static")

@@ -234,7 +234,7 @@ class OneTimeCode(SQLModel, table=True):
     created_at: datetime = now_column()
 
 
-ANSWERS_KEPT = timedelta(days=1)
+ANSWER_LIFETIME = timedelta(days=1)
 
 
 class StoredAnswer(SQLModel, table=True):

@@ -163,6 +163,7 @@ class JsonPage(NamedTuple):
     total: int
     next: str | None
     event_cursor: int  # id of the last event that the page includes
+    suggestions: list[str] | None = None
 
 
 # What a database can compare with a column: PostgreSQL refuses numbers that the column can't hold.
@@ -326,8 +327,9 @@ def page_response(request: Request, page: JsonPage) -> Response:
         pairs = [pair for pair in query.split("&") if pair and not pair.startswith(("offset=", "skip=", "cursor="))]
         headers["Link"] = f'<{url}?{"&".join([*pairs, f"cursor={page.next}"])}>; rel="next"'
     following = "null" if page.next is None else f'"{page.next}"'
+    more = "" if page.suggestions is None else f',"suggestions":{database.to_json(page.suggestions)}'
     return json_response(
-        f'{{"items":[{",".join(page.items)}],"total":{page.total},"next":{following}}}', headers=headers
+        f'{{"items":[{",".join(page.items)}],"total":{page.total},"next":{following}{more}}}', headers=headers
     )
 
 

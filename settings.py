@@ -101,6 +101,7 @@ class Settings(BaseSettings):
     mail_from: Annotated[str, AfterValidator(check_sender)] = "Books API <books@localhost>"
     max_upload_mb: Annotated[int, Field(ge=1, le=1024)] = 100
     event_retention: Annotated[int, Field(ge=1, le=100_000_000)] = 100_000
+    sample: bool = False
     loan_days: Annotated[int, Field(ge=1, le=365)] = 21
     google_books_url: WebUrl = "https://www.googleapis.com/books/v1"
     google_books_key: SecretStr | None = None

@@ -21,6 +21,8 @@ from schemas import PATTERN_MESSAGES
 from settings import Settings, settings
 from tests.fixtures import DUNE, ROOT, Person, Server, wait_for
 
+pytest_plugins = ["tests.fixtures"]  # where this file is run alone, pytest does not see tests/conftest.py
+
 README = ROOT / "README.md"
 TEST_FILES = [ROOT / "test_main.py", *ROOT.glob("tests/test_*.py")]
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -520,7 +522,7 @@ def make_python(folder: Path) -> Path:
 
 # --- the structure of the code ------------------------------------------------------------------------------------
 
-MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.name not in ("conftest.py", "test_main.py"))
+MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.name != "test_main.py")
 
 
 def imported_modules(name: str) -> set[str]:
