@@ -92,7 +92,7 @@ async def on_invalid_request(request: Request, error: RequestValidationError) ->
     first = errors[0]
     field = ".".join(str(part) for part in first["loc"][1:]) or first["loc"][0]
     detail = f"{field}: {first['msg']}"
-    if first["type"] == "json_invalid":  # FastAPI's own message does not give the reason
+    if first["type"] == "json_invalid" and len(first["loc"]) > 1:  # FastAPI's own message does not give the reason
         detail = f"The body is not JSON: {error.errors()[0]['ctx']['error']}, at character {first['loc'][1]}."
     return problem(422, detail, errors=errors)
 
@@ -288,7 +288,7 @@ IdempotencyKey = Annotated[
 
 
 def idempotent(handler: Callable[..., Response]) -> Callable[..., Response]:
-    """Answer a retry as the first request was answered, for `ANSWER_LIFETIME`, in the transaction of the change. 422 for
+    """Answer a retry as the first request was answered, in the transaction of the change, for a day. 422 for
     the same key with another request (draft-ietf-httpapi-idempotency-key-header-07)."""
 
     @functools.wraps(handler)
