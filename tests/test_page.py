@@ -1042,6 +1042,13 @@ def test_the_ticker_is_small_and_opens(classics: Server, visit: Visit) -> None:
     assert header["height"] < 70, "of one line"
     page.get_by_role("button", name="Lately").click()
     expect(page.get_by_role("log", name="What happens").get_by_role("link")).to_have_text("The Epic of Gilgamesh")
+    page.keyboard.press("Escape")
+    expect(page.locator("#log")).to_be_hidden()
+    page.get_by_role("button", name="Lately").click()
+    page.locator("#log").get_by_role("link").click()
+    expect(page.locator("#log")).to_be_hidden()  # or it would cover the book
+    page.go_back()
+    page.get_by_role("button", name="Lately").click()
     page.get_by_label("Hold the ticker").check()
     Person(classics.client, "admin", "admin").add_book(title="Unheard of")
     expect(page.get_by_text("51", exact=True)).to_be_visible()
