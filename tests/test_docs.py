@@ -91,7 +91,7 @@ def test_media_types_have_only_fields_of_openapi_3_1() -> None:
     """`itemSchema` is one of 3.2."""
     assert SCHEMA["openapi"] == "3.1.0"
     for _, node in nodes(SCHEMA):
-        contents = node.get("content", {})
+        contents: Any = node.get("content", {})
         for content in contents.values():
             assert content.keys() <= MEDIA_TYPE_FIELDS, content
 
