@@ -18,7 +18,7 @@ from main import app
 from models import Role
 from tests.fixtures import NEW, PASSWORD, Person, Server, make
 
-DOCS = ("/docs", "/docs/oauth2-redirect", "/redoc")
+DOCS = ("/docs", "/docs/oauth2-redirect", "/redoc", "/static-offline-docs/redoc.standalone.js")
 # "reader" owns what is requested; "deactivated" and "logged-out" still have an access token.
 USERS = ("anonymous", "reader", "other", "librarian", "admin", "deactivated", "logged-out")
 

@@ -238,7 +238,7 @@ BODIES = {
     reference.rpartition("/")[2]
     for _, _, operation in OPERATIONS.values()
     if (body := operation.get("requestBody", {}).get("content", {}).get("application/json"))
-    if (reference := body["schema"].get("$ref"))
+    if (reference := body["schema"].get("anyOf", [body["schema"]])[0].get("$ref"))
 }
 RESPONSES = ("BookPublic", "EntryPublic", "LoanPublic", "UserPublic", "ReviewPublic", "EventPublic", "UploadPublic")
 MORE_RESPONSES = ("SessionPublic", "UploadErrorPublic", "StockPublic", "GenreCount", "Problem", "FieldError", "Health")
