@@ -120,7 +120,7 @@ def test_no_other_shape_needs_null_as_a_default() -> None:
     assert [pointer for pointer, schema in schemas() if schema.get("default", "") is None] == []
 
 
-BOUNDS = {
+BOUNDS: dict[tuple[str, str], Json] = {
     ("EntryUpdate", "rating"): {"minimum": 0.25, "maximum": 5, "multipleOf": 0.25},
     ("BookCreate", "pages"): {"minimum": 1, "maximum": 100_000},
     ("BookUpdate", "publication_year"): {"minimum": -5000, "maximum": 9999},
