@@ -15,5 +15,6 @@ NEEDS = {
     "test_schema.py": "schemathesis",
     "data/schema_hooks.py": "schemathesis",
     "test_page.py": "axe_playwright_python",
+    "test_page_shelf.py": "axe_playwright_python",
 }
 collect_ignore = [f"tests/{file}" for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]

@@ -172,6 +172,7 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     load,
     async open({ page: number = 1, ...values } = {}) { // as its address says; what is drawn already is only looked after
       form?.reset();
+      for (const select of form?.querySelectorAll('select') ?? []) select.selectedIndex = 0; // not what was chosen as its options were drawn
       for (const [name, value] of Object.entries(values)) {
         const field = form?.elements.namedItem(name);
         if (field?.tagName === 'SELECT' && ![...field.options].some(option => option.value === value)) field.append(el('option', { value }, value));
@@ -469,10 +470,7 @@ const reading = pages({ // above the catalogue
   row: item => [thumbnail(item.book), el('div', { class: 'grow' }, el('h3', {}, linkTo(item.book_id, item.book.title)), el('p', { class: 'by' }, el('bdi', {}, item.book.author)), reached(item))],
   empty: () => ['Nothing at the moment. ', link('#/shelf/wishlist', 'Begin a book of your wishlist'), ', or find one below.'],
 });
-function openNow(query) {
-  $('now').hidden = Object.keys(query).length > 0; // a search is about other books
-  if (me && !$('now').hidden) return reading.load(true, 0);
-}
+const openNow = () => me && !$('now').hidden && reading.load(true, 0);
 // What my entry says of days, pages and tags: only what was changed is sent, so that a time of day stays as it is.
 const typed = { page: n => n && Number(n), started_at: date => date && `${date}T12:00:00Z`, finished_at: date => date && `${date}T12:00:00Z`, tags: text => text.split(',').map(tag => tag.trim()).filter(Boolean) };
 function drawDays() {
@@ -736,7 +734,7 @@ function changedUser() {
 // A view is `#/name/id?query`: its title, `who` may see it, what opens it there, and what draws it anew after a change.
 // Its section is `view-name`; one that the page does not hold yet is made, with its title as heading.
 const VIEWS = {
-  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query).then(drawSpines), openNow(query)]), refresh: () => Promise.all([catalogue.load(true), loadGenres(), openNow(at.query)]) },
+  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query).then(drawSpines), openNow()]), refresh: () => Promise.all([catalogue.load(true), loadGenres(), openNow()]) },
   book: { title: 'Book', open: ({ id }) => openBook(Number(id) || 0), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
   add: { title: 'Add a book', who: 'member', open: openAdd },
   shelf: { title: 'My shelf', who: 'member', open: ({ id, query }) => Promise.all([shelf.open({ status: id, ...query }), loadTabs()]), refresh: () => Promise.all([shelf.load(true), loadTabs()]) },
@@ -767,6 +765,7 @@ async function route(moved = false) {
   const from = at, turn = ++routes;
   scrolled.set(entryKey, scrollY);
   at = parse(location.hash);
+  $('now').hidden = Object.keys(at.query).length > 0; // a search is about other books
   if (!history.state?.key) history.replaceState({ key: Date.now() + Math.random(), from: last }, '');
   [entryKey, last] = [history.state.key, location.hash];
   if (history.state.y != null) { scrolled.set(entryKey, history.state.y); history.replaceState({ ...history.state, y: null }, ''); }
