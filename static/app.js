@@ -414,7 +414,7 @@ const shelf = pages({
   el('div', { class: 'aside' }, el('select', { 'aria-label': `Status of ${item.book.title}`, onchange: event => move(node, item, event.target.value) }, options(STATUSES, item.status)),
     link(`#/book/${item.book_id}`, 'Rate and review', { class: 'button' }))],
   skeleton: () => [el('div', { class: 'cover small' }), el('div', { class: 'grow' }, el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '))],
-  empty: (_, { status, ...filters }) => Object.keys(filters).length ? [el('h3', {}, 'Nothing on your shelf is like that.'), link(to(status ? `shelf/${status}` : 'shelf'), 'Show all of it', { class: 'button' })]
+  empty: (_, { status, ...filters }) => Object.keys(filters).length ? [el('h3', {}, 'Nothing on your shelf is like that.'), el('p', { class: 'row' }, link(to(status ? `shelf/${status}` : 'shelf'), 'Show all of it', { class: 'button' }))]
     : [el('h3', {}, 'Nothing here yet.'), el('p', {}, 'Find a book in the catalogue and put it on your shelf, or bring in a shelf from Goodreads, StoryGraph, LibraryThing or BookWyrm.'),
       el('p', { class: 'row' }, link('#/', 'To the catalogue', { class: 'button' }), link('#/import', 'Import', { class: 'button' }))],
 });
@@ -448,16 +448,20 @@ async function move(where, { book_id, book, status: was }, status) {
   await VIEWS[at.name].refresh();
   keepFocus(sectionOf(at.name).querySelector('.rows, .covers'));
 }
-async function loadTabs() { // of the whole shelf, with what else the address asks for
-  const stats = await get('my-library/stats').catch(() => null), { tag } = $('view-shelf').querySelector('form').elements, { page, ...query } = at.query;
+function tabAddress(status) { // with what else the address asks for now
+  const { page, ...query } = parse(location.hash).query;
+  return to(status ? `shelf/${status}` : 'shelf', query);
+}
+async function loadTabs() { // the counts are of the whole shelf
+  const stats = await get('my-library/stats').catch(() => null), list = $('shelf-tabs'), { tag } = $('view-shelf').querySelector('form').elements;
   if (!stats || at.name !== 'shelf') return;
   const tabs = [['', 'All', stats.total], ...Object.entries(STATUSES).map(([status, name]) => [status, name, stats.by_status[status]])];
-  const had = [...$('shelf-tabs').children].indexOf(document.activeElement), was = tag.value;
-  put($('shelf-tabs'), tabs.map(([status, name, count]) => link(to(status ? `shelf/${status}` : 'shelf', query), [name, ' ', el('span', { class: 'soft' }, count.toLocaleString('en'))],
-    { 'aria-current': status === at.id ? 'page' : 'false' })));
-  $('shelf-tabs').children[had]?.focus();
-  const tags = [...new Set([...stats.top_tags.map(({ tag }) => tag), was])].filter(Boolean).sort((a, b) => a.localeCompare(b));
-  put(tag, el('option', { value: '' }, 'All tags'), tags.map(name => el('option', { value: name, selected: name === was }, name)));
+  const had = [...list.children].indexOf(document.activeElement), was = tag.value, tags = new Set([...stats.top_tags.map(({ tag }) => tag), was]);
+  put(list, tabs.map(([status, name, count]) => link(tabAddress(status), [name, ' ', el('span', { class: 'soft' }, count.toLocaleString('en'))],
+    { 'aria-current': status === at.id ? 'page' : 'false', onclick: event => { event.currentTarget.href = tabAddress(status); } })));
+  list.children[had]?.focus();
+  list.scrollLeft = (list.querySelector('[aria-current=page]')?.offsetLeft ?? 0) - list.offsetLeft - 40;
+  put(tag, el('option', { value: '' }, 'All tags'), [...tags].filter(Boolean).sort((a, b) => a.localeCompare(b)).map(name => el('option', { value: name, selected: name === was }, name)));
 }
 $('shelf-export').onclick = once(() => attempt($('view-shelf'), () => saveFile('my-library/export', 'my-library.csv')));
 async function saveFile(path, name) { // which needs the token
@@ -862,7 +866,7 @@ async function follow() {
     const woken = new Promise(done => { wake = done; });
     connection = new AbortController();
     try {
-      const answer = await watched(send(`stream?types=${TYPES}`, { signal: connection.signal, headers: lastId ? { 'Last-Event-ID': lastId } : {} }));
+      const answer = await watched(send(`stream?types=${TYPES},upload.*`, { signal: connection.signal, headers: lastId ? { 'Last-Event-ID': lastId } : {} }));
       for await (const { event, id, data, retry } of frames(answer)) {
         if (event === 'ready') { [tries, pause] = [0, Number(retry)]; online(true); }
         if (event === 'reset' || event && !lastId) { lastId = String(JSON.parse(data).head); refreshAll(); }
