@@ -26,7 +26,7 @@ import database
 import models
 import security
 from api import MAX_ACCOUNT_BODY, Router, errors, or_404
-from auth import end_sessions
+from auth import ENDS_SESSION, end_sessions
 from events import record_account_event
 from models import CodePurpose, InvalidField, LoginSession, OneTimeCode, Principal, Role, User
 from pagination import json_response
@@ -183,7 +183,7 @@ PAGE = (
     '<body><main class="frame"><div class="panel"><h1>{heading}</h1>{content}</div></main></body></html>'
 )
 LINK_RESPONSES = errors(404, 409) | {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
-LinkToken = Annotated[str, Path(max_length=100), Storable]
+LinkToken = Annotated[str, Path(max_length=100, examples=["kJ3vYd0Tn1xQ"]), Storable]
 
 
 class Confirmed(BaseModel):
@@ -294,13 +294,13 @@ class VerificationRequest(RequestModel):
 async def request_verification(body: VerificationRequest, request: Request, tasks: BackgroundTasks) -> Notice:
     """Request another link for an address that waits for confirmation. The answer is the same for every address."""
     await security.check_rate_limit("verify", request, body.email)
-    if await security.can_mail("verify", body.email):
-        tasks.add_task(send_made, another_link, body.email)  # after the response, so that its time tells nothing
+    tasks.add_task(mail_if_allowed, "verify", another_link, body.email)
     return Notice(detail="If an account waits for this address to be confirmed, a link is on its way to it.")
 
 
-async def send_made(make_email: Callable[[Session, str], Email | None], address: str) -> None:
-    email = await database.write(make_email, address)
+async def mail_if_allowed(action: str, make_email: Callable[[Session, str], Email | None], address: str) -> None:
+    """Do this after the response, so that its time does not tell whether there is such an account."""
+    email = await database.write(make_email, address) if await security.can_mail(action, address) else None
     if email is not None:
         await send(email)
 
@@ -331,8 +331,7 @@ async def forgot_password(body: ForgottenPassword, request: Request, tasks: Back
     hour, one a minute is mailed.
     """
     await security.check_rate_limit("forgot", request, body.email)
-    if await security.can_mail("forgot", body.email):
-        tasks.add_task(send_made, reset_email, body.email)  # after the response, so that its time tells nothing
+    tasks.add_task(mail_if_allowed, "forgot", reset_email, body.email)
     return Notice(detail="If an account has this address, a code is on its way to it.")
 
 
@@ -363,7 +362,7 @@ class PasswordReset(RequestModel):
     new_password: Password = Field(examples=["a short way home"])
 
 
-@router.post("/auth/reset-password", status_code=204, responses=errors(429))
+@router.post("/auth/reset-password", status_code=204, dependencies=ENDS_SESSION, responses=errors(429))
 async def reset_password(body: PasswordReset, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password with the code that was mailed. Ends every session."""
     refuse_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS

@@ -6,25 +6,25 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import HTTPException, Query, Request, Response
+from fastapi import HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
-from sqlalchemy import Connection
+from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
 import csv_files
 import database
 import events
-import models
 import pagination
-from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404, readonly, transactional
-from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
+import schemas
+from api import PAGE, FastRoute, Router, errors, or_404, readonly, transactional
+from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId, SearchText
 from csv_files import as_csv, price_cell
 from models import Book, Principal, ShelfEntry, ShelfStatus, User, normalize
-from pagination import JsonObject, Listing, Page, PageQuery, TimestampKey, json_response, page_response
+from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, TimestampKey, json_response, page_response
 from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id, ReviewPublic, Username
-from search import AUTHOR, TITLE
+from search import AUTHOR, TITLE, SearchTerms, in_title_or_author, matching_ids
 from security import CurrentUser, Staff
 
 router = Router(tags=["My library"])
@@ -34,23 +34,41 @@ reviews_router = Router(tags=["Catalogue"])
 ENTRY_COLUMNS: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic.model_fields if name != "book"}
 NOT_ON_SHELF = "This book is not on your shelf."
 OF_BOOK = col(ShelfEntry.book_id) == col(Book.id)
+
+
+def _finished_or(day: str) -> Any:
+    unknown = sa.literal(f"{day} 00:00:00.000000", TimestampKey)
+    return sa.type_coerce(sa.func.coalesce(col(ShelfEntry.finished_at), unknown), TimestampKey)
+
+
+def _has_tag() -> ColumnElement[bool]:
+    """By the text of the JSON, `["sf","fun"]`: no tag has a comma, and a quotation mark has a backslash before it."""
+    position = sa.func.strpos if database.is_postgresql() else sa.func.instr
+    tags, tag = sa.cast(col(ShelfEntry.tags), sa.Text), sa.bindparam("tag", type_=sa.Text)
+    return sa.or_(position(tags, "[" + tag) > 0, position(tags, "," + tag) > 0)
+
+
 SORT_COLUMNS: dict[str, tuple[Any, ...]] = {
     "added": (sa.type_coerce(ShelfEntry.added_at, TimestampKey),),
+    "finished": (_finished_or("9999-12-31"),),  # those of unknown day come last
     "updated": (sa.type_coerce(ShelfEntry.updated_at, TimestampKey),),
     "title": (TITLE,),
     "author": (AUTHOR,),
     "rating": (sa.func.coalesce(col(ShelfEntry.rating), 0, type_=sa.Float),),
 }
-Sort = Literal["added", "updated", "title", "author", "rating", "-added", "-updated", "-title", "-author", "-rating"]
+Ascending = Literal["added", "finished", "updated", "title", "author", "rating"]
+Sort = Literal[Ascending, "-added", "-finished", "-updated", "-title", "-author", "-rating"]
 ENTRIES = Listing(
     sa.select(JsonObject({**ENTRY_COLUMNS, "book": JsonObject(PUBLIC_COLUMNS)})).join_from(ShelfEntry, Book, OF_BOOK),
     filters={
         "user_id": col(ShelfEntry.user_id) == sa.bindparam("user_id"),
         "status": col(ShelfEntry.status) == sa.bindparam("status"),
         "book_id": col(ShelfEntry.book_id) == sa.bindparam("book_id"),
+        "tag": _has_tag,
+        "words": lambda: col(ShelfEntry.book_id).in_(matching_ids()),
     },
-    orders={s + name: (*columns, col(ShelfEntry.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")},
-    with_event_cursor=True,
+    orders={s + name: (*columns, col(ShelfEntry.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")}
+    | {"-finished": (_finished_or("0001-01-01"), col(ShelfEntry.id))},
 )
 
 # --- my shelf -----------------------------------------------------------------------------------------------------
@@ -59,14 +77,28 @@ ENTRIES = Listing(
 class ShelfQuery(PageQuery):
     status: ShelfStatus | None = None
     book_id: Id | None = None
-    sort: Sort = Field(default="-added")
+    search: SearchText = Field(
+        default=None, description="Every word, as a prefix, in title or author; at most 16 words."
+    )
+    tag: Annotated[schemas.Tag | None, schemas.BlankIsNull] = Field(default=None, description="Exactly this tag.")
+    sort: Sort = Field(default="-added", description="Unknown days of `finished` come last.")
 
 
-@hot.get("/my-library", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
+@hot.get("/my-library", response_model=Page[EntryPublic], responses=PAGE)
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """List my shelf, newest first. `X-Event-Cursor` is the id of the last event that the page includes."""
     filters = {"user_id": user.id, **query.model_dump(include={"status", "book_id"}, exclude_none=True)}
-    return page_response(request, await database.read(ENTRIES.page, filters, query.sort, query))
+    if query.tag is not None:
+        filters["tag"] = database.to_json(query.tag)
+    if query.search is not None:
+        filters["words"] = in_title_or_author(query.search)
+    return page_response(request, await database.read(find_entries, filters, query))
+
+
+def find_entries(connection: Connection, filters: dict[str, Any], query: ShelfQuery) -> JsonPage:
+    if SearchTerms(query.search).are_costly:
+        database.require_thread(connection)
+    return ENTRIES.page(connection, filters, query.sort, query)
 
 
 @router.get("/my-library/{book_id:id}", response_model=EntryPublic, responses=errors(404))
@@ -192,9 +224,12 @@ def list_reviews(
     return page_response(request, REVIEWS.page(connection, {"book_id": book_id}, "-id", query))
 
 
+Reviewer = Annotated[Username, Path(examples=["rita"])]
+
+
 @reviews_router.delete("/books/{book_id:id}/reviews/{username}", status_code=204, responses=errors(403, 404))
 @transactional
-def remove_review(session: Session, book_id: BookId, username: Username, user: Staff) -> None:
+def remove_review(session: Session, book_id: BookId, username: Reviewer, user: Staff) -> None:
     """Remove somebody's rating and review of a book. The book stays on their shelf."""
     book = or_404(session.get(Book, book_id), NO_BOOK)
     reviews = sa.select(ShelfEntry, User).join_from(ShelfEntry, User, col(ShelfEntry.user_id) == col(User.id))
@@ -205,20 +240,12 @@ def remove_review(session: Session, book_id: BookId, username: Username, user: S
 
 def delete_entries(session: Session, user_id: int, limit: int) -> int:
     """Delete entries of a user, with their ratings in the figures of the books; how many."""
-    columns = (col(ShelfEntry.id), col(ShelfEntry.book_id), IS_REVIEW)
-    entries = sa.select(*columns).where(col(ShelfEntry.user_id) == user_id).order_by(col(ShelfEntry.book_id))
-    rows = session.execute(entries.limit(limit)).all()
-    these = col(ShelfEntry.id).in_([entry_id for entry_id, _, _ in rows])
-    rated = sa.update(Book).where(OF_BOOK, these, col(ShelfEntry.rating).is_not(None))
-    figures = {
-        "rating_count": col(Book.rating_count) - 1,
-        "rating_sum": col(Book.rating_sum) - col(ShelfEntry.rating),
-        "version": col(Book.version) + 1,
-        "updated_at": models.utcnow(),
-    }
-    session.connection().execute(rated.values(figures))
-    session.connection().execute(sa.delete(ShelfEntry).where(these))
-    if reviewed := [book_id for _, book_id, is_review in rows if is_review]:
+    entries = sa.select(ShelfEntry, Book).join_from(ShelfEntry, Book, OF_BOOK).order_by(col(ShelfEntry.book_id))
+    rows = session.execute(entries.where(col(ShelfEntry.user_id) == user_id).limit(limit)).all()
+    for entry, book in rows:
+        session.delete(entry)
+        count_rating(book, entry.rating, None)
+    if reviewed := [book.id for entry, book in rows if entry.is_review]:
         data = {"count": len(reviewed), "first_book_id": reviewed[0], "last_book_id": reviewed[-1]}
         events.record(session, "reviews.deleted", data)
     return len(rows)
@@ -261,31 +288,28 @@ class ShelfStats(BaseModel):
 @readonly
 def read_stats(connection: Connection, user: CurrentUser) -> ShelfStats:
     """Read my shelf in figures: by status and year, ratings, most frequent genres, tags and authors."""
-    mine = col(ShelfEntry.user_id) == user.id
-    by_status = sa.select(col(ShelfEntry.status), sa.func.count()).where(mine).group_by(col(ShelfEntry.status))
-    counts = dict.fromkeys(ShelfStatus, 0) | {
-        ShelfStatus(status): count for status, count in connection.execute(by_status)
-    }
-    rating = col(ShelfEntry.rating)
-    rated, stars = connection.execute(sa.select(sa.func.count(rating), sa.func.sum(rating)).where(mine)).one()
-    columns = (col(ShelfEntry.finished_at), col(Book.pages), col(Book.genre), col(ShelfEntry.tags), col(Book.author))
-    of_completed = sa.select(*columns).join_from(ShelfEntry, Book, OF_BOOK)
-    completed = connection.execute(of_completed.where(mine, col(ShelfEntry.status) == ShelfStatus.completed)).all()
+    columns: list[Any] = [getattr(ShelfEntry, name) for name in ("status", "rating", "finished_at", "tags")]
+    columns += [Book.pages, Book.genre, Book.author]
+    mine = sa.select(*columns).join_from(ShelfEntry, Book, OF_BOOK).where(col(ShelfEntry.user_id) == user.id)
+    entries = connection.execute(mine).all()
+    counts = Counter(entry.status for entry in entries)
+    ratings = [entry.rating for entry in entries if entry.rating is not None]
+    completed = [entry for entry in entries if entry.status == ShelfStatus.completed]
     books, pages = Counter[int](), Counter[int]()
-    for finished_at, page_count, *_ in completed:
-        if finished_at is not None:
-            books[finished_at.year] += 1
-            pages[finished_at.year] += page_count or 0
-    genres = most_frequent(genre for _, _, genre, _, _ in completed if genre)
-    tags = most_frequent(tag for *_, tags, _ in completed for tag in tags)
-    authors = most_frequent(author for *_, names in completed for author in names.split(", "))
+    for entry in completed:
+        if entry.finished_at is not None:
+            books[entry.finished_at.year] += 1
+            pages[entry.finished_at.year] += entry.pages or 0
+    genres = most_frequent(entry.genre for entry in completed if entry.genre)
+    tags = most_frequent(tag for entry in completed for tag in entry.tags)
+    authors = most_frequent(author for entry in completed for author in entry.author.split(", "))
     return ShelfStats(
-        total=sum(counts.values()),
-        by_status=counts,
+        total=len(entries),
+        by_status={status: counts[status] for status in ShelfStatus},
         by_year=[YearCount(year=year, books=books[year], pages=pages[year]) for year in sorted(books, reverse=True)],
         undated=len(completed) - books.total(),
-        average_rating=None if stars is None else stars / rated,
-        rating_count=rated,
+        average_rating=sum(ratings) / len(ratings) if ratings else None,
+        rating_count=len(ratings),
         top_genres=[GenreCount(genre=name, count=count) for name, count in genres],
         top_tags=[TagCount(tag=name, count=count) for name, count in tags],
         top_authors=[AuthorCount(author=name, count=count) for name, count in authors],
@@ -310,7 +334,6 @@ def most_frequent(names: Iterable[str]) -> list[tuple[str, int]]:
     "/my-library/export",
     response_class=StreamingResponse,
     responses={200: {"description": "The file, streamed.", **pagination.CSV_FILE}},
-    tags=["In and out"],
 )
 async def export_library(user: CurrentUser) -> StreamingResponse:
     """Download my shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""

@@ -20,7 +20,7 @@ import loans
 import models
 import schemas
 from api import PAGE, Router, errors, or_404, readonly, transactional, transactional_in_thread
-from auth import SESSIONS, end_sessions
+from auth import ENDS_SESSION, SESSIONS, end_sessions
 from books import BOOKS, disown_books
 from events import record_account_event
 from models import Event, Loan, LoginSession, Principal, Role, Upload, UploadChunk, UploadError, User
@@ -87,7 +87,7 @@ class MyPassword(RequestModel):
     password: Annotated[str, Field(max_length=1000), schemas.Storable] = Field(examples=["a long way to Arrakis"])
 
 
-@router.delete("/me", status_code=204, responses=errors(403, 409, 429))
+@router.delete("/me", status_code=204, dependencies=ENDS_SESSION, responses=errors(403, 409, 429))
 async def delete_me(body: MyPassword, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Delete my account, with my shelf, reviews, uploads and past loans. The books that I added stay.
 
@@ -288,7 +288,7 @@ def delete_user(session: Session, user_id: UserId, admin: Admin, tasks: Backgrou
     tasks.add_task(accounts.send, delete_account(session, user_id, admin))
 
 
-MAX_ROWS, MAX_BOOKS = 1000, 200  # to a transaction: other writers wait some 10 ms, on PostgreSQL 30
+MAX_ROWS, MAX_BOOKS = 1000, 100  # to a transaction: other writers wait some 10 ms, on PostgreSQL 30
 
 
 def delete_account(session: Session, user_id: int, by: Principal) -> accounts.Email:

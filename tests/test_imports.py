@@ -22,7 +22,6 @@ from sqlmodel import Session, select
 import csv_files
 import database
 import imports
-import main
 import uploads
 from models import Upload, UploadChunk, UploadStatus, User
 from settings import settings
@@ -105,7 +104,7 @@ PARTLY: dict[str, tuple[str | bytes, Counts, Errors]] = {
     "no title nor author": (
         "title,author,isbn\n , ,0441172717\nD,E,\n",
         (2, 1, 0, 1),
-        [(2, "error", "title", "is missing"), (2, "error", "author", "is missing")],
+        [(2, "error", "title", "is missing, as is author")],
     ),
     "prices": (
         "title,author,price\nA,B,nan\nA,B,-1\nA,B,inf\nA,B,1.005\nA,B,free\nA,B,0\n",
@@ -625,13 +624,16 @@ def test_refused_rows_can_be_corrected_and_uploaded_again(reader: Person) -> Non
     assert [book["title"] for book in books] == ["A", "=Dune", "Emma", "Too"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/books/upload/1/cancel"), ("DELETE", "/books/upload/1")], ids=["POST", "DELETE"]
+)
 def test_cancelled_upload_keeps_committed_batches(
-    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch, method: str, path: str
 ) -> None:
     cancelled: list[dict[str, Any]] = []
 
     def cancel_between_two_batches() -> bool:
-        cancelled.append(reader.delete("/books/upload/1").json())
+        cancelled.append(reader.request(method, path).json())
         return False
 
     monkeypatch.setattr(uploads, "BATCH", 10)
@@ -640,7 +642,7 @@ def test_cancelled_upload_keeps_committed_batches(
     assert (upload["status"], upload["rows"], upload["inserted"]) == ("cancelled", 10, 10)
     assert [(answer["status"], answer["inserted"]) for answer in cancelled] == [("cancelled", 10)]
     assert client.get("/books").json()["total"] == 10
-    assert reader.delete(f"/books/upload/{upload['id']}").json()["detail"] == "This upload is cancelled already."
+    assert reader.request(method, path).json()["detail"] == "This upload is cancelled already."
     assert database.write_sync(lambda session: session.exec(select(UploadChunk)).all()) == []
 
 
@@ -739,10 +741,10 @@ def test_a_file_that_was_not_stored_whole_is_not_imported(
     answer = reader.post("/books/upload", files={"file": ("a.csv", b"title,author\nDune,Frank Herbert\n")})
     assert (answer.status_code, database.read_sync(count_chunks)) == (503, 1)
     assert client.portal is not None
-    client.portal.call(main.resume_uploads)
+    client.portal.call(uploads.run_waiting, False)
     assert reader.get("/books/upload/1").json()["status"] == "processing"
     clock.advance(seconds=61)
-    client.portal.call(main.resume_uploads)
+    client.portal.call(uploads.run_waiting, False)
     upload = reader.get("/books/upload/1").json()
     assert (upload["status"], upload["inserted"], database.read_sync(count_chunks)) == ("failed", 0, 0)
     assert upload["error"] == "The file was not stored whole: upload it again."
