@@ -169,7 +169,7 @@ def test_an_admin_fills_an_empty_catalogue_with_the_sample(server: Server, visit
     sign_in(page, "admin", "admin")
     page.get_by_role("button", name="Load fifty classics").click()
     expect(page.locator("#job-state")).to_have_text("Done.")
-    expect(page.locator("#job-counts")).to_contain_text("50 new")
+    expect(page.locator("#job-told")).to_have_text("50 books are in the catalogue.")
     go(page, "Catalogue")
     expect(page.get_by_text("1\N{EN DASH}24 of 50")).to_be_visible()
 
