@@ -810,8 +810,9 @@ async function route(moved = false) {
   for (const other of all('main > section')) other.hidden = other !== section;
   for (const link of all('header nav a')) link.setAttribute('aria-current', parse(link.hash).name === at.name ? 'page' : 'false');
   if (at.name !== 'book') shown = held = null;
-  $('notice').textContent = $('news').textContent = '';
-  if (moved) $('account').close();
+  $('news').textContent = '';
+  if (place !== 'invite') $('notice').textContent = ''; // there it says why one is no longer signed in
+  if (moved) { $('account').close(); showLog(false); }
   setTitle();
   if (moved && !(from.name === at.name && from.id === at.id)) { // within a view, what has the focus keeps it
     scrollTo(0, scrolled.get(entryKey) ?? 0);
@@ -870,7 +871,9 @@ function tell(type, data, at = new Date()) {
   put($('latest'), sentence(type, data), ' ', time());
   if (ticker.children.length > 30) ticker.lastChild.remove();
 }
-$('live-more').onclick = () => { $('live-more').ariaExpanded = String(!($('log').hidden = !$('log').hidden)); };
+function showLog(open) { $('log').hidden = !open; $('live-more').ariaExpanded = String(open); }
+$('live-more').onclick = () => showLog($('log').hidden);
+addEventListener('keydown', ({ key }) => { if (key === 'Escape') showLog(false); });
 function heard(type, data) {
   if (type === 'book.deleted' && shown?.id === data.id) {
     show(bookView, problem({ detail: 'This book has just been deleted.' }));
