@@ -1,5 +1,6 @@
 """`/users`: my account, all that is stored about me, and administration."""
 
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any
@@ -165,20 +166,13 @@ def export_account(user: Principal, account: UserPublic) -> Iterator[str]:
 UserId = Annotated[Id, Path(description="The user's `id`.")]
 NO_USER = "No such user."
 EXISTS = col(User.email).contains("@")  # not so what is left of a deleted account; see `delete_account`
-SPELLINGS = ("search", "search_upper", "search_title", "search_lower")
+SEARCHED = col(User.username) + "\n" + col(User.email) + "\n" + sa.func.coalesce(col(User.full_name), "")
 USERS = Listing(
     sa.select(JsonObject(columns_of(User, UserPublic))),
     filters={
         "exists": EXISTS,
         "id": col(User.id) == sa.bindparam("id"),
-        # LIKE and lower() of SQLite fold ASCII only: other letters match as typed, in upper, lower or title case.
-        "search": sa.or_(
-            *(
-                sa.func.lower(column).like(sa.func.lower(sa.bindparam(name, type_=sa.String)), escape="\\")
-                for column in (col(User.username), col(User.email), col(User.full_name))
-                for name in SPELLINGS
-            )
-        ),
+        "search": SEARCHED.icontains(sa.bindparam("search", type_=sa.String), escape="/"),
         "role": col(User.role) == sa.bindparam("role"),
         "is_active": col(User.is_active) == sa.bindparam("is_active", type_=sa.Boolean),
     },
@@ -199,10 +193,7 @@ async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request
     """List or search all accounts."""
     filters = {"exists": True, **query.model_dump(include={"role", "is_active"}, exclude_none=True)}
     if query.search is not None:
-        text = query.search
-        for name, spelling in zip(SPELLINGS, (text, text.upper(), text.title(), text.lower()), strict=True):
-            escaped = spelling.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-            filters[name] = f"%{escaped}%"
+        filters["search"] = re.sub("([%_/])", r"/\1", query.search)
     return page_response(request, await database.read(USERS.page, filters, "id", query))
 
 
