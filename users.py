@@ -80,7 +80,11 @@ def request_address_change(session: Session, user: User, address: str, tasks: Ba
         attempt.rollback()
     user.pending_email = address
     record_account_event(session, user.id, "email_change_requested", old=user.email, new=address, by=user.id)
-    tasks.add_task(accounts.send, accounts.address_change_requested(user.email, user.username, address))
+    text = (
+        f'A new e-mail address was given for the account "{user.username}": {address}.\n'
+        "It takes effect when it is confirmed. A new password cancels the change."
+    )
+    tasks.add_task(accounts.send, accounts.notice(user.email, "A new e-mail address for your account", text))
     tasks.add_task(accounts.send, accounts.confirmation_email(session, user, address))
 
 
@@ -265,7 +269,8 @@ def set_address(session: Session, user: User, address: str, by: int, tasks: Back
     session.flush()
     accounts.cancel_all_mailed(session, user)
     record_account_event(session, user.id, "email_changed", old=old, new=address, by=by)
-    tasks.add_task(accounts.send, accounts.address_changed(old, user.username, address))
+    text = f'The e-mail address of the account "{user.username}" was changed to {address} by an admin.'
+    tasks.add_task(accounts.send, accounts.notice(old, "Your e-mail address was changed", text))
     tasks.add_task(accounts.send, accounts.confirmation_email(session, user, address))
 
 
@@ -292,7 +297,8 @@ def delete_account(session: Session, user_id: int, by: Principal) -> accounts.Em
     was_admin = is_active_admin(user)
     loans.refuse_while_borrowing(session, user_id)
     data = {"user_id": user_id, "username": user.username, "by": by.id}
-    email = accounts.account_deleted(user.email, user.username)
+    text = f'The account "{user.username}" was deleted, with its shelf and reviews.'
+    email = accounts.notice(user.email, "Your account was deleted", text)
     user.username = user.email = f"deleted {user_id}"  # which nobody can register or sign in with
     user.is_active, user.full_name, user.pending_email = False, None, None
     session.flush()
