@@ -365,8 +365,7 @@ def _claim(session: Session, enrich: bool) -> ImportJob | None:
     while (upload_id := next_upload(session, enrich)) is not None:
         upload = session.get_one(Upload, upload_id)
         upload.failed_attempts += upload.status == UploadStatus.processing  # its job did not release it
-        chunk_sizes = sa.select(sa.func.sum(sa.func.length(col(UploadChunk.data))))
-        if session.scalar(chunk_sizes.where(col(UploadChunk.upload_id) == upload_id)) != upload.size:
+        if not upload.size:  # which is stored with the last chunk
             upload.error = "The file was not stored whole: upload it again."
         elif upload.failed_attempts == MAX_ATTEMPTS:
             upload.error = f"{MAX_ATTEMPTS} processes ended while they imported this file: it is not tried again."
