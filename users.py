@@ -64,28 +64,23 @@ def change_me(
     session: Session, user: Principal, change: UserUpdate, changes_address: bool, tasks: BackgroundTasks
 ) -> UserPublic:
     me = session.get_one(User, user.id)
-    if changes_address:
-        request_address_change(session, me, change.email, tasks)
-    elif "email" in change.model_fields_set:  # the present one again
-        accounts.cancel_address_change(session, me)
     if "full_name" in change.model_fields_set:
         me.full_name = change.full_name
+    if "email" in change.model_fields_set:
+        accounts.cancel_address_change(session, me)
+    if changes_address:
+        with session.begin_nested() as attempt:  # 409 if it is taken; the constraint decides again when it is confirmed
+            session.execute(sa.update(User).where(col(User.id) == me.id).values(email=change.email))
+            attempt.rollback()
+        me.pending_email = change.email
+        record_account_event(session, me.id, "email_change_requested", old=me.email, new=change.email, by=me.id)
+        text = (
+            f'A new e-mail address was given for the account "{me.username}": {change.email}.\n'
+            "It takes effect when it is confirmed. A new password cancels the change."
+        )
+        tasks.add_task(accounts.send, accounts.notice(me.email, "A new e-mail address for your account", text))
+        tasks.add_task(accounts.send, accounts.confirmation_email(session, me, change.email))
     return UserPublic.model_validate(me)
-
-
-def request_address_change(session: Session, user: User, address: str, tasks: BackgroundTasks) -> None:
-    accounts.cancel_address_change(session, user)
-    with session.begin_nested() as attempt:  # 409 if it is taken now; the constraint decides again at the confirmation
-        session.execute(sa.update(User).where(col(User.id) == user.id).values(email=address))
-        attempt.rollback()
-    user.pending_email = address
-    record_account_event(session, user.id, "email_change_requested", old=user.email, new=address, by=user.id)
-    text = (
-        f'A new e-mail address was given for the account "{user.username}": {address}.\n'
-        "It takes effect when it is confirmed. A new password cancels the change."
-    )
-    tasks.add_task(accounts.send, accounts.notice(user.email, "A new e-mail address for your account", text))
-    tasks.add_task(accounts.send, accounts.confirmation_email(session, user, address))
 
 
 class MyPassword(RequestModel):
