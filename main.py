@@ -304,7 +304,8 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
             await when_available(database.write_sync, add_sample)
         await when_available(security.prepare)
         security.open_rate_limits()
-        async with events.tail.running(last_event_id), recurring_jobs():
+        events.tail = events.EventTail(start=last_event_id, last_event_id=last_event_id)
+        async with events.tail.running(), recurring_jobs():
             yield
     finally:
         await database.close_database()
