@@ -302,7 +302,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         last_event_id = await when_available(database.write_sync, events.continue_ids)
         if settings.sample:
             await when_available(database.write_sync, add_sample)
-        await when_available(security.prepare)
+        await when_available(database.write_sync, security.prepare)
         security.open_rate_limits()
         events.tail = events.EventTail(start=last_event_id, last_event_id=last_event_id)
         async with events.tail.running(), recurring_jobs():
