@@ -114,8 +114,13 @@ def borrow(session: Session, new: LoanCreate, user: CurrentUser) -> Response:
     now, days = models.utcnow(), timedelta(days=settings.loan_days)
     if new.due_at is not None and not now < new.due_at <= now + 2 * days:
         raise InvalidField("due_at", f"must be in the future, and at most {2 * settings.loan_days} days from now")
+    borrower_id = new.user_id or user.id
+    if borrower_id != user.id and not user.is_staff:
+        raise HTTPException(403, "Only librarians and admins lend to others.")
+    if not or_404(session.get(User, borrower_id), "No such user.").is_active:
+        raise Conflict("account_deactivated", "This account is deactivated.")
     loan = Loan(
-        user_id=get_borrower(session, new, user),
+        user_id=borrower_id,
         book_id=new.book_id,
         quantity=new.quantity,
         borrowed_at=now,
@@ -127,15 +132,6 @@ def borrow(session: Session, new: LoanCreate, user: CurrentUser) -> Response:
     session.add(loan)
     public = record_loan(session, "loan.created", loan)
     return json_response(public.model_dump_json(), 201, {"Location": f"/loans/{loan.id}"})
-
-
-def get_borrower(session: Session, new: LoanCreate, user: Principal) -> int:
-    borrower_id = new.user_id or user.id
-    if borrower_id != user.id and not user.is_staff:
-        raise HTTPException(403, "Only librarians and admins lend to others.")
-    if not or_404(session.get(User, borrower_id), "No such user.").is_active:
-        raise Conflict("account_deactivated", "This account is deactivated.")
-    return borrower_id
 
 
 def record_loan(session: Session, event_type: str, loan: Loan) -> LoanPublic:

@@ -148,12 +148,11 @@ def export_account(user: Principal, account: UserPublic) -> Iterator[str]:
     """In batches: the errors of my uploads may be a million rows."""
     now = models.utcnow()
     yield f'{{"exported_at": "{now:%Y-%m-%dT%H:%M:%SZ}",\n"account": {account.model_dump_json()}'
-    values = {"user_id": user.id, "session_id": user.session_id, "now": now}
+    values = {"user_id": user.id, "added_by": user.id, "session_id": user.session_id, "now": now}
     for name, (listing, order) in PARTS.items():
         yield f',\n"{name}": ['
-        filters = {**values, "added_by": user.id} if listing is BOOKS else values
         separator = "\n"
-        for items in listing.batches(filters, order):
+        for items in listing.batches(values, order):
             yield separator + ",\n".join(items) if items else ""
             separator = ",\n"
         yield "]"
@@ -229,8 +228,14 @@ def update_user(
     if was_active and not user.is_active:  # before a new address gets its link
         end_sessions(session, user_id, sa.true())  # also for when it is reactivated
         accounts.cancel_all_mailed(session, user)
-    if new_email != old_email:
-        set_address(session, user, new_email, admin.id, tasks)
+    if new_email != old_email:  # at once, unconfirmed
+        user.email, user.email_verified_at = new_email, None
+        session.flush()
+        accounts.cancel_all_mailed(session, user)
+        record_account_event(session, user_id, "email_changed", old=old_email, new=new_email, by=admin.id)
+        text = f'The e-mail address of the account "{user.username}" was changed to {new_email} by an admin.'
+        tasks.add_task(accounts.send, accounts.notice(old_email, "Your e-mail address was changed", text))
+        tasks.add_task(accounts.send, accounts.confirmation_email(session, user, new_email))
     session.flush()
     if was_admin and (new_email != old_email or not is_active_admin(user)):
         require_an_admin(session)
@@ -256,17 +261,6 @@ def require_an_admin(session: Session) -> None:
         admins = admins.where(col(User.email_verified_at).is_not(None))
     if session.execute(admins.limit(1)).first() is None:
         raise Conflict("last_admin", "This is the last active admin: make another one first.")
-
-
-def set_address(session: Session, user: User, address: str, by: int, tasks: BackgroundTasks) -> None:
-    """An admin's change of an address takes effect at once, unconfirmed."""
-    old, user.email, user.email_verified_at = user.email, address, None
-    session.flush()
-    accounts.cancel_all_mailed(session, user)
-    record_account_event(session, user.id, "email_changed", old=old, new=address, by=by)
-    text = f'The e-mail address of the account "{user.username}" was changed to {address} by an admin.'
-    tasks.add_task(accounts.send, accounts.notice(old, "Your e-mail address was changed", text))
-    tasks.add_task(accounts.send, accounts.confirmation_email(session, user, address))
 
 
 @router.delete("/{user_id:id}", status_code=204, responses=errors(403, 404, 409))
