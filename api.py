@@ -157,12 +157,6 @@ async def on_unavailable(_request: Request, error: Exception) -> Response:
     return problem(503, "The database can't do this now, or not in time. Try again.", {"Retry-After": "1"})
 
 
-def disk_full(error: OSError) -> HTTPException:
-    """For a file that can't be written."""
-    log.error("can't write a file: %s", error)
-    return HTTPException(507, "The disk is full, or can't be written: this needs room for a file.")
-
-
 HANDLERS: Any = {
     HTTPException: on_http_error,
     ClientDisconnect: on_disconnect,
