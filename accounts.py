@@ -112,25 +112,7 @@ def _is_permanent(error: OSError | ValueError) -> bool:
 # recipient may be somebody else.
 
 
-def address_change_requested(to: str, username: str, new: str) -> Email:
-    text = (
-        f'A new e-mail address was given for the account "{username}": {new}.\n'
-        "It takes effect when it is confirmed. A new password cancels the change."
-    )
-    return _notice(to, "A new e-mail address for your account", text)
-
-
-def address_changed(to: str, username: str, new: str) -> Email:
-    text = f'The e-mail address of the account "{username}" was changed to {new} by an admin.'
-    return _notice(to, "Your e-mail address was changed", text)
-
-
-def account_deleted(to: str, username: str) -> Email:
-    text = f'The account "{username}" was deleted, with its shelf and reviews.'
-    return _notice(to, "Your account was deleted", text)
-
-
-def _notice(to: str, subject: str, text: str) -> Email:
+def notice(to: str, subject: str, text: str) -> Email:
     site = f"Books API ({settings.public_url})"
     return Email(to, subject, f"{text}\nThis happened at {site}. If it was not you, contact its operator soon.\n")
 
@@ -245,16 +227,14 @@ def accepted_types(request: Request) -> set[str]:
 
 
 def confirm_address(session: Session, token: str) -> Confirmed:
-    not_valid = "This link is used up or too old. POST /auth/verify-email mails another."
     token_hash = security.hmac_hash(CodePurpose.verify_email, token)
-    codes = sa.select(OneTimeCode).where(col(OneTimeCode.code_hash) == token_hash, is_valid())
-    code = or_404(session.scalars(codes).first(), not_valid)
-    user = session.get_one(User, code.user_id)
-    if code.email not in (user.email, user.pending_email):
-        raise HTTPException(404, not_valid)
+    codes = sa.select(OneTimeCode, User).join_from(OneTimeCode, User).where(col(OneTimeCode.code_hash) == token_hash)
+    is_awaited = col(OneTimeCode.email).in_((User.email, User.pending_email))
+    row = session.execute(codes.where(is_awaited, is_valid())).first()
+    code, user = or_404(row, "This link is used up or too old. POST /auth/verify-email mails another.")
     if code.email != user.email:  # 409 if it has been taken since
         record_account_event(session, user.id, "email_changed", old=user.email, new=code.email, by=user.id)
-        user.email, user.email_verified_at, user.pending_email = str(code.email), None, None
+        user.email, user.email_verified_at, user.pending_email = code.email, None, None
         cancel_codes(session, user.id, IS_RESET)  # these went to the old address
     cancel_codes(session, user.id, IS_LINK, col(OneTimeCode.email) == code.email)
     mark_verified(session, user)
@@ -400,7 +380,7 @@ def set_password(session: Session, user: User, password_hash: str, event: str, e
     end_sessions(session, user.id, ending)
     record_account_event(session, user.id, event)
     text = f'The password of the account "{user.username}" was changed.'
-    return _notice(user.email, "Your password was changed", text)
+    return notice(user.email, "Your password was changed", text)
 
 
 class PasswordChange(RequestModel):

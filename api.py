@@ -105,8 +105,9 @@ async def on_disconnect(_request: Request, _error: Exception) -> Response:
 
 
 async def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
-    if detail := _unsupported_media_type(request, error):
-        return problem(415, detail)
+    if isinstance(error.body, bytes):  # FastAPI parses no body of another type
+        media_type = request.headers.get("content-type", "")[:100] or "nothing"
+        return problem(415, f"This path takes {JSON}; the Content-Type says {media_type}.")
     errors = [{"loc": list(e["loc"]), "msg": describe_error(e), "type": e["type"]} for e in error.errors()[:100]]
     first = errors[0]
     field = ".".join(str(part) for part in first["loc"][1:]) or first["loc"][0]
@@ -114,20 +115,6 @@ async def on_invalid_request(request: Request, error: RequestValidationError) ->
     if first["type"] == "json_invalid" and len(first["loc"]) > 1:  # FastAPI's own message does not give the reason
         detail = f"The body is not JSON: {error.errors()[0]['ctx']['error']}, at character {first['loc'][1]}."
     return problem(422, detail, errors=errors)
-
-
-def _unsupported_media_type(request: Request, error: RequestValidationError) -> str | None:
-    first = error.errors()[0]
-    field = getattr(request.scope.get("route"), "body_field", None)
-    if field is None or first["loc"][0] != "body":
-        return None
-    expected, content_type = field.field_info.media_type, request.headers.get("content-type", "")
-    media_type = content_type.partition(";")[0].strip().lower()
-    accepted = ("application/json", "+json") if expected == "application/json" else ("form-data", "form-urlencoded")
-    has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-    if has_body and not media_type.endswith(accepted):
-        return f"This path takes {expected}; the Content-Type says {content_type[:100] or 'nothing'}."
-    return None
 
 
 def invalid_body(error: ValidationError) -> RequestValidationError:
@@ -170,12 +157,6 @@ async def on_unavailable(_request: Request, error: Exception) -> Response:
     return problem(503, "The database can't do this now, or not in time. Try again.", {"Retry-After": "1"})
 
 
-def disk_full(error: OSError) -> HTTPException:
-    """For a file that can't be written."""
-    log.error("can't write a file: %s", error)
-    return HTTPException(507, "The disk is full, or can't be written: this needs room for a file.")
-
-
 HANDLERS: Any = {
     HTTPException: on_http_error,
     ClientDisconnect: on_disconnect,
@@ -189,23 +170,7 @@ HANDLERS: Any = {
 
 # --- their documentation ------------------------------------------------------------------------------------------
 
-# By status: the description, an example of `detail`, and the headers.
-ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
-    400: ("The request can't be read, or the code in it is not valid.", "The body is not UTF-8.", ()),
-    401: ("Not signed in.", "Sign in first: the token is missing, expired or revoked.", ("WWW-Authenticate",)),
-    403: ("Not allowed.", "Only for: librarian, admin.", ()),
-    404: ("Not found, or not yours to see.", "No such book.", ()),
-    409: ("In conflict with the present state.", "This isbn is taken.", ()),
-    412: ("Changed since you read it.", 'The book has changed: its ETag is now "7".', ()),
-    413: ("Too large.", TOO_LARGE, ()),
-    415: ("A body of another type or charset.", "This path takes application/json; the Content-Type says a/b.", ()),
-    422: ("Something in the request is not valid; `errors` lists what.", "title: Field required", ()),
-    429: ("Too many attempts.", "Too many attempts. Try again in 60 s.", ("Retry-After",)),
-    502: ("The other catalogue is down, or its answer can't be read.", "Google Books can't be reached.", ()),
-    503: ("Temporarily unavailable.", "The database can't do this now, or not in time. Try again.", ("Retry-After",)),
-    504: ("The other catalogue is too slow.", "Google Books does not answer in time.", ()),
-    507: ("The disk is full: nothing can be written.", "The disk is full. Reading still works.", ()),
-}
+ERROR_HEADERS = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
 # Whether it is always sent, its description, and an example.
 HEADERS = {
     "ETag": (True, "The version of the book, for `If-Match` and `If-None-Match`.", '"1"'),
@@ -245,7 +210,7 @@ def complete_openapi(schema: dict[str, Any]) -> None:
         name: {"description": text, "required": always, "schema": {"type": "string"}, "example": example}
         for name, (always, text, example) in HEADERS.items()
     }
-    components["responses"] = {_name(status): _error_response(status) for status in ERRORS}
+    components["responses"] = {}
     schema["security"] = []  # where an operation names none
     for method, operation in (item for path in schema["paths"].values() for item in path.items()):
         for parameter in operation.get("parameters", ()):
@@ -260,19 +225,18 @@ def complete_openapi(schema: dict[str, Any]) -> None:
                 field.pop("default", None)
         if "security" in operation:
             operation["responses"].setdefault("401", errors(401)[401])
-        for response in operation["responses"].values():
-            if "$ref" in response:  # FastAPI adds a description of its own
-                response.pop("description", None)
+        for status, response in operation["responses"].items():
+            if "$ref" in response:
+                response.pop("description", None)  # FastAPI adds one of its own
+                components["responses"][_name(int(status))] = _error_response(int(status))
 
 
 def _error_response(status: int) -> dict[str, Any]:
-    description, detail, headers = ERRORS[status]
-    example: dict[str, Any] = json.loads(bytes(problem(status, detail).body))
-    if status == 422:
-        example["errors"] = [{"loc": ["body", "title"], "msg": "Field required", "type": "missing"}]
-    content: dict[str, Any] = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
-    response: dict[str, Any] = {"description": description, "content": content}
-    return response | ({"headers": {n: {"$ref": f"#/components/headers/{n}"} for n in headers}} if headers else {})
+    phrase, header = HTTPStatus(status).phrase, ERROR_HEADERS.get(status)
+    example = json.loads(bytes(problem(status, phrase).body))
+    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
+    headers = {header: {"$ref": f"#/components/headers/{header}"}} if header else {}
+    return {"description": phrase, "content": content, "headers": headers}
 
 
 # --- routes -------------------------------------------------------------------------------------------------------

@@ -331,17 +331,14 @@ def read_date(
 
 
 def unescape_html(text: str) -> str:
-    try:
-        return html.unescape(text)
-    except ValueError:  # a number with more digits than Python converts
-        return text
+    return re.sub(r"&(?:#\d{1,7}|#x[0-9a-fA-F]{1,6}|\w+);", lambda found: html.unescape(found[0]), text)
 
 
 def unescape_cell(value: str) -> str:
     if value.startswith('="') and value.endswith('"'):  # Excel's text
         value = value[2:-1].strip()
     if "&" in value:
-        value = re.sub(r"&(?:#\d+|#x[0-9a-fA-F]+|\w+);", lambda found: unescape_html(found[0]), value).strip()
+        value = unescape_html(value).strip()
     return value
 
 

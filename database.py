@@ -430,6 +430,8 @@ def configure(engine: sa.Engine, pragmas: Mapping[str, str]) -> None:
     @event.listens_for(engine, "connect")
     def on_connect(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # sqlite3's implicit BEGIN is late and deferred
+        # SQLite's own folds only ASCII.
+        connection.create_function("lower", 1, lambda text: text and text.lower(), deterministic=True)
         for name, value in pragmas.items():
             connection.execute(f"PRAGMA {name}={value}")
 

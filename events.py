@@ -227,7 +227,7 @@ async def retry_until_available(read: Callable[P, Awaitable[T]], *args: P.args, 
 
 @dataclass
 class EventTail:
-    """This process's tail of the log."""
+    """This process's tail of the log, of one event loop."""
 
     buffer: deque[LoggedEvent] = field(default_factory=lambda: deque(maxlen=BUFFER_SIZE))
     start: int = 0  # the buffer holds all events after this id, up to `last_event_id`
@@ -239,11 +239,7 @@ class EventTail:
     _reading_log: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @contextlib.asynccontextmanager
-    async def running(self, last_event_id: int) -> AsyncIterator[None]:
-        self.buffer.clear()
-        self.start = self.last_event_id = last_event_id
-        self.closing, self._changed, self._notified = anyio.Event(), asyncio.Event(), asyncio.Event()
-        self._reading_log = asyncio.Lock()  # which belongs to this event loop
+    async def running(self) -> AsyncIterator[None]:
         # Unlike asyncio, anyio waits for threads on cancellation: they still use the database.
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._read_log)
@@ -367,7 +363,7 @@ class EventTail:
                         await changed.wait()
 
 
-tail = EventTail()
+tail = EventTail()  # `main.lifespan` makes another one for its event loop
 
 
 def control_frame(event: str, data: dict[str, Any], retry: int | None = None) -> bytes:

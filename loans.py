@@ -65,21 +65,20 @@ def read_stock(connection: Connection, book_id: BookId) -> StockPublic:
 @idempotent
 def change_stock(session: Session, book_id: BookId, change: StockChange, user: Staff) -> Response:
     """Add copies of a book, or remove some with a negative `quantity`. Those on loan can't be removed: 409."""
-    stock = get_stock(session, book_id)
-    if stock.copies + change.quantity > MAX_COPIES:
-        raise InvalidField("quantity", f"would make more than {MAX_COPIES} copies")
-    return json_response(add_copies(session, book_id, stock, change.quantity).model_dump_json())
+    return json_response(add_copies(session, book_id, change.quantity).model_dump_json())
 
 
 @router.put("/books/{book_id:id}/stock", responses=errors(403, 404, 409))
 @transactional
 def set_stock(session: Session, book_id: BookId, new: StockUpdate, user: Staff) -> StockPublic:
     """Set how many copies of a book there are. Not fewer than are on loan: 409."""
+    return add_copies(session, book_id, new.copies - get_stock(session, book_id).copies)
+
+
+def add_copies(session: Session, book_id: int, quantity: int) -> StockPublic:
     stock = get_stock(session, book_id)
-    return add_copies(session, book_id, stock, new.copies - stock.copies)
-
-
-def add_copies(session: Session, book_id: int, stock: StockPublic, quantity: int) -> StockPublic:
+    if stock.copies + quantity > MAX_COPIES:
+        raise InvalidField("quantity", f"would make more than {MAX_COPIES} copies")
     if stock.available + quantity < 0:
         raise Conflict("on_loan", f"{stock.on_loan} of {stock.copies} copies are on loan: they can't be removed.")
     if quantity:
@@ -115,8 +114,13 @@ def borrow(session: Session, new: LoanCreate, user: CurrentUser) -> Response:
     now, days = models.utcnow(), timedelta(days=settings.loan_days)
     if new.due_at is not None and not now < new.due_at <= now + 2 * days:
         raise InvalidField("due_at", f"must be in the future, and at most {2 * settings.loan_days} days from now")
+    borrower_id = new.user_id or user.id
+    if borrower_id != user.id and not user.is_staff:
+        raise HTTPException(403, "Only librarians and admins lend to others.")
+    if not or_404(session.get(User, borrower_id), "No such user.").is_active:
+        raise Conflict("account_deactivated", "This account is deactivated.")
     loan = Loan(
-        user_id=get_borrower(session, new, user),
+        user_id=borrower_id,
         book_id=new.book_id,
         quantity=new.quantity,
         borrowed_at=now,
@@ -128,15 +132,6 @@ def borrow(session: Session, new: LoanCreate, user: CurrentUser) -> Response:
     session.add(loan)
     public = record_loan(session, "loan.created", loan)
     return json_response(public.model_dump_json(), 201, {"Location": f"/loans/{loan.id}"})
-
-
-def get_borrower(session: Session, new: LoanCreate, user: Principal) -> int:
-    borrower_id = new.user_id or user.id
-    if borrower_id != user.id and not user.is_staff:
-        raise HTTPException(403, "Only librarians and admins lend to others.")
-    if not or_404(session.get(User, borrower_id), "No such user.").is_active:
-        raise Conflict("account_deactivated", "This account is deactivated.")
-    return borrower_id
 
 
 def record_loan(session: Session, event_type: str, loan: Loan) -> LoanPublic:

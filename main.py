@@ -83,7 +83,7 @@ import pagination
 import security
 import uploads
 import users
-from api import HANDLERS, Conflict, RequestMiddleware, Router, disk_full, errors, or_404
+from api import HANDLERS, Conflict, RequestMiddleware, Router, errors, or_404
 from models import Book, User, claim_job
 from settings import STATIC, VERSION, settings
 
@@ -215,7 +215,8 @@ async def back_up(admin: security.Admin) -> StreamingResponse:
     try:
         copy = await anyio.to_thread.run_sync(open_copy, str(backend.engine.url.database))
     except OSError as error:
-        raise disk_full(error) from None
+        log.error("can't write a copy: %s", error)
+        raise HTTPException(507, "The disk is full, or can't be written: this needs room for a file.") from None
     name = {"Content-Disposition": f'attachment; filename="books-{models.utcnow():%Y%m%d-%H%M%S}.db"'}
     headers = name | {"Content-Length": str(os.fstat(copy.fileno()).st_size)}
     return StreamingResponse(read_copy(copy), media_type="application/vnd.sqlite3", headers=headers)
@@ -302,9 +303,10 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         last_event_id = await when_available(database.write_sync, events.continue_ids)
         if settings.sample:
             await when_available(database.write_sync, add_sample)
-        await when_available(security.prepare)
+        await when_available(database.write_sync, security.prepare)
         security.open_rate_limits()
-        async with events.tail.running(last_event_id), recurring_jobs():
+        events.tail = events.EventTail(start=last_event_id, last_event_id=last_event_id)
+        async with events.tail.running(), recurring_jobs():
             yield
     finally:
         await database.close_database()

@@ -85,6 +85,9 @@ async def read_form(request: Request, parser: MultiPartParser | None = None) -> 
     charset = options.get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in ("utf-8", "utf8"):
         raise HTTPException(415, f"Forms are in UTF-8; the Content-Type says {charset[:50]}.")
+    if parser is not None and media_type not in (b"", b"multipart/form-data", b"application/x-www-form-urlencoded"):
+        shown = media_type[:100].decode("latin-1")
+        raise HTTPException(415, f"This path takes multipart/form-data; the Content-Type says {shown}.")
     if parser is not None and media_type == b"multipart/form-data":
         try:
             request._form = await parser.parse()
@@ -240,21 +243,16 @@ Contributor = Annotated[Principal, require(lambda user: settings.readers_can_add
 # --- the first admin ----------------------------------------------------------------------------------------------
 
 
-def prepare() -> None:
+def prepare(session: Session) -> None:
     """Set the signing key and, on the first start, make the first admin. Safe in several processes at once."""
-    database.write_sync(_prepare)
-    if settings.secret_key is None:
-        hint = " The first account is admin / admin." if settings.makes_admin_admin else ""
-        log.warning("Development mode: SECRET_KEY is not set.%s", hint)
-
-
-def _prepare(session: Session) -> None:
     password = settings.first_password
     admins = session.scalars(sa.select(User).where(col(User.role) == Role.admin)).all()
     if settings.secret_key is None:
         stored = session.get(Setting, "secret_key") or Setting(key="secret_key", value=secrets.token_hex(32))
         session.add(stored)
         _SigningKey.value = stored.value
+        hint = " The first account is admin / admin." if settings.makes_admin_admin else ""
+        log.warning("Development mode: SECRET_KEY is not set.%s", hint)
     else:
         _SigningKey.value = settings.secret_key.get_secret_value()
         _refuse_default_password(session)

@@ -290,7 +290,7 @@ SHELF_BATCH = 100  # the same onto a shelf or with updates, which take up to ten
 ENRICH_BATCH = external.MAX_ISBNS  # the same with look-ups: each request is committed with its answer
 MAX_ATTEMPTS = 3  # that end with their process before they store a batch
 UNFINISHED = (UploadStatus.queued, UploadStatus.processing)
-MAX_ERRORS = 10_000  # errors that are stored of one upload, and as many warnings; the counts stay exact
+MAX_ERRORS = 10_000  # refused rows that are stored of one upload, and as many with warnings; the counts stay exact
 MAX_CELL = 100_000  # characters stored of a refused row's cell: a field takes 20,000, which are more as HTML
 PROGRESS_INTERVAL = 0.34  # seconds between two events of one upload: with the last, at most four in a second
 INTERRUPTIONS = (sa.exc.OperationalError, sa.exc.TimeoutError)  # the second: of the pool of connections
@@ -365,8 +365,7 @@ def _claim(session: Session, enrich: bool) -> ImportJob | None:
     while (upload_id := next_upload(session, enrich)) is not None:
         upload = session.get_one(Upload, upload_id)
         upload.failed_attempts += upload.status == UploadStatus.processing  # its job did not release it
-        chunk_sizes = sa.select(sa.func.sum(sa.func.length(col(UploadChunk.data))))
-        if session.scalar(chunk_sizes.where(col(UploadChunk.upload_id) == upload_id)) != upload.size:
+        if not upload.size:  # which is stored with the last chunk
             upload.error = "The file was not stored whole: upload it again."
         elif upload.failed_attempts == MAX_ATTEMPTS:
             upload.error = f"{MAX_ATTEMPTS} processes ended while they imported this file: it is not tried again."
@@ -414,6 +413,7 @@ def _store_batch(
     importer.import_rows(rows)
     if savepoint is not None:
         savepoint.rollback()
+    _store_issues(session, upload, rows)
     upload.rows += len(rows)
     for name, count in Counter(row.outcome for row in rows).items():
         setattr(upload, name, getattr(upload, name) + count)
@@ -421,27 +421,21 @@ def _store_batch(
     upload.progress = min(position / upload.size, 1)
     if not upload.dry_run:  # which begins again each time
         upload.failed_attempts = 0
-    _store_issues(session, upload.id, rows)
     if time.monotonic() - job.progress_at >= PROGRESS_INTERVAL:
         job.progress_at = time.monotonic()
         _record_progress(session, upload)
 
 
-def _store_issues(session: Session, upload_id: int, rows: Sequence[ImportRow]) -> None:
-    rows = [row for row in rows if row.issues]
-    if not rows:
-        return
-    severity = col(UploadError.severity)
-    stored = sa.select(severity, sa.func.count()).where(col(UploadError.upload_id) == upload_id).group_by(severity)
-    counts = Counter(dict(session.execute(stored).all()))
-    for row in rows:
+def _store_issues(session: Session, upload: Upload, rows: Sequence[ImportRow]) -> None:
+    """Call it before the rows are counted."""
+    counts = Counter(error=upload.failed, warning=upload.warnings)
+    for row in filter(lambda row: row.issues, rows):
         kind = "error" if row.book is None else "warning"
+        counts[kind] += 1
         cells = [strip_invalid(cell[:MAX_CELL]) for cell in row.cells] if row.book is None else None
-        for issue in row.issues:
-            counts[kind] += 1
-            if counts[kind] <= MAX_ERRORS:
-                issue_data = issue._asdict() | {"value": printable(issue.value)}
-                session.add(UploadError(upload_id=upload_id, row=row.number, severity=kind, cells=cells, **issue_data))
+        for issue in row.issues if counts[kind] <= MAX_ERRORS else ():
+            issue_data = issue._asdict() | {"value": printable(issue.value)}
+            session.add(UploadError(upload_id=upload.id, row=row.number, severity=kind, cells=cells, **issue_data))
 
 
 def release(session: Session, job: ImportJob) -> UploadPublic:

@@ -1,5 +1,6 @@
 """`/users`: my account, all that is stored about me, and administration."""
 
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any
@@ -63,24 +64,23 @@ def change_me(
     session: Session, user: Principal, change: UserUpdate, changes_address: bool, tasks: BackgroundTasks
 ) -> UserPublic:
     me = session.get_one(User, user.id)
-    if changes_address:
-        request_address_change(session, me, change.email, tasks)
-    elif "email" in change.model_fields_set:  # the present one again
-        accounts.cancel_address_change(session, me)
     if "full_name" in change.model_fields_set:
         me.full_name = change.full_name
+    if "email" in change.model_fields_set:
+        accounts.cancel_address_change(session, me)
+    if changes_address:
+        with session.begin_nested() as attempt:  # 409 if it is taken; the constraint decides again when it is confirmed
+            session.execute(sa.update(User).where(col(User.id) == me.id).values(email=change.email))
+            attempt.rollback()
+        me.pending_email = change.email
+        record_account_event(session, me.id, "email_change_requested", old=me.email, new=change.email, by=me.id)
+        text = (
+            f'A new e-mail address was given for the account "{me.username}": {change.email}.\n'
+            "It takes effect when it is confirmed. A new password cancels the change."
+        )
+        tasks.add_task(accounts.send, accounts.notice(me.email, "A new e-mail address for your account", text))
+        tasks.add_task(accounts.send, accounts.confirmation_email(session, me, change.email))
     return UserPublic.model_validate(me)
-
-
-def request_address_change(session: Session, user: User, address: str, tasks: BackgroundTasks) -> None:
-    accounts.cancel_address_change(session, user)
-    with session.begin_nested() as attempt:  # 409 if it is taken now; the constraint decides again at the confirmation
-        session.execute(sa.update(User).where(col(User.id) == user.id).values(email=address))
-        attempt.rollback()
-    user.pending_email = address
-    record_account_event(session, user.id, "email_change_requested", old=user.email, new=address, by=user.id)
-    tasks.add_task(accounts.send, accounts.address_change_requested(user.email, user.username, address))
-    tasks.add_task(accounts.send, accounts.confirmation_email(session, user, address))
 
 
 class MyPassword(RequestModel):
@@ -148,12 +148,11 @@ def export_account(user: Principal, account: UserPublic) -> Iterator[str]:
     """In batches: the errors of my uploads may be a million rows."""
     now = models.utcnow()
     yield f'{{"exported_at": "{now:%Y-%m-%dT%H:%M:%SZ}",\n"account": {account.model_dump_json()}'
-    values = {"user_id": user.id, "session_id": user.session_id, "now": now}
+    values = {"user_id": user.id, "added_by": user.id, "session_id": user.session_id, "now": now}
     for name, (listing, order) in PARTS.items():
         yield f',\n"{name}": ['
-        filters = {**values, "added_by": user.id} if listing is BOOKS else values
         separator = "\n"
-        for items in listing.batches(filters, order):
+        for items in listing.batches(values, order):
             yield separator + ",\n".join(items) if items else ""
             separator = ",\n"
         yield "]"
@@ -165,20 +164,13 @@ def export_account(user: Principal, account: UserPublic) -> Iterator[str]:
 UserId = Annotated[Id, Path(description="The user's `id`.")]
 NO_USER = "No such user."
 EXISTS = col(User.email).contains("@")  # not so what is left of a deleted account; see `delete_account`
-SPELLINGS = ("search", "search_upper", "search_title", "search_lower")
+SEARCHED = col(User.username) + "\n" + col(User.email) + "\n" + sa.func.coalesce(col(User.full_name), "")
 USERS = Listing(
     sa.select(JsonObject(columns_of(User, UserPublic))),
     filters={
         "exists": EXISTS,
         "id": col(User.id) == sa.bindparam("id"),
-        # LIKE and lower() of SQLite fold ASCII only: other letters match as typed, in upper, lower or title case.
-        "search": sa.or_(
-            *(
-                sa.func.lower(column).like(sa.func.lower(sa.bindparam(name, type_=sa.String)), escape="\\")
-                for column in (col(User.username), col(User.email), col(User.full_name))
-                for name in SPELLINGS
-            )
-        ),
+        "search": SEARCHED.icontains(sa.bindparam("search", type_=sa.String), escape="/"),
         "role": col(User.role) == sa.bindparam("role"),
         "is_active": col(User.is_active) == sa.bindparam("is_active", type_=sa.Boolean),
     },
@@ -199,10 +191,7 @@ async def list_users(query: Annotated[UserQuery, Query()], admin: Admin, request
     """List or search all accounts."""
     filters = {"exists": True, **query.model_dump(include={"role", "is_active"}, exclude_none=True)}
     if query.search is not None:
-        text = query.search
-        for name, spelling in zip(SPELLINGS, (text, text.upper(), text.title(), text.lower()), strict=True):
-            escaped = spelling.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-            filters[name] = f"%{escaped}%"
+        filters["search"] = re.sub("([%_/])", r"/\1", query.search)
     return page_response(request, await database.read(USERS.page, filters, "id", query))
 
 
@@ -239,8 +228,14 @@ def update_user(
     if was_active and not user.is_active:  # before a new address gets its link
         end_sessions(session, user_id, sa.true())  # also for when it is reactivated
         accounts.cancel_all_mailed(session, user)
-    if new_email != old_email:
-        set_address(session, user, new_email, admin.id, tasks)
+    if new_email != old_email:  # at once, unconfirmed
+        user.email, user.email_verified_at = new_email, None
+        session.flush()
+        accounts.cancel_all_mailed(session, user)
+        record_account_event(session, user_id, "email_changed", old=old_email, new=new_email, by=admin.id)
+        text = f'The e-mail address of the account "{user.username}" was changed to {new_email} by an admin.'
+        tasks.add_task(accounts.send, accounts.notice(old_email, "Your e-mail address was changed", text))
+        tasks.add_task(accounts.send, accounts.confirmation_email(session, user, new_email))
     session.flush()
     if was_admin and (new_email != old_email or not is_active_admin(user)):
         require_an_admin(session)
@@ -268,16 +263,6 @@ def require_an_admin(session: Session) -> None:
         raise Conflict("last_admin", "This is the last active admin: make another one first.")
 
 
-def set_address(session: Session, user: User, address: str, by: int, tasks: BackgroundTasks) -> None:
-    """An admin's change of an address takes effect at once, unconfirmed."""
-    old, user.email, user.email_verified_at = user.email, address, None
-    session.flush()
-    accounts.cancel_all_mailed(session, user)
-    record_account_event(session, user.id, "email_changed", old=old, new=address, by=by)
-    tasks.add_task(accounts.send, accounts.address_changed(old, user.username, address))
-    tasks.add_task(accounts.send, accounts.confirmation_email(session, user, address))
-
-
 @router.delete("/{user_id:id}", status_code=204, responses=errors(403, 404, 409))
 @transactional_in_thread
 def delete_user(session: Session, user_id: UserId, admin: Admin, tasks: BackgroundTasks) -> None:
@@ -301,7 +286,8 @@ def delete_account(session: Session, user_id: int, by: Principal) -> accounts.Em
     was_admin = is_active_admin(user)
     loans.refuse_while_borrowing(session, user_id)
     data = {"user_id": user_id, "username": user.username, "by": by.id}
-    email = accounts.account_deleted(user.email, user.username)
+    text = f'The account "{user.username}" was deleted, with its shelf and reviews.'
+    email = accounts.notice(user.email, "Your account was deleted", text)
     user.username = user.email = f"deleted {user_id}"  # which nobody can register or sign in with
     user.is_active, user.full_name, user.pending_email = False, None, None
     session.flush()

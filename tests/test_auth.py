@@ -299,7 +299,7 @@ def test_accounts_whose_development_password_stops_the_start(
         patch.setattr(settings, "secret_key", KEY)
         patch.setattr(settings, "admin_password", password)
         with nullcontext() if error is None else pytest.raises(RuntimeError, match=error):
-            security.prepare()
+            database.write_sync(security.prepare)
     assert client.post("/login", data={"username": "admin", "password": "long enough"}).status_code == 401
 
 
@@ -316,7 +316,7 @@ def test_another_admin_with_the_development_password_stops_the_start(
     monkeypatch.setattr(security._SigningKey, "value", "")
     monkeypatch.setattr(settings, "secret_key", KEY)
     with pytest.raises(RuntimeError, match="the account root still has"):
-        security.prepare()
+        database.write_sync(security.prepare)
 
 
 @pytest.mark.slow
