@@ -320,7 +320,7 @@ def get_own_book(session: Session, book_id: int, user: Principal, if_match: str 
 
 
 def revise_book(session: Session, book: Book, change: BookCreate | BookUpdate) -> BookPublic:
-    book.describe(change if isinstance(change, BookCreate) else merge(book, change))
+    book.sqlmodel_update(Book.described(change if isinstance(change, BookCreate) else merge(book, change)))
     if not session.is_modified(book):
         return BookPublic.model_validate(book)
     book.touch()

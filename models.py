@@ -425,10 +425,6 @@ class Book(SQLModel, table=True):
         counts = {"copies": 0, "available": 0, "had_copies": False, "rating_count": 0, "rating_sum": 0, "version": 1}
         return counts | {"added_by": added_by, "created_at": now, "updated_at": now}
 
-    def describe(self, new: Any) -> None:
-        for name, value in self.described(new).items():
-            setattr(self, name, value)
-
     def touch(self) -> None:
         """For every change of a public column: the ETag is made from the version."""
         self.version += 1
@@ -497,10 +493,8 @@ class ShelfEntry(SQLModel, table=True):
         if fields.get("status") == ShelfStatus.completed != self.status:
             fields.setdefault("finished_at", self.finished_at or utcnow())
         differing = {name: value for name, value in fields.items() if getattr(self, name) != value}
-        for name, value in differing.items():
-            setattr(self, name, value)
         if differing:
-            self.updated_at = utcnow()
+            self.sqlmodel_update(differing | {"updated_at": utcnow()})
         return bool(differing)
 
 
