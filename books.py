@@ -245,6 +245,15 @@ def etag_matches(header: str, *etags: str) -> bool:
     return header.strip() == "*" or any(tag.strip() in etags for tag in header.split(","))
 
 
+def conditional_response(
+    content: str | bytes, media_type: str, headers: dict[str, str], if_none_match: str | None
+) -> Response:
+    """304 where the client has it, by the `ETag` among the headers."""
+    if if_none_match is not None and etag_matches(if_none_match, headers["ETag"], f"W/{headers['ETag']}"):
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type=media_type)
+
+
 NOT_MODIFIED: dict[int | str, Any] = {304: {"description": "It is still the version that you have."}}
 CHANGE_RESPONSES = errors(403, 404, 409, 412, sends={200: "ETag"})
 
@@ -253,10 +262,7 @@ CHANGE_RESPONSES = errors(403, 404, 409, 412, sends={200: "ETag"})
 async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
     """Read a book. Its `ETag` names its version."""
     body, version = or_404(await database.read(FIND_BOOK.first, {"book_id": book_id}), NO_BOOK)
-    headers = {"ETag": etag_of(version)}
-    if if_none_match is not None and etag_matches(if_none_match, headers["ETag"], f"W/{headers['ETag']}"):
-        return Response(status_code=304, headers=headers)
-    return json_response(body, headers=headers)
+    return conditional_response(body, "application/json", {"ETag": etag_of(version)}, if_none_match)
 
 
 @hot.post("", status_code=201, response_model=BookPublic, responses=errors(403, 409, sends={201: "Location ETag"}))

@@ -60,7 +60,7 @@ import anyio.to_thread
 import fastapi_offline
 import sqlalchemy as sa
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlmodel import Session, col
@@ -328,9 +328,7 @@ def render_page(request: Request, page: str, if_none_match: str | None) -> Respo
     page = page.replace("<head>", f'<head>\n<base href="{root}/">', 1)
     etag = f'"{hashlib.sha256(page.encode()).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
-    if if_none_match is not None and books.etag_matches(if_none_match, etag, f"W/{etag}"):
-        return Response(status_code=304, headers=headers)
-    return HTMLResponse(page, headers=headers)
+    return books.conditional_response(page, "text/html", headers, if_none_match)
 
 
 # --- Redoc --------------------------------------------------------------------------------------------------------
