@@ -11,7 +11,7 @@ from fastapi import Depends, HTTPException, Path, Query, Request, Response
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import ColumnElement, Connection
-from sqlmodel import Session, col
+from sqlmodel import Session, UTCDateTime, col
 
 import database
 import models
@@ -288,7 +288,7 @@ SESSIONS = Listing(
     sa.select(JsonObject(columns_of(LoginSession, SessionPublic, current=IS_CURRENT))),
     filters={
         "user_id": col(LoginSession.user_id) == sa.bindparam("user_id"),
-        "live_at": is_live(sa.bindparam("live_at", type_=models.UtcDateTime)),
+        "live_at": is_live(sa.bindparam("live_at", type_=UTCDateTime)),
     },
     orders={"-id": (col(LoginSession.id),), "id": (col(LoginSession.id),)},
 )

@@ -18,7 +18,7 @@ from sqlmodel import Session, col
 import database
 import models
 from api import FastRoute, Router, errors
-from books import NOT_MODIFIED, BookId, IfNoneMatch, etag_matches
+from books import NOT_MODIFIED, BookId, IfNoneMatch, conditional_response
 from external import open_client
 from models import Book, Cover
 from schemas import RequestModel
@@ -159,6 +159,4 @@ async def read_cover(
         raise HTTPException(404, "No such book, or no picture of its cover.", headers)
     etag = f'"{hashlib.sha256(picture).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "public, max-age=31536000, immutable" if query.v else "no-cache"}
-    if if_none_match is not None and etag_matches(if_none_match, etag, f"W/{etag}"):
-        return Response(status_code=304, headers=headers)
-    return Response(picture, media_type=f"image/{kind.lastgroup}", headers=headers)
+    return conditional_response(picture, f"image/{kind.lastgroup}", headers, if_none_match)

@@ -44,15 +44,8 @@ LANGUAGES = dict(
 SUBJECT = re.compile(r"[^:=]{1,100}")  # Open Library has marks like `nyt:hardcover=2008-08-11` among them
 
 
-class Source(StrEnum):
-    google = "google"
-    openlibrary = "openlibrary"
-
-    @property
-    def label(self) -> str:
-        return "Google Books" if self is Source.google else "Open Library"
-
-
+Source = StrEnum("Source", ["google", "openlibrary"])
+LABELS = {Source.google: "Google Books", Source.openlibrary: "Open Library"}
 # A `ref` becomes a part of a URL: these characters can't change the rest of it.
 REFS = {Source.google: re.compile(r"[A-Za-z0-9_-]{1,40}"), Source.openlibrary: re.compile(r"OL[1-9][0-9]{0,11}[MW]")}
 
@@ -218,7 +211,7 @@ class SourceError(HTTPException):
     """The source gave no answer that can be used. With `pause`, another try may help after so many seconds."""
 
     def __init__(self, status: int, source: Source, problem: str, pause: float | None = None) -> None:
-        super().__init__(status, f"{source.label} {problem}.")
+        super().__init__(status, f"{LABELS[source]} {problem}.")
         self.pause = pause
 
 
@@ -257,32 +250,29 @@ async def request(source: Source, path: str, params: dict[str, Any], parse: Pars
 async def get_answer(client: httpx2.AsyncClient, source: Source, url: httpx2.URL, parse: Parser[T]) -> T | None:
     if source is Source.google and settings.google_books_key is not None:
         url = url.copy_merge_params({"key": settings.google_books_key.get_secret_value()})
+    body = bytearray()
     try:
         async with client.stream("GET", url) as response:
-            return await read_answer(source, response, parse)
+            status = response.status_code
+            if status in (404, 410):
+                return None
+            if status != 200:
+                seconds = response.headers.get("Retry-After", "")  # or a date, which these sources do not send
+                pause = float(seconds[:9]) if seconds.isdecimal() else 0.0
+                may_recover = status == 429 or status >= 500
+                raise SourceError(502, source, f"answers with {status}", pause if may_recover else None)
+            async for chunk in response.aiter_raw():
+                body += chunk
+                if len(body) > MAX_RESPONSE:
+                    raise SourceError(502, source, "sends too large an answer")
+        return await asyncio.to_thread(lambda: parse(from_json(body)))  # a large answer takes a while
     except httpx2.TimeoutException:
         raise SourceError(504, source, "does not answer in time", pause=0) from None
     except httpx2.RequestError as error:
-        log.info("%s: %s", source.label, type(error).__name__)
+        log.info("%s: %s", LABELS[source], type(error).__name__)
         raise SourceError(502, source, "can't be reached, or breaks off", pause=0) from None
     except ValueError:
         raise SourceError(502, source, "answers what can't be read", pause=0) from None
-
-
-async def read_answer(source: Source, response: httpx2.Response, parse: Parser[T]) -> T | None:
-    status = response.status_code
-    if status in (404, 410):
-        return None
-    if status != 200:
-        seconds = response.headers.get("Retry-After", "")  # or a date, which these sources do not send
-        pause = float(seconds[:9]) if seconds.isdecimal() else 0.0
-        raise SourceError(502, source, f"answers with {status}", pause if status == 429 or status >= 500 else None)
-    body = bytearray()
-    async for chunk in response.aiter_raw():
-        body += chunk
-        if len(body) > MAX_RESPONSE:
-            raise SourceError(502, source, "sends too large an answer")
-    return await asyncio.to_thread(lambda: parse(from_json(body)))  # a large answer takes a while
 
 
 MAX_ISBNS = 50  # in one request: Open Library asks for it
@@ -391,8 +381,8 @@ CREATED = errors(403, 404, 409, 502, 504, sends={201: "Location ETag"})
 async def add_external_book(payload: ExternalBook, user: Contributor, response: Response) -> BookPublic:
     """Add a book as Google Books or Open Library has it now. 409 if its ISBN is in the catalogue already."""
     if not REFS[payload.source].fullmatch(payload.ref):
-        raise InvalidField("ref", f"is not one of {payload.source.label}")
-    no_book = f"{payload.source.label} has no such book."
+        raise InvalidField("ref", f"is not one of {LABELS[payload.source]}")
+    no_book = f"{LABELS[payload.source]} has no such book."
     candidate = or_404(await fetch_candidate(payload.source, payload.ref), no_book)
     book = await database.write(add_found_book, candidate.book(), user)
     response.headers.update({"Location": f"/books/{book.id}", "ETag": etag_of(book.version)})
@@ -440,7 +430,7 @@ def complete(row: ImportRow, found: Candidate | None, problem: str | None) -> No
     isbn = row.values["isbn"]
     if found is None and not {"title", "author"} <= row.values.keys():
         if problem is None:
-            row.refuse("isbn", isbn, f"is not known to {Source.openlibrary.label}")
+            row.refuse("isbn", isbn, f"is not known to {LABELS[Source.openlibrary]}")
         else:
             row.refuse(None, isbn, f"could not be looked up: {problem}")
         return

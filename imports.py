@@ -26,7 +26,7 @@ import library
 import models
 from books import revise_book
 from csv_files import SHELF_FORMATS, BrokenRecord, ColumnMapping, ImportRow, InvalidCell, UnreadableFile, printable
-from models import Book, Principal, ShelfEntry, ShelfStatus, Upload, UploadChunk, UploadStatus, User
+from models import Book, Principal, ShelfEntry, ShelfStatus, Upload, UploadChunk, UploadStatus
 from schemas import CSV_CONTEXT, INVALID_CHARACTERS, BookBase, BookCreate, BookUpdate, is_isbn13
 from search import TITLE, index_books
 from settings import settings
@@ -379,20 +379,6 @@ class BatchImporter:
             events.record(self.session, "shelf.imported", data | {"count": count}, owner=self.owner.id)
         if reviews:
             events.record(self.session, "reviews.imported", data | {"count": reviews})
-
-
-def import_records(session: Session, owner: User, filename: str, records: list[list[str]], *, shelve: bool) -> None:
-    """Import a short file at once, whose rows are all good. The first record is the header."""
-    columns = csv_files.read_header(records[0], enrich=False, shelve=shelve)
-    parser, now = RowParser(columns, lambda: None), models.utcnow()
-    rows = [parser.parse(number, cells) for number, cells in enumerate(records[1:], start=2)]
-    upload = Upload(user_id=owner.id, filename=filename, size=0, shelve=shelve, format=columns.format)
-    upload.rows, upload.inserted, upload.progress, upload.status = len(rows), len(rows), 1, UploadStatus.completed
-    upload.started_at = upload.finished_at = now
-    session.add(upload)
-    session.flush()
-    librarian = Principal(owner.id, owner.username, models.Role.librarian, 0)  # whether or not readers may add books
-    BatchImporter(session, upload, librarian, DuplicateTracker(columns.ours)).import_rows(rows)
 
 
 # --- the file -----------------------------------------------------------------------------------------------------

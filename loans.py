@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from fastapi import HTTPException, Path, Query, Request, Response
 from pydantic import Field
 from sqlalchemy import Connection
-from sqlmodel import Session, col
+from sqlmodel import Session, UTCDateTime, col
 
 import database
 import events
@@ -29,7 +29,7 @@ router = Router(tags=["Lending"])
 LoanId = Annotated[Id, Path(description="The loan's `id`.")]
 NO_LOAN = "No such loan."
 IS_OPEN = col(Loan.returned_at).is_(None)
-IS_OVERDUE = col(Loan.due_at) < sa.bindparam("now", type_=models.UtcDateTime)
+IS_OVERDUE = col(Loan.due_at) < sa.bindparam("now", type_=UTCDateTime)
 STATUS = sa.case((sa.not_(IS_OPEN), "returned"), (IS_OVERDUE, "overdue"), else_="active")
 TITLE = sa.func.coalesce(col(Book.title), col(Loan.title))
 LOAN_COLUMNS = columns_of(Loan, LoanPublic, username=col(User.username), title=TITLE, status=STATUS)

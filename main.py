@@ -60,7 +60,7 @@ import anyio.to_thread
 import fastapi_offline
 import sqlalchemy as sa
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlmodel import Session, col
@@ -75,7 +75,6 @@ import covers
 import database
 import events
 import external
-import imports
 import library
 import loans
 import models
@@ -84,7 +83,8 @@ import security
 import uploads
 import users
 from api import HANDLERS, Conflict, RequestMiddleware, Router, errors, or_404
-from models import Book, User, claim_job
+from models import Book, ShelfEntry, ShelfStatus, User, claim_job
+from schemas import CSV_CONTEXT, BookCreate, EntryUpdate
 from settings import STATIC, VERSION, settings
 
 if sys.platform != "win32":
@@ -244,25 +244,30 @@ def add_sample(session: Session) -> None:
     """Classics, copies and reviews, in a database that has never had a user, and so no books."""
     if session.scalar(sa.select(col(User.id)).limit(1)) is not None:
         return
-    books, reviews = (
-        list(csv.reader((STATIC / f"sample_{name}.csv").read_text("utf-8").splitlines()))
-        for name in ("books", "reviews")
-    )
+    book_ids, readers = dict[str, int](), dict[str, User]()
+    for row in read_sample("books"):
+        book = books.add_book(session, BookCreate.model_validate(row, context=CSV_CONTEXT), None)
+        book_ids[book.title] = book.id
+        if copies := book.id % 3:
+            loans.move_stock(session, book.id, copies=copies, available=copies)
     password_hash = security.passwords.hash(secrets.token_hex())  # nobody knows this password
-    for name in dict.fromkeys(row[0] for row in reviews[1:]):
-        username = name.lower().replace(" ", ".")
-        reader = User(
-            username=username, full_name=name, email=f"{username}@sample.invalid", password_hash=password_hash
-        )
-        session.add(reader)
-        session.flush()
-        if books:
-            imports.import_records(session, reader, "sample_books.csv", books, shelve=False)
-            books = []
-        own = [row for row in reviews if row[0] in (reviews[0][0], name)]
-        imports.import_records(session, reader, "sample_reviews.csv", own, shelve=True)
-    for book_id in session.scalars(sa.select(col(Book.id)).where(col(Book.id) % 3 > 0)).all():
-        loans.move_stock(session, book_id, copies=book_id % 3, available=book_id % 3)
+    for row in read_sample("reviews"):
+        name, title, tags = (row.pop(column) for column in ("reader", "title", "tags"))
+        if name not in readers:
+            username = name.lower().replace(" ", ".")
+            email = f"{username}@sample.invalid"
+            readers[name] = User(username=username, full_name=name, email=email, password_hash=password_hash)
+            session.add(readers[name])
+            session.flush()
+        entry = ShelfEntry(user_id=readers[name].id, book_id=book_ids[title], status=ShelfStatus.wishlist)
+        session.add(entry)
+        values = {column: cell for column, cell in row.items() if cell} | {"tags": tags.split()}
+        change = EntryUpdate.model_validate(values, context=CSV_CONTEXT)
+        library.revise_entry(session, entry, session.get_one(Book, entry.book_id), readers[name], change)
+
+
+def read_sample(name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((STATIC / f"sample_{name}.csv").read_text("utf-8").splitlines()))
 
 
 # --- lifespan -----------------------------------------------------------------------------------------------------
@@ -325,9 +330,7 @@ def render_page(request: Request, page: str, if_none_match: str | None) -> Respo
     page = page.replace("<head>", f'<head>\n<base href="{root}/">', 1)
     etag = f'"{hashlib.sha256(page.encode()).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
-    if if_none_match is not None and books.etag_matches(if_none_match, etag, f"W/{etag}"):
-        return Response(status_code=304, headers=headers)
-    return HTMLResponse(page, headers=headers)
+    return books.conditional_response(page, "text/html", headers, if_none_match)
 
 
 # --- Redoc --------------------------------------------------------------------------------------------------------

@@ -42,19 +42,6 @@ class InvalidField(Exception):
 # --- column types -------------------------------------------------------------------------------------------------
 
 
-class UtcDateTime(sa.TypeDecorator[datetime]):
-    """An aware datetime, stored in UTC. SQLite stores no time zone, so it is added on reading."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else value.replace(tzinfo=UTC)
-
-
 class Cents(sa.TypeDecorator[Decimal]):
     """A price, stored as an integer: SQLite has no exact decimals."""
 
@@ -137,13 +124,9 @@ def primary_key_column() -> Any:
     return Field(default=None, primary_key=True)
 
 
-def timestamp_column() -> Any:
-    return Field(default=None, sa_type=UtcDateTime, nullable=True)
-
-
 def now_column() -> Any:
     # A lambda, so that tests can replace `utcnow`.
-    return Field(default_factory=lambda: utcnow(), sa_type=UtcDateTime, nullable=False)  # noqa: PLW0108
+    return Field(default_factory=lambda: utcnow())  # noqa: PLW0108
 
 
 def flag_column() -> Any:
@@ -179,7 +162,7 @@ class User(SQLModel, table=True):
     full_name: str | None = Field(default=None, max_length=100)
     role: str = Field(default=Role.reader, max_length=20)
     is_active: bool = True
-    email_verified_at: datetime | None = timestamp_column()
+    email_verified_at: datetime | None = None
     pending_email: str | None = Field(default=None, max_length=254, index=True)  # until it is confirmed
     created_at: datetime = now_column()
 
@@ -212,7 +195,7 @@ class LoginSession(SQLModel, table=True):
     created_at: datetime = now_column()
     last_used_at: datetime = now_column()
     expires_at: datetime = now_column()
-    revoked_at: datetime | None = timestamp_column()
+    revoked_at: datetime | None = None
 
 
 class OneTimeCode(SQLModel, table=True):
@@ -248,7 +231,7 @@ class StoredAnswer(SQLModel, table=True):
     status: int
     headers: dict[str, str] = Field(sa_type=sa.JSON, nullable=False)
     body: str
-    created_at: datetime = Field(sa_type=UtcDateTime, nullable=False, index=True)
+    created_at: datetime = Field(index=True)
 
 
 # --- uploads ------------------------------------------------------------------------------------------------------
@@ -287,10 +270,10 @@ class Upload(SQLModel, table=True):
     delimiter: str | None = Field(default=None, max_length=1)
     header: list[str] | None = Field(default=None, sa_type=sa.JSON)
     created_at: datetime = now_column()
-    started_at: datetime | None = timestamp_column()
-    finished_at: datetime | None = timestamp_column()
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
     worker: str | None = Field(default=None, max_length=20)  # the job that has the lease
-    lease_until: datetime | None = timestamp_column()  # the job renews it; expired, another one takes over
+    lease_until: datetime | None = None  # the job renews it; expired, another one takes over
     failed_attempts: int = Field(default=0, sa_column_kwargs={"server_default": "0"})  # since the last stored batch
 
 
@@ -442,10 +425,6 @@ class Book(SQLModel, table=True):
         counts = {"copies": 0, "available": 0, "had_copies": False, "rating_count": 0, "rating_sum": 0, "version": 1}
         return counts | {"added_by": added_by, "created_at": now, "updated_at": now}
 
-    def describe(self, new: Any) -> None:
-        for name, value in self.described(new).items():
-            setattr(self, name, value)
-
     def touch(self) -> None:
         """For every change of a public column: the ETag is made from the version."""
         self.version += 1
@@ -497,8 +476,8 @@ class ShelfEntry(SQLModel, table=True):
     review: str | None = None
     page: int | None = None  # how far one has read
     tags: list[str] = Field(default_factory=list, sa_type=sa.JSON, nullable=False)
-    started_at: datetime | None = timestamp_column()
-    finished_at: datetime | None = timestamp_column()
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
     added_at: datetime = now_column()
     updated_at: datetime = now_column()
 
@@ -514,10 +493,8 @@ class ShelfEntry(SQLModel, table=True):
         if fields.get("status") == ShelfStatus.completed != self.status:
             fields.setdefault("finished_at", self.finished_at or utcnow())
         differing = {name: value for name, value in fields.items() if getattr(self, name) != value}
-        for name, value in differing.items():
-            setattr(self, name, value)
         if differing:
-            self.updated_at = utcnow()
+            self.sqlmodel_update(differing | {"updated_at": utcnow()})
         return bool(differing)
 
 
@@ -544,5 +521,5 @@ class Loan(SQLModel, table=True):
     quantity: int = 1
     borrowed_at: datetime = now_column()
     due_at: datetime = now_column()
-    returned_at: datetime | None = timestamp_column()
+    returned_at: datetime | None = None
     renewals: int = 0

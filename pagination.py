@@ -19,11 +19,11 @@ from pydantic import AfterValidator, BaseModel, Field, NaiveDatetime, TypeAdapte
 from sqlalchemy import ColumnElement, Connection, and_, bindparam
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
-from sqlmodel import Session, col
+from sqlmodel import Session, UTCDateTime, col
 
 import database
 from database import CompiledQuery
-from models import MAX_ID, Cents, Event, InvalidField, Setting, UtcDateTime
+from models import MAX_ID, Cents, Event, InvalidField, Setting
 from schemas import BlankIsNull, RequestModel, pattern
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def _pairs(element: JsonObject, value: Callable[[Any], str]) -> str:
 def _json_object(element: JsonObject, compiler: Any, **options: Any) -> str:
     def value(column: Any) -> str:
         text = str(compiler.process(column, **options))
-        if isinstance(column.type, UtcDateTime):
+        if isinstance(column.type, UTCDateTime):
             return f"replace(replace({text}, ' ', 'T'), '.000000', '') || 'Z'"
         if isinstance(column.type, Cents):
             return f"{text} / 100.0"
@@ -84,7 +84,7 @@ def _json_object(element: JsonObject, compiler: Any, **options: Any) -> str:
 def _json_build_object(element: JsonObject, compiler: Any, *, is_nested: bool = False, **options: Any) -> str:
     def value(column: Any) -> str:
         text = str(compiler.process(column, **options, is_nested=True))
-        if isinstance(column.type, UtcDateTime):
+        if isinstance(column.type, UTCDateTime):
             moment = f"to_char({text} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
             return f"replace({moment}, '.000000Z', 'Z')"
         return f"({text} / 100.0)::float8" if isinstance(column.type, Cents) else text
@@ -95,7 +95,7 @@ def _json_build_object(element: JsonObject, compiler: Any, *, is_nested: bool = 
 class TimestampKey(sa.TypeDecorator[str]):
     """A timestamp that is bound as text, as SQLite stores it and cursors carry it."""
 
-    impl = UtcDateTime
+    impl = UTCDateTime
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Any) -> Any:

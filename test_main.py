@@ -192,7 +192,7 @@ def test_a_request_that_is_too_large_is_413(client: TestClient) -> None:
 
     chunked = client.post("/auth/register", content=iter(endless()), headers={"Content-Type": "application/json"})
     assert chunked.status_code == 413
-    assert chunked.json() == answer.json()
+    assert chunked.json()["detail"] == answer.json()["detail"]
 
 
 def test_each_request_is_one_line_in_the_log(server: Server) -> None:
