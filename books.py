@@ -1,6 +1,6 @@
 """`/books`: the catalogue, its filters, genres and export."""
 
-import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
@@ -385,6 +385,14 @@ def disown_books(session: Session, user_id: int, limit: int) -> int:
 
 # --- export -------------------------------------------------------------------------------------------------------
 
+PRICE = BOOK_COLUMNS.index("price")
+# Plain columns: to render JSON and parse it again takes twice as long as all the rest.
+BOOK_ROWS = Listing(
+    sa.select(*(sa.type_coerce(Book.price, sa.Integer) if n == "price" else getattr(Book, n) for n in BOOK_COLUMNS)),
+    filters=BOOKS.filters,
+    orders={name: order.columns for name, order in BOOKS.orders.items()},
+)
+
 
 class ExportQuery(BookFilter):
     format: Literal["csv", "ndjson"] = Field(default="csv", description="NDJSON: a book a line, as `/books` has it.")
@@ -403,13 +411,13 @@ async def export_books(query: Annotated[ExportQuery, Query()], viewer: Viewer) -
     The CSV goes back in through `/books/upload`. Where a spreadsheet would begin a formula, an apostrophe is inserted,
     which an import removes.
     """
-    batches = BOOKS.batches(query.filters(viewer), query.sort or "id")
+    filters, order = query.filters(viewer), query.sort or "id"
     if query.format == "csv":
-        return pagination.file_response(as_csv(BOOK_COLUMNS, batches, book_cells), "books.csv")
-    lines = ("".join(f"{book}\n" for book in batch) for batch in batches)
+        rows = BOOK_ROWS.row_batches(filters, order)
+        return pagination.file_response(as_csv(BOOK_COLUMNS, rows, book_cells), "books.csv")
+    lines = ("".join(f"{book}\n" for book in batch) for batch in BOOKS.batches(filters, order))
     return pagination.file_response(lines, "books.ndjson")
 
 
-def book_cells(text: str) -> list[object]:
-    book = json.loads(text)
-    return [price_cell(book[name]) if name == "price" else book[name] for name in BOOK_COLUMNS]
+def book_cells(row: Sequence[Any]) -> Sequence[object]:
+    return [*row[:PRICE], price_cell(row[PRICE]), *row[PRICE + 1 : len(BOOK_COLUMNS)]]

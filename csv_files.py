@@ -223,8 +223,8 @@ def as_csv(header: Sequence[str], batches: Iterable[Sequence[Any]], cells: Calla
     return map(to_csv, chain([[header]], (map(cells, rows) for rows in batches)))
 
 
-def price_cell(price: float | None) -> str:
-    return "" if price is None else f"{price:.15g}"  # 9, not 9.0
+def price_cell(cents: float | None) -> str:
+    return "" if cents is None else f"{cents / 100:.15g}"  # 9, not 9.0
 
 
 def strip_invalid(text: str) -> str:

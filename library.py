@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
@@ -337,7 +337,7 @@ def most_frequent(names: Iterable[str]) -> list[tuple[str, int]]:
 )
 async def export_library(user: CurrentUser) -> StreamingResponse:
     """Download my shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""
-    batches = ENTRIES.batches({"user_id": user.id}, "added")
+    batches = ENTRIES.row_batches({"user_id": user.id}, "added")
     return pagination.file_response(
         as_csv(csv_files.GOODREADS_COLUMNS + csv_files.OUR_COLUMNS, batches, shelf_cells), "my-library.csv"
     )
@@ -346,8 +346,8 @@ async def export_library(user: CurrentUser) -> StreamingResponse:
 EXCLUSIVE_SHELVES = {status: name for name, status in reversed(csv_files.SHELVES.items())}
 
 
-def shelf_cells(text: str) -> list[object]:
-    entry = json.loads(text)
+def shelf_cells(row: Sequence[Any]) -> list[object]:
+    entry = json.loads(row[0])
     book, shelf = entry["book"], EXCLUSIVE_SHELVES[entry["status"]]
     first, _, others = book["author"].partition(", ")
     if not others or (first, others) != (first.strip(), others.strip()):
@@ -360,7 +360,7 @@ def shelf_cells(text: str) -> list[object]:
         *(book["rating"] and round(float(book["rating"]), 2), book["publisher"], "", book["pages"]),
         *("", book["publication_year"], dates["finished_at"], dates["added_at"]),
         *(", ".join(tags), "", shelf, csv_files.to_html(entry["review"] or ""), "", "", int(shelf == "read"), 0),
-        *(book["genre"], book["description"], book["language"], price_cell(book["price"])),
+        *(book["genre"], book["description"], book["language"], price_cell(book["price"] and book["price"] * 100)),
         *(book["cover_url"], book["published_date"]),
         *(entry[name] for name in ("added_at", "started_at", "finished_at", "page")),
     ]
