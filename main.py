@@ -38,7 +38,6 @@ and `write_sync`.
 
 import asyncio
 import contextlib
-import csv
 import gc
 import hashlib
 import html
@@ -46,7 +45,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import sqlite3
 import sys
 import tempfile
@@ -58,12 +56,10 @@ from typing import Any, BinaryIO
 
 import anyio.to_thread
 import fastapi_offline
-import sqlalchemy as sa
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlmodel import Session, col
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
@@ -83,8 +79,8 @@ import security
 import uploads
 import users
 from api import HANDLERS, Conflict, RequestMiddleware, Router, errors, or_404
-from models import Book, ShelfEntry, ShelfStatus, User, claim_job
-from schemas import CSV_CONTEXT, BookCreate, EntryUpdate
+from migrations.sample import add_sample
+from models import claim_job
 from settings import STATIC, VERSION, settings
 
 if sys.platform != "win32":
@@ -235,39 +231,6 @@ def open_copy(file: str) -> BinaryIO:
 def read_copy(copy: BinaryIO) -> Iterator[bytes]:
     with copy:
         yield from iter(lambda: copy.read(1 << 20), b"")
-
-
-# --- sample data --------------------------------------------------------------------------------------------------
-
-
-def add_sample(session: Session) -> None:
-    """Classics, copies and reviews, in a database that has never had a user, and so no books."""
-    if session.scalar(sa.select(col(User.id)).limit(1)) is not None:
-        return
-    book_ids, readers = dict[str, int](), dict[str, User]()
-    for row in read_sample("books"):
-        book = books.add_book(session, BookCreate.model_validate(row, context=CSV_CONTEXT), None)
-        book_ids[book.title] = book.id
-        if copies := book.id % 3:
-            loans.move_stock(session, book.id, copies=copies, available=copies)
-    password_hash = security.passwords.hash(secrets.token_hex())  # nobody knows this password
-    for row in read_sample("reviews"):
-        name, title, tags = (row.pop(column) for column in ("reader", "title", "tags"))
-        if name not in readers:
-            username = name.lower().replace(" ", ".")
-            email = f"{username}@sample.invalid"
-            readers[name] = User(username=username, full_name=name, email=email, password_hash=password_hash)
-            session.add(readers[name])
-            session.flush()
-        entry = ShelfEntry(user_id=readers[name].id, book_id=book_ids[title], status=ShelfStatus.wishlist)
-        session.add(entry)
-        values = {column: cell for column, cell in row.items() if cell} | {"tags": tags.split()}
-        change = EntryUpdate.model_validate(values, context=CSV_CONTEXT)
-        library.revise_entry(session, entry, session.get_one(Book, entry.book_id), readers[name], change)
-
-
-def read_sample(name: str) -> list[dict[str, str]]:
-    return list(csv.DictReader((STATIC / f"sample_{name}.csv").read_text("utf-8").splitlines()))
 
 
 # --- lifespan -----------------------------------------------------------------------------------------------------
