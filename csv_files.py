@@ -7,6 +7,7 @@ import functools
 import html
 import io
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -18,6 +19,7 @@ from stdnum import isbn as isbn_numbers
 import models
 from models import ShelfStatus
 from schemas import BookBase, EntryUpdate, Timestamp
+from settings import STATIC
 
 MAX_RECORD = 2_000_000  # characters of a record; a longer one is mostly due to a quote that never closes
 MAX_CELLS = 1000  # of a record
@@ -355,68 +357,17 @@ def to_html(text: str) -> str:
 # --- columns ------------------------------------------------------------------------------------------------------
 
 BOOK_COLUMNS = [*BookBase.model_fields]  # of our own export of the catalogue
-GOODREADS_COLUMNS = (
-    "Book Id,Title,Author,Author l-f,Additional Authors,ISBN,ISBN13,My Rating,Average Rating,Publisher,Binding,"
-    "Number of Pages,Year Published,Original Publication Year,Date Read,Date Added,Bookshelves,"
-    "Bookshelves with positions,Exclusive Shelf,My Review,Spoiler,Private Notes,Read Count,Owned Copies"
-).split(",")
-# What Goodreads' export does not have; a file with all of these, the last of which is newer, is our export of a shelf.
-OUR_COLUMNS = (
-    "Genre,Description,Language,Price,Cover URL,Published Date,Added At,Started At,Finished At,Current Page"
-).split(",")
+COLUMNS = tomllib.loads((STATIC / "columns.toml").read_text("utf-8"))  # which explains them
+GOODREADS_COLUMNS, OUR_COLUMNS, SHELF_FORMATS = COLUMNS["goodreads"], COLUMNS["ours"], COLUMNS["formats"]
+ALIASES, SHELF_ALIASES = COLUMNS["aliases"], COLUMNS["shelf_aliases"]
+SHELVES = {name: ShelfStatus(status) for name, status in COLUMNS["shelves"].items()}
 REASON = "reason"  # the column that is added to refused rows
 MAX_COLUMNS = 500  # exports of Goodreads, StoryGraph and ours have thirty; each name is stored with the upload
-# Names of columns without case, spaces, `_` and `-`. Where a file has several of them, the first one counts.
-ALIASES = {
-    "title": ("title", "booktitle", "name"),
-    "author": ("author", "authors", "bookauthor"),
-    "isbn": ("isbn13", "isbn", "isbn10", "isbn/uid"),
-    "genre": ("genre",),
-    "description": ("description", "summary"),
-    "publisher": ("publisher", "bookpublisher"),
-    "language": ("language", "languagecode"),
-    "pages": ("pages", "numpages", "numberofpages"),
-    "price": ("price",),
-    "cover_url": ("coverurl", "imageurl"),
-    "published_date": ("publicationdate", "publisheddate", "publishdate"),
-    "publication_year": ("publicationyear", "originalpublicationyear", "year", "yearofpublication", "yearpublished"),
-}
-SHELF_FORMATS = ("goodreads", "storygraph", "librarything", "bookwyrm")
-# Names of columns in each of these; `-` is no column, and without any the names above hold. A file has the format whose
-# author, status and rating it has.
-SHELF_ALIASES = {
-    "author": ("", "", "primaryauthor", "authortext"),
-    "additional": ("additionalauthors", "-", "secondaryauthor", "-"),
-    "description": ("", "", "-", ""),  # LibraryThing's summary is title and author again
-    "language": ("", "", "languages", ""),
-    "pages": ("", "", "pagecount", ""),
-    "published_date": ("", "", "date", ""),
-    "status": ("exclusiveshelf", "readstatus", "collections", "shelf"),
-    "rating": ("myrating", "starrating", "rating", "rating"),
-    "review_title": ("-", "-", "-", "reviewname"),
-    "review": ("myreview", "review", "review", "reviewcontent"),
-    "tags": ("bookshelves", "tags", "tags", "-"),
-    "page": ("currentpage", "-", "-", "-"),
-    "added_at": ("addedat dateadded", "dateadded", "entrydate", "shelfdate"),
-    "started_at": ("startedat", "-", "datestarted", "startdate"),
-    "dates_read": ("-", "datesread", "-", "-"),
-    "finished_at": ("finishedat dateread", "lastdateread", "dateread", "finishdate stoppeddate"),
-}
 FORMATS = {"books": ALIASES} | {
     name: ALIASES | {key: tuple(names[n].split()) for key, names in SHELF_ALIASES.items() if names[n]}
     for n, name in enumerate(SHELF_FORMATS)
 }
 KNOWN_COLUMNS = {alias for fields in FORMATS.values() for names in fields.values() for alias in names}
-SHELVES = {
-    "read": ShelfStatus.completed,
-    "currently-reading": ShelfStatus.reading,
-    "to-read": ShelfStatus.wishlist,
-    **dict.fromkeys(("did-not-finish", "dnf", "abandoned", "stopped-reading", "wont-finish"), ShelfStatus.abandoned),
-    **dict.fromkeys(("dropped", "gave-up", "unfinished"), ShelfStatus.abandoned),
-    **dict.fromkeys(("reading", "on-hold", "paused"), ShelfStatus.reading),
-    "wishlist": ShelfStatus.wishlist,
-    "read-but-unowned": ShelfStatus.completed,
-}
 
 
 @functools.lru_cache(1000)
