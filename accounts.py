@@ -7,6 +7,7 @@ import logging
 import secrets
 import smtplib
 import ssl
+import tomllib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -32,7 +33,7 @@ from models import CodePurpose, InvalidField, LoginSession, OneTimeCode, Princip
 from pagination import json_response
 from schemas import EmailAddress, Password, RequestModel, Storable, UserCreate, UserPublic, pattern
 from security import CurrentUser, authorized, unauthorized
-from settings import settings
+from settings import STATIC, settings
 
 router = Router(tags=["Accounts"], max_body_size=MAX_ACCOUNT_BODY)
 log = logging.getLogger("books.mail")
@@ -42,6 +43,7 @@ log = logging.getLogger("books.mail")
 RETRY_DELAYS = (2, 10, 60)  # seconds
 SMTP_TIMEOUT = 10  # seconds, for each step of the dialogue
 IMPLICIT_TLS_PORT = 465  # RFC 8314, 3.3
+MAILS = tomllib.loads((STATIC / "mails.toml").read_text("utf-8"))
 # Threads of its own: a mail server that hangs must not block readers.
 smtp_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="smtp")
 
@@ -108,13 +110,9 @@ def _is_permanent(error: OSError | ValueError) -> bool:
     return isinstance(error, ValueError) or getattr(error, "smtp_code", 0) >= 500
 
 
-# The only name in the mails is the username, whose characters are restricted: it is chosen at registration, and the
-# recipient may be somebody else.
-
-
-def notice(to: str, subject: str, text: str) -> Email:
-    site = f"Books API ({settings.public_url})"
-    return Email(to, subject, f"{text}\nThis happened at {site}. If it was not you, contact its operator soon.\n")
+def compose(kind: str, to: str, **values: str) -> Email:
+    """A mail of static/mails.toml."""
+    return Email(to, MAILS[kind]["subject"], MAILS[kind]["text"].format(**values, site=settings.public_url))
 
 
 # --- registration -------------------------------------------------------------------------------------------------
@@ -159,11 +157,7 @@ LINK_LIFETIME = timedelta(hours=24)
 MAX_CODE_ATTEMPTS = 5
 IS_LINK = col(OneTimeCode.purpose) == CodePurpose.verify_email
 IS_RESET = col(OneTimeCode.purpose) == CodePurpose.reset_password
-PAGE = (
-    '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    '<title>{heading}</title><link rel="stylesheet" href="../../static/style.css"></head>'
-    '<body><main class="frame"><div class="panel"><h1>{heading}</h1>{content}</div></main></body></html>'
-)
+PAGE = (STATIC / "confirm.html").read_text("utf-8")
 LINK_RESPONSES = errors(404, 409) | {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
 LinkToken = Annotated[str, Path(max_length=100, examples=["kJ3vYd0Tn1xQ"]), Storable]
 
@@ -181,13 +175,7 @@ def confirmation_email(session: Session, user: User, address: str) -> Email:
     """A mail to this address with a new link that confirms it. Earlier links stay valid."""
     token = secrets.token_urlsafe(24)
     add_code(session, CodePurpose.verify_email, user.id, address, LINK_LIFETIME, token)
-    text = (
-        f'This address was given for the account "{user.username}" at Books API.\n'
-        "If that was you, open this link within 24 hours to confirm it:\n\n"
-        f"{settings.public_url}/auth/verify-email/{token}\n\n"
-        "If it was not you, do nothing: nobody can confirm the address without this link.\n"
-    )
-    return Email(address, "Confirm your e-mail address", text)
+    return compose("confirm", address, username=user.username, token=token)
 
 
 def add_code(
@@ -323,14 +311,7 @@ def reset_email(session: Session, address: str) -> Email | None:
     code = f"{secrets.randbelow(10**6):06}"
     cancel_codes(session, user.id, IS_RESET)
     add_code(session, CodePurpose.reset_password, user.id, user.email, CODE_LIFETIME, user.id, code)
-    text = (
-        f'A new password was requested for the account "{user.username}" at Books API\n'
-        f"({settings.public_url}). If that was you, this is your code:\n\n"
-        f"    {code}\n\n"
-        "It is valid for 10 minutes and can be used once. Do not share it: we never ask for it.\n"
-        "If it was not you, do nothing: your password stays as it is.\n"
-    )
-    return Email(user.email, "Your code for a new password", text)
+    return compose("reset_code", user.email, username=user.username, code=code)
 
 
 OneTimePassword = Annotated[str, Field(pattern=pattern(r"^[0-9]{6}$", "must be the six digits of the code"))]
@@ -379,8 +360,7 @@ def set_password(session: Session, user: User, password_hash: str, event: str, e
     cancel_all_mailed(session, user)  # somebody who knew the old password may have requested it
     end_sessions(session, user.id, ending)
     record_account_event(session, user.id, event)
-    text = f'The password of the account "{user.username}" was changed.'
-    return notice(user.email, "Your password was changed", text)
+    return compose("password_changed", user.email, username=user.username)
 
 
 class PasswordChange(RequestModel):

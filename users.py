@@ -74,11 +74,8 @@ def change_me(
             attempt.rollback()
         me.pending_email = change.email
         record_account_event(session, me.id, "email_change_requested", old=me.email, new=change.email, by=me.id)
-        text = (
-            f'A new e-mail address was given for the account "{me.username}": {change.email}.\n'
-            "It takes effect when it is confirmed. A new password cancels the change."
-        )
-        tasks.add_task(accounts.send, accounts.notice(me.email, "A new e-mail address for your account", text))
+        email = accounts.compose("address_change_requested", me.email, username=me.username, new=change.email)
+        tasks.add_task(accounts.send, email)
         tasks.add_task(accounts.send, accounts.confirmation_email(session, me, change.email))
     return UserPublic.model_validate(me)
 
@@ -233,8 +230,8 @@ def update_user(
         session.flush()
         accounts.cancel_all_mailed(session, user)
         record_account_event(session, user_id, "email_changed", old=old_email, new=new_email, by=admin.id)
-        text = f'The e-mail address of the account "{user.username}" was changed to {new_email} by an admin.'
-        tasks.add_task(accounts.send, accounts.notice(old_email, "Your e-mail address was changed", text))
+        email = accounts.compose("address_changed", old_email, username=user.username, new=new_email)
+        tasks.add_task(accounts.send, email)
         tasks.add_task(accounts.send, accounts.confirmation_email(session, user, new_email))
     session.flush()
     if was_admin and (new_email != old_email or not is_active_admin(user)):
@@ -286,8 +283,7 @@ def delete_account(session: Session, user_id: int, by: Principal) -> accounts.Em
     was_admin = is_active_admin(user)
     loans.refuse_while_borrowing(session, user_id)
     data = {"user_id": user_id, "username": user.username, "by": by.id}
-    text = f'The account "{user.username}" was deleted, with its shelf and reviews.'
-    email = accounts.notice(user.email, "Your account was deleted", text)
+    email = accounts.compose("account_deleted", user.email, username=user.username)
     user.username = user.email = f"deleted {user_id}"  # which nobody can register or sign in with
     user.is_active, user.full_name, user.pending_email = False, None, None
     session.flush()
