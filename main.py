@@ -369,6 +369,9 @@ async def front_page(request: Request, if_none_match: books.IfNoneMatch = None) 
 @app.get("/b/{book_id:id}", include_in_schema=False)
 async def book_page(request: Request, book_id: books.BookId, if_none_match: books.IfNoneMatch = None) -> Response:
     """The front page with the tags that previews of links show (https://ogp.me). It opens the book of `data-book`."""
+    page = FRONT_PAGE.replace("<html ", f'<html data-book="{book_id}" ', 1)
+    if not settings.public_catalogue:
+        return render_page(request, page, if_none_match)
     text, _ = or_404(await database.read(books.FIND_BOOK.first, {"book_id": book_id}), books.NO_BOOK)
     book, address = json.loads(text), str(request.base_url)
     description = book["description"] or f"A book by {book['author']}."
@@ -377,8 +380,7 @@ async def book_page(request: Request, book_id: books.BookId, if_none_match: book
         tags["image"] = f"{address}books/{book_id}/cover?v={book['isbn']}"
     head = f"<title>{html.escape(book['title'])}</title>"
     head += "".join(f'\n<meta property="og:{name}" content="{html.escape(tag)}">' for name, tag in tags.items())
-    page = re.sub("<title>.*</title>", lambda _: head, FRONT_PAGE, count=1)
-    return render_page(request, page.replace("<html ", f'<html data-book="{book_id}" ', 1), if_none_match)
+    return render_page(request, re.sub("<title>.*</title>", lambda _: head, page, count=1), if_none_match)
 
 
 app.mount("/static", StaticFiles(directory=STATIC), name="static")

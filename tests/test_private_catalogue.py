@@ -36,7 +36,7 @@ def test_a_visitor_is_asked_to_sign_in(client: TestClient, method: str, path: st
             assert "Dune" not in answer.text
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/docs", "/redoc", "/openapi.json", "/static/app.js"])
+@pytest.mark.parametrize("path", ["/", "/b/1", "/health", "/docs", "/redoc", "/openapi.json", "/static/app.js"])
 def test_the_page_and_health_need_no_token(client: TestClient, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code == 200
