@@ -27,7 +27,7 @@ from playwright.sync_api import (
 
 from tests.fixtures import DUNE, PASSWORD, ROOT, Catalogues, Person, Server, send, sign_up, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sqlite]  # to the browser, both databases are the same
 
 Visit = Callable[..., Page]
 PHONE, DESKTOP, PICTURE = (390, 844), (1280, 900), (1080, 680)
