@@ -294,13 +294,13 @@ class VerificationRequest(RequestModel):
 async def request_verification(body: VerificationRequest, request: Request, tasks: BackgroundTasks) -> Notice:
     """Request another link for an address that waits for confirmation. The answer is the same for every address."""
     await security.check_rate_limit("verify", request, body.email)
-    if await security.can_mail("verify", body.email):
-        tasks.add_task(send_made, another_link, body.email)  # after the response, so that its time tells nothing
+    tasks.add_task(mail_if_allowed, "verify", another_link, body.email)
     return Notice(detail="If an account waits for this address to be confirmed, a link is on its way to it.")
 
 
-async def send_made(make_email: Callable[[Session, str], Email | None], address: str) -> None:
-    email = await database.write(make_email, address)
+async def mail_if_allowed(action: str, make_email: Callable[[Session, str], Email | None], address: str) -> None:
+    """Do this after the response, so that its time does not tell whether there is such an account."""
+    email = await database.write(make_email, address) if await security.can_mail(action, address) else None
     if email is not None:
         await send(email)
 
@@ -331,8 +331,7 @@ async def forgot_password(body: ForgottenPassword, request: Request, tasks: Back
     hour, one a minute is mailed.
     """
     await security.check_rate_limit("forgot", request, body.email)
-    if await security.can_mail("forgot", body.email):
-        tasks.add_task(send_made, reset_email, body.email)  # after the response, so that its time tells nothing
+    tasks.add_task(mail_if_allowed, "forgot", reset_email, body.email)
     return Notice(detail="If an account has this address, a code is on its way to it.")
 
 

@@ -10,10 +10,10 @@ import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
-from typing import Any, Concatenate
+from typing import Annotated, Any, Concatenate
 from urllib.parse import parse_qsl
 
-from fastapi import APIRouter, Request, Response, params
+from fastapi import APIRouter, Header, Request, Response, params
 from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -21,6 +21,7 @@ from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
+from sqlmodel import Session
 from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -28,17 +29,19 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import database
+import models
 import security
 from database import P, T
-from models import InvalidField
+from models import ANSWERS_KEPT, InvalidField, Principal, StoredAnswer
 from schemas import Problem, describe_error
+from settings import settings
 
 log = logging.getLogger("books")
 access_log = logging.getLogger("books.access")
 
 # --- errors as problem documents (RFC 9457) -----------------------------------------------------------------------
 
-PROBLEM_JSON = "application/problem+json"
+JSON, PROBLEM_JSON = "application/json", "application/problem+json"
 TOO_LARGE = "The request is larger than this path takes."
 INTERNAL_ERROR = "Something went wrong here; it is in the server's log."
 # Where Starlette's detail is only the name of the status.
@@ -82,14 +85,18 @@ async def on_disconnect(_request: Request, _error: Exception) -> Response:
 
 
 async def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
+    if detail := _unsupported_media_type(request, error):
+        return problem(415, detail)
     errors = [{"loc": list(e["loc"]), "msg": describe_error(e), "type": e["type"]} for e in error.errors()[:100]]
     first = errors[0]
     field = ".".join(str(part) for part in first["loc"][1:]) or first["loc"][0]
-    return problem(422, _describe_body_error(request, error) or f"{field}: {first['msg']}", errors=errors)
+    detail = f"{field}: {first['msg']}"
+    if first["type"] == "json_invalid":  # FastAPI's own message does not give the reason
+        detail = f"The body is not JSON: {error.errors()[0]['ctx']['error']}, at character {first['loc'][1]}."
+    return problem(422, detail, errors=errors)
 
 
-def _describe_body_error(request: Request, error: RequestValidationError) -> str | None:
-    """What is wrong with a body as a whole: its media type, or that it is not JSON."""
+def _unsupported_media_type(request: Request, error: RequestValidationError) -> str | None:
     first = error.errors()[0]
     field = getattr(request.scope.get("route"), "body_field", None)
     if field is None or first["loc"][0] != "body":
@@ -100,8 +107,6 @@ def _describe_body_error(request: Request, error: RequestValidationError) -> str
     has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
     if has_body and not media_type.endswith(accepted):
         return f"This path takes {expected}; the Content-Type says {content_type[:100] or 'nothing'}."
-    if first["type"] == "json_invalid":  # FastAPI's own message does not give the reason
-        return f"The body is not JSON: {first['ctx']['error']}, at character {first['loc'][1]}."
     return None
 
 
@@ -171,7 +176,7 @@ ERRORS: dict[int, tuple[str, str, tuple[str, ...]]] = {
     409: ("In conflict with the present state.", "This isbn is taken.", ()),
     412: ("Changed since you read it.", 'The book has changed: its ETag is now "7".', ()),
     413: ("Too large.", TOO_LARGE, ()),
-    415: ("Not a form in UTF-8.", "Forms are in UTF-8; the Content-Type says latin-1.", ()),
+    415: ("A body of another type or charset.", "This path takes application/json; the Content-Type says a/b.", ()),
     422: ("Something in the request is not valid; `errors` lists what.", "title: Field required", ()),
     429: ("Too many attempts.", "Too many attempts. Try again in 60 s.", ("Retry-After",)),
     502: ("The other catalogue is down, or its answer can't be read.", "Google Books can't be reached.", ()),
@@ -268,6 +273,44 @@ def transactional_in_thread(handler: database.Write[P, T]) -> Callable[P, T]:
     return _without_first_parameter(security.authorized(handler), database.write_sync)
 
 
+IdempotencyKey = Annotated[
+    str | None, Header(min_length=1, max_length=255, description="For a day, a retry with it gets the same answer.")
+]
+
+
+def idempotent(handler: Callable[..., Response]) -> Callable[..., Response]:
+    """Answer a retry as the first request was answered, for `ANSWERS_KEPT`, in the transaction of the change. 422 for
+    the same key with another request (draft-ietf-httpapi-idempotency-key-header-07)."""
+
+    @functools.wraps(handler)
+    def answer_once(session: Session, /, *, idempotency_key: str | None, user: Principal, **values: Any) -> Response:
+        if idempotency_key is None:
+            return handler(session, user=user, **values)
+        request_hash = security.sha256(f"{handler.__name__} {values}")
+        stored, now = session.get(StoredAnswer, (user.id, idempotency_key)), models.utcnow()
+        if stored is not None and now - stored.created_at < ANSWERS_KEPT:
+            if stored.request_hash != request_hash:
+                raise InvalidField("Idempotency-Key", "was used for another request", "header")
+            return Response(stored.body, stored.status, stored.headers, "application/json")
+        response = handler(session, user=user, **values)
+        answer = StoredAnswer(
+            user_id=user.id,
+            key=idempotency_key,
+            request_hash=request_hash,
+            status=response.status_code,
+            headers={name: response.headers[name] for name in ("Location", "ETag") if name in response.headers},
+            body=bytes(response.body).decode(),
+            created_at=now,
+        )
+        session.merge(answer)
+        return response
+
+    signature = inspect.signature(handler, eval_str=True)
+    key = inspect.Parameter("idempotency_key", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=IdempotencyKey)
+    vars(answer_once)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), key])
+    return answer_once
+
+
 def _without_first_parameter(handler: Callable[Concatenate[Any, P], Any], run: Any) -> Callable[P, Any]:
     route = functools.partial(run, handler)
     signature = inspect.signature(handler, eval_str=True)
@@ -297,7 +340,7 @@ class Router(APIRouter):
     def add_api_route(self, path: str, endpoint: Handler, **options: Any) -> None:
         # The beginning of the docstring, which as a whole is the description.
         options["summary"] = options.get("summary") or re.split(r"[.:;(]", endpoint.__doc__ or "")[0].strip()
-        always = (400, 422, 503) if options.get("methods") == ["GET"] else (400, 413, 422, 503, 507)
+        always = (400, 422, 503) if options.get("methods") == ["GET"] else (400, 413, 415, 422, 503, 507)
         options["responses"] = errors(*always) | (options.get("responses") or {})
         if any(p.annotation == security.Viewer for p in inspect.signature(endpoint, eval_str=True).parameters.values()):
             options["openapi_extra"] = {"security": [{}]}  # in addition to the token, which is optional here
@@ -338,19 +381,20 @@ class FastRoute(APIRoute):
         try:
             values |= {name: read(scope) for name, read in self.readers.items()}
             if self.body is not None:
-                if not _is_plain_json(scope):
-                    return await self.ordinary(scope, receive, send)
+                if _header(scope, b"content-type") != JSON or int(_header(scope, b"content-length") or "") > MAX_BODY:
+                    raise ValueError("not a short body of plain JSON")
                 name, validate = self.body
                 text = await Request(scope, receive).body()
-                receive = _replay(text, receive)
+
+                async def receive() -> Message:
+                    return {"type": "http.request", "body": text}
+
                 values[name] = validate(json.loads(text))
         except (ValueError, RecursionError):  # pydantic's ValidationError among them
-            return await self.ordinary(scope, receive, send)
-        except ClientDisconnect:
-            return None
-        response = await self.endpoint(**values)
-        await response(scope, receive, send)
-        return None
+            await self.ordinary(scope, receive, send)
+        else:
+            response = await self.endpoint(**values)
+            await response(scope, receive, send)
 
 
 def user_checks(user: Dependant) -> list[Any]:
@@ -371,22 +415,6 @@ def _reader(name: str, parameter: inspect.Parameter, marks: Any) -> Reader:
     assert isinstance(mark, params.Header)
     header = name.replace("_", "-").encode()
     return lambda scope: validate(_header(scope, header))
-
-
-def _is_plain_json(scope: Scope) -> bool:
-    """By its headers, and not too long."""
-    length = _header(scope, b"content-length") or ""
-    valid = length.isascii() and length.isdecimal() and int(length) <= MAX_BODY
-    return valid and _header(scope, b"content-type") == "application/json"
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
 
 
 def _header(scope: Scope, name: bytes) -> str | None:
@@ -424,6 +452,8 @@ VERIFY_CSP = b"default-src 'none'; style-src 'self'; form-action 'self'; base-ur
 CSP_BY_PATH = {"/": PAGE_CSP, "/docs": DOCS_CSP, "/docs/oauth2-redirect": DOCS_CSP, "/redoc": DOCS_CSP}
 HSTS = (b"strict-transport-security", b"max-age=31536000")
 VERIFY_LINK = "/auth/verify-email/"
+# With PUBLIC_CATALOGUE=false: what needs no token, or looks at it itself.
+OPEN_PATHS = ("/health", "/login", "/auth/", "/static", "/docs", "/redoc", "/openapi.json", "/b/")
 NO_HEAD = ("/stream", VERIFY_LINK)  # where GET never ends, or may change something
 # Starlette's plain-text errors: its body limit, its file responses, its CORS.
 PLAIN_TEXT_ERRORS = {413: TOO_LARGE, 416: "The file has no such range.", 400: "The header Range can't be read."}
@@ -443,7 +473,6 @@ class RequestMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         started, status, replaced = time.perf_counter(), 0, False
-        logged = not access_log.isEnabledFor(logging.INFO)
         request_id = secrets.token_hex(8)
         root = scope.get("root_path", "").rstrip("/")
         path = scope["path"].removeprefix(root).rstrip("/") or "/"
@@ -451,15 +480,6 @@ class RequestMiddleware:
         # A copy: the server must still see HEAD, to send no body.
         inner = {**scope, "path": root + path, "method": "GET" if head else scope["method"]}
         inner["books.transport"] = getattr(getattr(receive, "__self__", None), "transport", None)  # uvicorn's
-
-        def log_access() -> None:
-            nonlocal logged
-            logged = True
-            milliseconds = (time.perf_counter() - started) * 1000
-            address = scope["raw_path"].decode("ascii", "replace")[:500]
-            if path.startswith(VERIFY_LINK):  # a secret follows
-                address = root + VERIFY_LINK
-            access_log.info("%s %s %d %.1f ms %s", scope["method"], address, status, milliseconds, request_id)
 
         async def send_response(message: Message) -> None:
             nonlocal status, replaced
@@ -474,19 +494,38 @@ class RequestMiddleware:
                     return
                 added = common_headers(scope, path, b"etag" in headers)
                 message["headers"] = [*message["headers"], *added, (b"x-request-id", request_id.encode())]
+                if root and b"location" in headers:
+                    message["headers"].remove((b"location", headers[b"location"]))
+                    message["headers"].append((b"location", root.encode() + headers[b"location"]))
+                if access_log.isEnabledFor(logging.INFO):  # the time until the response begins, as uvicorn's
+                    milliseconds = (time.perf_counter() - started) * 1000
+                    address = scope["raw_path"].decode("ascii", "replace")[:500]
+                    if path.startswith(VERIFY_LINK):  # a secret follows
+                        address = root + VERIFY_LINK
+                    access_log.info("%s %s %d %.1f ms %s", scope["method"], address, status, milliseconds, request_id)
             await send(message)
-            if message["type"] == "http.response.body" and not message.get("more_body") and not logged:
-                log_access()  # here, since background tasks run on after the response
 
         try:
+            if not settings.public_catalogue and (error := await refuse_visitor(scope, path)) is not None:
+                return await error(inner, receive, send_response)
             await self.app(inner, receive, send_response)
         except Exception:  # a bug, or the connection is lost
             if not status:
                 await problem(500, INTERNAL_ERROR)(scope, receive, send_response)
             raise  # the server logs it
-        finally:
-            if not logged:  # the server stops, or the client is gone
-                log_access()
+
+
+async def refuse_visitor(scope: Scope, path: str) -> Response | None:
+    """With PUBLIC_CATALOGUE=false: the error for a request that needs a valid token and has none."""
+    if path == "/" or path.startswith(OPEN_PATHS) or scope["method"] == "OPTIONS":  # a CORS preflight has no token
+        return None
+    try:
+        await security.get_current_user(await security.get_principal(_token(scope)))
+    except HTTPException as error:
+        return await on_http_error(Request(scope), error)
+    except DatabaseError as error:
+        return await on_unavailable(Request(scope), error)
+    return None
 
 
 def common_headers(scope: Scope, path: str, has_etag: bool) -> Iterator[tuple[bytes, bytes]]:

@@ -16,7 +16,7 @@ import models
 import security
 from api import MAX_ACCOUNT_BODY, PAGE, Router, errors, invalid_body, transactional
 from events import record_account_event
-from models import InvalidField, LoginSession, OneTimeCode, Principal, User
+from models import ANSWERS_KEPT, InvalidField, LoginSession, OneTimeCode, Principal, StoredAnswer, User
 from pagination import JsonObject, Listing, Page, PageQuery, columns_of, page_response
 from schemas import Id, RequestModel, SessionPublic, Storable
 from security import CurrentUser, unauthorized
@@ -236,8 +236,9 @@ def end_session(session: Session, session_id: SessionId, user: CurrentUser) -> N
 
 
 def delete_expired(session: Session) -> None:
-    """Delete sessions and codes that have ended. What happened to them is in the log."""
+    """Delete sessions, codes and stored answers that have ended. What happened to them is in the log."""
     now = models.utcnow()
     ended = sa.or_(col(LoginSession.expires_at) <= now, col(LoginSession.revoked_at).is_not(None))
     session.execute(sa.delete(LoginSession).where(ended))
     session.execute(sa.delete(OneTimeCode).where(col(OneTimeCode.expires_at) <= now))
+    session.execute(sa.delete(StoredAnswer).where(col(StoredAnswer.created_at) <= now - ANSWERS_KEPT))

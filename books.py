@@ -19,6 +19,7 @@ from api import (
     FastRoute,
     Router,
     errors,
+    idempotent,
     invalid_body,
     or_404,
     readonly,
@@ -238,6 +239,7 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
 
 @hot.post("", status_code=201, response_model=BookPublic, responses=errors(403, 409, sends={201: "Location ETag"}))
 @transactional
+@idempotent
 def create_book(session: Session, new: BookCreate, user: Contributor) -> Response:
     """Add a book. An ISBN that is here already is refused with 409."""
     book = add_book(session, new, user.id)

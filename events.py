@@ -176,14 +176,15 @@ def check_cursor(connection: Connection, cursor: int | None) -> tuple[int, Reset
 
 
 class EventFilter:
-    """Public events and the viewer's own. With `types`, only those; `book.*` is a prefix."""
+    """Public events and the viewer's own. With `types`, only those; `book.*` is every `book.` and `books.`."""
 
     def __init__(self, viewer: Principal | None, types: str | None = None) -> None:
         self.viewer = viewer
         self.owner = viewer.id if viewer else 0  # no user has this id; private events without an owner have None
         self.admin_types = ADMIN_TYPES if viewer and viewer.role == Role.admin else ()
         self.types = [type_ for type_ in (types or "*").split(",") if not type_.endswith("*")]
-        self.prefixes = tuple(type_[:-1] for type_ in (types or "*").split(",") if type_.endswith("*"))
+        prefixes = [type_[:-1] for type_ in (types or "*").split(",") if type_.endswith("*")]
+        self.prefixes = (*prefixes, *(f"{prefix[:-1]}s." for prefix in prefixes if prefix.endswith(".")))
 
     def matches(self, event: LoggedEvent) -> bool:
         is_visible = not event.private or event.user_id == self.owner or event.type.startswith(self.admin_types)

@@ -16,7 +16,6 @@ from sqlmodel import Session, col
 import csv_files
 import database
 import events
-import models
 import pagination
 from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404, readonly, transactional
 from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
@@ -205,20 +204,12 @@ def remove_review(session: Session, book_id: BookId, username: Username, user: S
 
 def delete_entries(session: Session, user_id: int, limit: int) -> int:
     """Delete entries of a user, with their ratings in the figures of the books; how many."""
-    columns = (col(ShelfEntry.id), col(ShelfEntry.book_id), IS_REVIEW)
-    entries = sa.select(*columns).where(col(ShelfEntry.user_id) == user_id).order_by(col(ShelfEntry.book_id))
-    rows = session.execute(entries.limit(limit)).all()
-    these = col(ShelfEntry.id).in_([entry_id for entry_id, _, _ in rows])
-    rated = sa.update(Book).where(OF_BOOK, these, col(ShelfEntry.rating).is_not(None))
-    figures = {
-        "rating_count": col(Book.rating_count) - 1,
-        "rating_sum": col(Book.rating_sum) - col(ShelfEntry.rating),
-        "version": col(Book.version) + 1,
-        "updated_at": models.utcnow(),
-    }
-    session.connection().execute(rated.values(figures))
-    session.connection().execute(sa.delete(ShelfEntry).where(these))
-    if reviewed := [book_id for _, book_id, is_review in rows if is_review]:
+    entries = sa.select(ShelfEntry, Book).join_from(ShelfEntry, Book, OF_BOOK).order_by(col(ShelfEntry.book_id))
+    rows = session.execute(entries.where(col(ShelfEntry.user_id) == user_id).limit(limit)).all()
+    for entry, book in rows:
+        session.delete(entry)
+        count_rating(book, entry.rating, None)
+    if reviewed := [book.id for entry, book in rows if entry.is_review]:
         data = {"count": len(reviewed), "first_book_id": reviewed[0], "last_book_id": reviewed[-1]}
         events.record(session, "reviews.deleted", data)
     return len(rows)
@@ -261,31 +252,28 @@ class ShelfStats(BaseModel):
 @readonly
 def read_stats(connection: Connection, user: CurrentUser) -> ShelfStats:
     """Read my shelf in figures: by status and year, ratings, most frequent genres, tags and authors."""
-    mine = col(ShelfEntry.user_id) == user.id
-    by_status = sa.select(col(ShelfEntry.status), sa.func.count()).where(mine).group_by(col(ShelfEntry.status))
-    counts = dict.fromkeys(ShelfStatus, 0) | {
-        ShelfStatus(status): count for status, count in connection.execute(by_status)
-    }
-    rating = col(ShelfEntry.rating)
-    rated, stars = connection.execute(sa.select(sa.func.count(rating), sa.func.sum(rating)).where(mine)).one()
-    columns = (col(ShelfEntry.finished_at), col(Book.pages), col(Book.genre), col(ShelfEntry.tags), col(Book.author))
-    of_completed = sa.select(*columns).join_from(ShelfEntry, Book, OF_BOOK)
-    completed = connection.execute(of_completed.where(mine, col(ShelfEntry.status) == ShelfStatus.completed)).all()
+    columns: list[Any] = [getattr(ShelfEntry, name) for name in ("status", "rating", "finished_at", "tags")]
+    columns += [Book.pages, Book.genre, Book.author]
+    mine = sa.select(*columns).join_from(ShelfEntry, Book, OF_BOOK).where(col(ShelfEntry.user_id) == user.id)
+    entries = connection.execute(mine).all()
+    counts = Counter(entry.status for entry in entries)
+    ratings = [entry.rating for entry in entries if entry.rating is not None]
+    completed = [entry for entry in entries if entry.status == ShelfStatus.completed]
     books, pages = Counter[int](), Counter[int]()
-    for finished_at, page_count, *_ in completed:
-        if finished_at is not None:
-            books[finished_at.year] += 1
-            pages[finished_at.year] += page_count or 0
-    genres = most_frequent(genre for _, _, genre, _, _ in completed if genre)
-    tags = most_frequent(tag for *_, tags, _ in completed for tag in tags)
-    authors = most_frequent(author for *_, names in completed for author in names.split(", "))
+    for entry in completed:
+        if entry.finished_at is not None:
+            books[entry.finished_at.year] += 1
+            pages[entry.finished_at.year] += entry.pages or 0
+    genres = most_frequent(entry.genre for entry in completed if entry.genre)
+    tags = most_frequent(tag for entry in completed for tag in entry.tags)
+    authors = most_frequent(author for entry in completed for author in entry.author.split(", "))
     return ShelfStats(
-        total=sum(counts.values()),
-        by_status=counts,
+        total=len(entries),
+        by_status={status: counts[status] for status in ShelfStatus},
         by_year=[YearCount(year=year, books=books[year], pages=pages[year]) for year in sorted(books, reverse=True)],
         undated=len(completed) - books.total(),
-        average_rating=None if stars is None else stars / rated,
-        rating_count=rated,
+        average_rating=sum(ratings) / len(ratings) if ratings else None,
+        rating_count=len(ratings),
         top_genres=[GenreCount(genre=name, count=count) for name, count in genres],
         top_tags=[TagCount(tag=name, count=count) for name, count in tags],
         top_authors=[AuthorCount(author=name, count=count) for name, count in authors],

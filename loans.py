@@ -16,11 +16,11 @@ from sqlmodel import Session, col
 import database
 import events
 import models
-from api import FOLLOWED_PAGE, Router, errors, or_404, readonly, transactional
+from api import FOLLOWED_PAGE, Router, errors, idempotent, or_404, readonly, transactional
 from books import NO_BOOK, BookId
 from models import MAX_COPIES, MAX_RENEWALS, Book, InvalidField, Loan, LoanStatus, Principal, User
 from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
-from schemas import Id, LoanCreate, LoanPublic, StockChange, StockPublic
+from schemas import Id, LoanCreate, LoanPublic, StockChange, StockPublic, StockUpdate
 from security import CurrentUser, Staff
 from settings import settings
 
@@ -38,9 +38,7 @@ LOANS = Listing(
     filters={
         "id": col(Loan.id) == sa.bindparam("id"),
         "user_id": col(Loan.user_id) == sa.bindparam("user_id"),
-        "active": sa.and_(IS_OPEN, sa.not_(IS_OVERDUE)),
-        "overdue": sa.and_(IS_OPEN, IS_OVERDUE),
-        "returned": sa.not_(IS_OPEN),
+        "status": sa.bindparam("status") == STATUS,
     },
     orders={"-id": (col(Loan.id),), "id": (col(Loan.id),)},
     with_event_cursor=True,
@@ -63,25 +61,39 @@ def read_stock(connection: Connection, book_id: BookId) -> StockPublic:
     return get_stock(connection, book_id)
 
 
-@router.post("/books/{book_id:id}/stock", responses=errors(403, 404, 409))
+@router.post("/books/{book_id:id}/stock", response_model=StockPublic, responses=errors(403, 404, 409))
 @transactional
-def change_stock(session: Session, book_id: BookId, change: StockChange, user: Staff) -> StockPublic:
+@idempotent
+def change_stock(session: Session, book_id: BookId, change: StockChange, user: Staff) -> Response:
     """Add copies of a book, or remove some with a negative `quantity`. Those on loan can't be removed: 409."""
-    if not move_stock(session, book_id, copies=change.quantity, available=change.quantity):
-        stock = get_stock(session, book_id)
-        if change.quantity > 0:
-            raise InvalidField("quantity", f"would make more than {MAX_COPIES} copies")
+    stock = get_stock(session, book_id)
+    if stock.copies + change.quantity > MAX_COPIES:
+        raise InvalidField("quantity", f"would make more than {MAX_COPIES} copies")
+    return json_response(add_copies(session, book_id, stock, change.quantity).model_dump_json())
+
+
+@router.put("/books/{book_id:id}/stock", responses=errors(403, 404, 409))
+@transactional
+def set_stock(session: Session, book_id: BookId, new: StockUpdate, user: Staff) -> StockPublic:
+    """Set how many copies of a book there are. Not fewer than are on loan: 409."""
+    stock = get_stock(session, book_id)
+    return add_copies(session, book_id, stock, new.copies - stock.copies)
+
+
+def add_copies(session: Session, book_id: int, stock: StockPublic, quantity: int) -> StockPublic:
+    if stock.available + quantity < 0:
         raise HTTPException(409, f"{stock.on_loan} of {stock.copies} copies are on loan: they can't be removed.")
+    if quantity:
+        move_stock(session, book_id, copies=quantity, available=quantity)
     return get_stock(session, book_id)
 
 
 def move_stock(session: Session, book_id: int, *, copies: int = 0, available: int) -> bool:
-    """Change both counts and record an event. False, and nothing changed, if one would leave its range."""
-    in_range = (col(Book.available) + available >= 0, col(Book.copies) + copies <= MAX_COPIES)
+    """Change both counts and record an event. False, and nothing changed, where too few are available."""
     figures = {"copies": col(Book.copies) + copies, "available": col(Book.available) + available, "had_copies": True}
     moved = session.execute(
         sa.update(Book)
-        .where(col(Book.id) == book_id, *in_range)
+        .where(col(Book.id) == book_id, col(Book.available) + available >= 0)
         .values(**figures, version=col(Book.version) + 1, updated_at=models.utcnow())
         .returning(col(Book.id), col(Book.title), *STOCK, col(Book.version)),
         execution_options={"synchronize_session": False},
@@ -94,9 +106,12 @@ def move_stock(session: Session, book_id: int, *, copies: int = 0, available: in
 # --- loans --------------------------------------------------------------------------------------------------------
 
 
-@router.post("/loans", status_code=201, responses=errors(403, 404, 409, sends={201: "Location"}))
+@router.post(
+    "/loans", status_code=201, response_model=LoanPublic, responses=errors(403, 404, 409, sends={201: "Location"})
+)
 @transactional
-def borrow(session: Session, new: LoanCreate, user: CurrentUser, response: Response) -> LoanPublic:
+@idempotent
+def borrow(session: Session, new: LoanCreate, user: CurrentUser) -> Response:
     """Borrow copies of a book. 409 when too few are available. Staff may lend to somebody else, by `user_id`."""
     now, days = models.utcnow(), timedelta(days=settings.loan_days)
     if new.due_at is not None and not now < new.due_at <= now + 2 * days:
@@ -113,8 +128,7 @@ def borrow(session: Session, new: LoanCreate, user: CurrentUser, response: Respo
         raise HTTPException(409, f"Too few are available: {stock.available} of {stock.copies} copies.")
     session.add(loan)
     public = record_loan(session, "loan.created", loan)
-    response.headers["Location"] = f"/loans/{loan.id}"
-    return public
+    return json_response(public.model_dump_json(), 201, {"Location": f"/loans/{loan.id}"})
 
 
 def get_borrower(session: Session, new: LoanCreate, user: Principal) -> int:
@@ -152,11 +166,7 @@ async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, re
     """
     if query.user_id not in (None, user.id) and not user.is_staff:
         raise HTTPException(403, "Only librarians and admins see the loans of others.")
-    filters = visible_to(user)
-    if query.user_id is not None:
-        filters["user_id"] = query.user_id
-    if query.status is not None:
-        filters[query.status.value] = True
+    filters = visible_to(user) | query.model_dump(include={"user_id", "status"}, exclude_none=True)
     return page_response(request, await database.read(LOANS.page, filters, "-id", query))
 
 

@@ -234,6 +234,23 @@ class OneTimeCode(SQLModel, table=True):
     created_at: datetime = now_column()
 
 
+ANSWERS_KEPT = timedelta(days=1)
+
+
+class StoredAnswer(SQLModel, table=True):
+    """The answer to a request that was sent with an `Idempotency-Key`: a retry gets it again."""
+
+    __tablename__ = "stored_answer"
+
+    user_id: int = Field(foreign_key="user.id", ondelete="CASCADE", primary_key=True)
+    key: str = Field(max_length=255, primary_key=True)
+    request_hash: str = Field(max_length=64)
+    status: int
+    headers: dict[str, str] = Field(sa_type=sa.JSON, nullable=False)
+    body: str
+    created_at: datetime = Field(sa_type=UtcDateTime, nullable=False, index=True)
+
+
 # --- uploads ------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +361,7 @@ def schedule_job(session: Session, name: str, delay: timedelta) -> None:
 # --- books --------------------------------------------------------------------------------------------------------
 
 MIN_YEAR = -5000
+MAX_PAGES = 100_000
 UNKNOWN_YEAR = -32768  # sorts before every year, and so last in descending order; in ascending order its negation does
 # The order by rating: the mean of all ratings and ten more of 3, so that one 5 does not beat a thousand 4s and 5s (a
 # Bayesian average). Books without ratings come last.
@@ -466,6 +484,7 @@ class ShelfEntry(SQLModel, table=True):
     __table_args__ = table_options(
         sa.CheckConstraint("status IN ('wishlist', 'reading', 'completed', 'abandoned')", name="status"),
         sa.CheckConstraint("rating BETWEEN 0.25 AND 5 AND rating * 4 = round(rating * 4)", name="rating"),
+        sa.CheckConstraint(f"page BETWEEN 0 AND {MAX_PAGES}", name="page"),
         sa.UniqueConstraint("user_id", "book_id", name="uq_shelf_entry_book_id"),
         sa.Index("ix_shelf_entry_added_at", "user_id", "added_at", "id"),
     )
@@ -476,6 +495,7 @@ class ShelfEntry(SQLModel, table=True):
     status: str = Field(max_length=20)
     rating: float | None = Field(default=None, sa_type=Stars)
     review: str | None = None
+    page: int | None = None  # how far one has read
     tags: list[str] = Field(default_factory=list, sa_type=sa.JSON, nullable=False)
     started_at: datetime | None = timestamp_column()
     finished_at: datetime | None = timestamp_column()

@@ -13,7 +13,7 @@ from pydantic_core import CoreSchema, core_schema
 from stdnum import isbn as isbn_numbers
 
 import models
-from models import MAX_COPIES, MAX_ID, MIN_YEAR, LoanStatus, OnDuplicate, Role, ShelfStatus, UploadStatus
+from models import MAX_COPIES, MAX_ID, MAX_PAGES, MIN_YEAR, LoanStatus, OnDuplicate, Role, ShelfStatus, UploadStatus
 
 # --- validators ---------------------------------------------------------------------------------------------------
 
@@ -324,7 +324,7 @@ class BookBase(BaseModel):
     description: Annotated[LongText | None, BlankIsNull] = Field(default=None, examples=["Spice and sandworms."])
     publisher: Annotated[Name | None, BlankIsNull] = Field(default=None, examples=["Ace"])
     language: Annotated[Language | None, BlankIsNull] = Field(default=None, examples=["en"])
-    pages: Annotated[int, Number, Field(ge=1, le=100_000)] | None = Field(default=None, examples=[535])
+    pages: Annotated[int, Number, Field(ge=1, le=MAX_PAGES)] | None = Field(default=None, examples=[535])
     price: Price | None = Field(default=None, examples=[9.99])
     cover_url: Annotated[Url | None, BlankIsNull] = Field(default=None, examples=["https://example.com/dune.jpg"])
     published_date: PublishedDate | None = Field(default=None, examples=["1965-08-01"])
@@ -383,6 +383,10 @@ class StockChange(RequestModel):
     ] = Field(description="How many copies to add; negative: to remove.", examples=[3])
 
 
+class StockUpdate(RequestModel):
+    copies: Annotated[int, Number, Field(ge=0, le=MAX_COPIES)] = Field(examples=[3])
+
+
 class StockPublic(BaseModel):
     copies: int = Field(examples=[3])
     available: Count
@@ -402,6 +406,9 @@ class EntryUpdate(RequestModel, json_schema_extra=example(status="completed", ra
     status: ShelfStatus = ShelfStatus.wishlist
     rating: Rating | None = Field(default=None, description="In quarters of a star.")
     review: Annotated[LongText | None, BlankIsNull] = None
+    page: Annotated[int, Number, Field(ge=0, le=MAX_PAGES)] | None = Field(
+        default=None, description="How far I have read."
+    )
     tags: Annotated[list[Tag], Field(max_length=50)] | None = []  # pydantic copies it
     started_at: Timestamp | None = None
     finished_at: Timestamp | None = None
@@ -412,6 +419,7 @@ class EntryPublic(BaseModel, from_attributes=True):
     status: ShelfStatus
     rating: Stars | None
     review: str | None = Field(examples=["Sandy."])
+    page: int | None = Field(description="How far its reader has read.", examples=[120])
     tags: list[str] = Field(examples=[["desert"]])
     started_at: Moment | None
     finished_at: Moment | None

@@ -220,28 +220,21 @@ Viewer = Annotated[Principal | None, Depends(get_principal)]
 CurrentUser = Annotated[Principal, Depends(get_current_user)]
 
 
-def require(*roles: Role) -> Any:
-    """A dependency: the current user, with one of these roles (403)."""
+def require(is_allowed: Callable[[Principal], bool], refusal: str) -> Any:
+    """A dependency: the current user, if allowed (403)."""
 
     async def check(user: CurrentUser) -> Principal:
-        if user.role not in roles:
-            raise HTTPException(403, f"Only for: {', '.join(roles)}.")
+        if not is_allowed(user):
+            raise HTTPException(403, refusal)
         return user
 
     return Depends(check)
 
 
-Staff = Annotated[Principal, require(Role.librarian, Role.admin)]
-Admin = Annotated[Principal, require(Role.admin)]
-
-
-async def get_contributor(user: CurrentUser) -> Principal:
-    if not (settings.readers_can_add or user.is_staff):
-        raise HTTPException(403, "Here only librarians and admins add books.")
-    return user
-
-
-Contributor = Annotated[Principal, Depends(get_contributor)]
+READERS_CAN_NOT_ADD = "Here only librarians and admins add books."
+Staff = Annotated[Principal, require(lambda user: user.is_staff, "Only for: librarian, admin.")]
+Admin = Annotated[Principal, require(lambda user: user.role == Role.admin, "Only for: admin.")]
+Contributor = Annotated[Principal, require(lambda user: settings.readers_can_add or user.is_staff, READERS_CAN_NOT_ADD)]
 
 
 # --- the first admin ----------------------------------------------------------------------------------------------
@@ -270,8 +263,6 @@ def _prepare(session: Session) -> None:
         if password not in (None, "admin") and settings.admin_username.lower() not in names:
             log.warning("ADMIN_USERNAME is not made: there is an admin already, %s.", admins[0].username)
         return
-    if password in COMMON_PASSWORDS:
-        log.warning("ADMIN_PASSWORD is one of the most common passwords: change it.")
     admin = User(
         username=TypeAdapter(Username).validate_python(settings.admin_username),
         email=TypeAdapter(EmailAddress).validate_python(settings.admin_email),

@@ -90,6 +90,7 @@ class Settings(BaseSettings):
     access_token_expire_minutes: Annotated[int, Field(ge=1, le=1440)] = 30
     refresh_token_expire_days: Annotated[int, Field(ge=1, le=365)] = 14
     readers_can_add: bool = True
+    public_catalogue: bool = True
     require_verified_email: bool = False
     public_url: WebUrl = "http://localhost:8000"
     smtp_host: HostName | None = None

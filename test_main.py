@@ -229,6 +229,11 @@ def test_headers_of_a_path_are_the_same_behind_a_prefix(client: TestClient) -> N
     client = TestClient(client.app, root_path="/books-api")
     assert client.get("/books-api/docs").headers["Content-Security-Policy"].startswith("default-src 'self'")
     assert client.post("/books-api/login", data={}).headers["Cache-Control"] == "no-store"
+    signed_in = client.post("/books-api/login", json={"username": "admin", "password": "admin"}).json()
+    authorization = {"Authorization": f"Bearer {signed_in['access_token']}"}
+    book = client.post("/books-api/books", json={"title": "Dune", "author": "Frank Herbert"}, headers=authorization)
+    assert book.headers["Location"] == "/books-api/books/1"
+    assert client.get(book.headers["Location"]).json() == book.json()
     assert client.head("/books-api/auth/verify-email/x").status_code == 405
 
 

@@ -265,7 +265,8 @@ def find_upload(connection: Connection | Session, upload_id: int, user: Principa
     return or_404(UPLOADS.first(connection, visible_to(user) | {"id": upload_id}), "No such upload.")
 
 
-@router.delete("/books/upload/{upload_id:id}", responses=errors(404, 409))
+@router.delete("/books/upload/{upload_id:id}", deprecated=True, responses=errors(404, 409))
+@router.post("/books/upload/{upload_id:id}/cancel", name="cancel_unfinished_upload", responses=errors(404, 409))
 @transactional_in_thread
 def cancel_upload(session: Session, upload_id: UploadId, user: CurrentUser) -> UploadPublic:
     """Cancel a queued or running upload. What is counted as inserted or updated stays. 409 if it has ended."""

@@ -288,7 +288,7 @@ def delete_user(session: Session, user_id: UserId, admin: Admin, tasks: Backgrou
     tasks.add_task(accounts.send, delete_account(session, user_id, admin))
 
 
-MAX_ROWS, MAX_BOOKS = 1000, 200  # to a transaction: other writers wait some 10 ms, on PostgreSQL 30
+MAX_ROWS, MAX_BOOKS = 1000, 100  # to a transaction: other writers wait some 10 ms, on PostgreSQL 30
 
 
 def delete_account(session: Session, user_id: int, by: Principal) -> accounts.Email:

@@ -171,7 +171,7 @@ def test_body_errors_name_the_reason(
     reader: Person, path: str, media_type: str | None, content: bytes, detail: str
 ) -> None:
     answer = reader.post(path, content=content, headers={} if media_type is None else {"Content-Type": media_type})
-    assert answer.status_code in (400, 422)
+    assert answer.status_code in ((415,) if "Content-Type" in detail else (400, 422))
     assert answer.json()["detail"] == detail
 
 

@@ -625,13 +625,16 @@ def test_refused_rows_can_be_corrected_and_uploaded_again(reader: Person) -> Non
     assert [book["title"] for book in books] == ["A", "=Dune", "Emma", "Too"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/books/upload/1/cancel"), ("DELETE", "/books/upload/1")], ids=["POST", "DELETE"]
+)
 def test_cancelled_upload_keeps_committed_batches(
-    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch, method: str, path: str
 ) -> None:
     cancelled: list[dict[str, Any]] = []
 
     def cancel_between_two_batches() -> bool:
-        cancelled.append(reader.delete("/books/upload/1").json())
+        cancelled.append(reader.request(method, path).json())
         return False
 
     monkeypatch.setattr(uploads, "BATCH", 10)
@@ -640,7 +643,7 @@ def test_cancelled_upload_keeps_committed_batches(
     assert (upload["status"], upload["rows"], upload["inserted"]) == ("cancelled", 10, 10)
     assert [(answer["status"], answer["inserted"]) for answer in cancelled] == [("cancelled", 10)]
     assert client.get("/books").json()["total"] == 10
-    assert reader.delete(f"/books/upload/{upload['id']}").json()["detail"] == "This upload is cancelled already."
+    assert reader.request(method, path).json()["detail"] == "This upload is cancelled already."
     assert database.write_sync(lambda session: session.exec(select(UploadChunk)).all()) == []
 
 

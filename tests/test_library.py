@@ -29,6 +29,7 @@ def test_a_book_can_be_shelved_once(client: TestClient, clock: Clock, reader: Pe
             "status": "reading",
             "rating": None,
             "review": None,
+            "page": None,
             "tags": [],
             "started_at": None,
             "finished_at": None,
@@ -108,6 +109,9 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "blank review": ({"status": "completed", "review": "  "}, {"review": None}),
     "repeated tags": ({"tags": ["sf", " desert ", "sf"]}, {"tags": ["sf", "desert"]}),
     "null tags": ({"tags": None}, {"tags": []}),
+    "page": ({"page": 120}, {"page": 120, "status": "wishlist"}),
+    "first page": ({"page": 0}, {"page": 0}),
+    "null page": ({"page": None}, {"page": None}),
     "no fields": ({}, {"status": "wishlist"}),
 }
 
@@ -142,6 +146,11 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "number as time": ({"started_at": 1218412800}, "started_at"),
     "year 9999": ({"finished_at": "9999-12-31T23:59:59.999999Z"}, "finished_at"),
     "before the year 1 in UTC": ({"started_at": "0001-01-01T00:00:00+14:00"}, "started_at"),
+    "negative page": ({"page": -1}, "page"),
+    "page above the maximum": ({"page": 100_001}, "page"),
+    "page as text": ({"page": "12"}, "page"),
+    "half a page": ({"page": 12.5}, "page"),
+    "true as page": ({"page": True}, "page"),
     "unknown field": ({"user_id": 1}, "user_id"),
 }
 

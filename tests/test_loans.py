@@ -95,6 +95,26 @@ def test_invalid_changes_of_stock_are_refused(librarian: Person, book: int, quan
     assert stock_of(librarian, book) == (3, 2, 1)
 
 
+@pytest.mark.parametrize(
+    ("copies", "status", "left"),
+    [
+        pytest.param(5, 200, (5, 4, 1), id="more"),
+        pytest.param(3, 200, (3, 2, 1), id="as many"),
+        pytest.param(1, 200, (1, 0, 1), id="only those on loan"),
+        pytest.param(MAX_COPIES, 200, (MAX_COPIES, MAX_COPIES - 1, 1), id="the maximum"),
+        pytest.param(0, 409, (3, 2, 1), id="fewer than are on loan"),
+        pytest.param(-1, 422, (3, 2, 1), id="negative"),
+        pytest.param(MAX_COPIES + 1, 422, (3, 2, 1), id="above the maximum"),
+        pytest.param("3", 422, (3, 2, 1), id="text"),
+        pytest.param(None, 422, (3, 2, 1), id="null"),
+    ],
+)
+def test_copies_can_be_set(librarian: Person, book: int, copies: Any, status: int, left: tuple[int, ...]) -> None:
+    lend(librarian, book)
+    assert librarian.put(f"/books/{book}/stock", json={"copies": copies}).status_code == status
+    assert stock_of(librarian, book) == left
+
+
 def test_changes_of_stock_change_the_etag(client: TestClient, reader: Person, librarian: Person) -> None:
     book = stocked(librarian, 2)
     path = f"/books/{book}"
