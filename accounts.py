@@ -26,7 +26,7 @@ import database
 import models
 import security
 from api import MAX_ACCOUNT_BODY, Router, errors, or_404
-from auth import end_sessions
+from auth import ENDS_SESSION, end_sessions
 from events import record_account_event
 from models import CodePurpose, InvalidField, LoginSession, OneTimeCode, Principal, Role, User
 from pagination import json_response
@@ -183,7 +183,7 @@ PAGE = (
     '<body><main class="frame"><div class="panel"><h1>{heading}</h1>{content}</div></main></body></html>'
 )
 LINK_RESPONSES = errors(404, 409) | {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
-LinkToken = Annotated[str, Path(max_length=100), Storable]
+LinkToken = Annotated[str, Path(max_length=100, examples=["kJ3vYd0Tn1xQ"]), Storable]
 
 
 class Confirmed(BaseModel):
@@ -362,7 +362,7 @@ class PasswordReset(RequestModel):
     new_password: Password = Field(examples=["a short way home"])
 
 
-@router.post("/auth/reset-password", status_code=204, responses=errors(429))
+@router.post("/auth/reset-password", status_code=204, dependencies=ENDS_SESSION, responses=errors(429))
 async def reset_password(body: PasswordReset, request: Request, tasks: BackgroundTasks) -> None:
     """Set a new password with the code that was mailed. Ends every session."""
     refuse_at = asyncio.get_running_loop().time() + REFUSAL_SECONDS

@@ -190,6 +190,11 @@ HEADERS = {
     "Link": (False, "The next page, with `rel=next`, except on the last.", '</books?cursor=WyJpZCIsMjBd>; rel="next"'),
     "Location": (True, "The address of what was made.", "/books/1"),
     "Retry-After": (False, "Seconds until another try is worthwhile.", "60"),
+    "Set-Cookie": (
+        False,
+        "The refresh token, for pages of this service that asked for it; cleared where the session ends.",
+        "refresh_token=eyJhbGci; HttpOnly; Max-Age=1209600; Path=/auth; SameSite=strict",
+    ),
     "WWW-Authenticate": (True, "Always `Bearer`.", "Bearer"),
     "X-Event-Cursor": (True, "The id of the last event that this page includes: follow from there.", "1795254571301"),
 }
@@ -223,13 +228,20 @@ def complete_openapi(schema: dict[str, Any]) -> None:
         for name, (always, text, example) in HEADERS.items()
     }
     components["responses"] = {_name(status): _error_response(status) for status in ERRORS}
-    for operation in (operation for path in schema["paths"].values() for operation in path.values()):
-        for parameter in operation.get("parameters", ()):
-            choices = parameter["schema"].get("anyOf", [])
-            if {"type": "null"} in choices:  # an address or a header has no null: it is left out
+    schema["security"] = []  # where an operation names none
+    for method, operation in (item for path in schema["paths"].values() for item in path.items()):
+        bodies = operation.get("requestBody", {}).get("content", {}).values()
+        for part in (*operation.get("parameters", ()), *bodies):
+            choices = part["schema"].get("anyOf", [])
+            if {"type": "null"} in choices:  # an address, a header or a body has no null: it is left out
                 choices.remove({"type": "null"})
                 if len(choices) == 1:
-                    parameter["schema"] |= parameter["schema"].pop("anyOf")[0]
+                    part["schema"] |= part["schema"].pop("anyOf")[0]
+            if "examples" in part["schema"] or part.get("in") == "path":  # where /docs looks for what it fills in
+                part["example"] = part["schema"].pop("examples", [1])[0]
+        for body in bodies if method == "patch" else ():  # what is left out stays as it is
+            for field in components["schemas"][body["schema"]["$ref"].rpartition("/")[2]]["properties"].values():
+                field.pop("default", None)
         if "security" in operation:
             operation["responses"].setdefault("401", errors(401)[401])
         for response in operation["responses"].values():
@@ -243,8 +255,6 @@ def _error_response(status: int) -> dict[str, Any]:
     if status == 422:
         example["errors"] = [{"loc": ["body", "title"], "msg": "Field required", "type": "missing"}]
     content: dict[str, Any] = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
-    if status == 400:  # uvicorn answers broken HTTP by itself
-        content["text/plain"] = {"schema": {"type": "string"}, "example": "Invalid HTTP request received."}
     response: dict[str, Any] = {"description": description, "content": content}
     return response | ({"headers": {n: {"$ref": f"#/components/headers/{n}"} for n in headers}} if headers else {})
 

@@ -4,10 +4,12 @@ import secrets
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import sqlalchemy as sa
 from fastapi import Depends, HTTPException, Path, Query, Request, Response
 from pydantic import BaseModel, Field, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
@@ -33,7 +35,9 @@ class TokenPair(BaseModel):
     access_token: str
     token_type: str = Field(default="bearer", examples=["bearer"])
     expires_in: int = Field(description="Seconds until the access token expires.", examples=[1800])
-    refresh_token: str = Field(description="Works once, at `/auth/refresh`.")
+    refresh_token: str | SkipJsonSchema[None] = Field(
+        default=None, description="Works once, at `/auth/refresh`. Left out where it is in a cookie."
+    )
 
 
 class RefreshRequest(RequestModel):
@@ -42,21 +46,69 @@ class RefreshRequest(RequestModel):
     )
 
 
-def rotate_tokens(login: LoginSession, jti: str) -> TokenPair:
-    """A new pair for this session; `jti` is the id of its refresh token, of which the session has the hash."""
-    now = models.utcnow()
-    login.previous_hash, login.refresh_hash = login.refresh_hash, security.sha256(jti)
-    login.last_used_at, login.expires_at = now, now + timedelta(days=settings.refresh_token_expire_days)
-    return create_pair(login, jti)
+def rotate_tokens(login: LoginSession, used: str) -> TokenPair:
+    """A new pair for this session, in place of the refresh token whose id is `used`."""
+    login.last_used_at = models.utcnow()
+    login.expires_at = login.last_used_at + timedelta(days=settings.refresh_token_expire_days)
+    login.previous_hash, login.refresh_hash = security.sha256(used), security.sha256(next_jti(login, used))
+    return create_pair(login, used)
 
 
-def create_pair(login: LoginSession, jti: str) -> TokenPair:
-    now, lifetime = models.utcnow(), timedelta(minutes=settings.access_token_expire_minutes)
+def next_jti(login: LoginSession, used: str) -> str:
+    """The id of the refresh token that replaced `used`: the same at each retry, another after another rotation."""
+    return security.hmac_hash("refresh", used, login.last_used_at.isoformat())
+
+
+def create_pair(login: LoginSession, used: str) -> TokenPair:
+    now, lifetime, jti = models.utcnow(), timedelta(minutes=settings.access_token_expire_minutes), next_jti(login, used)
     return TokenPair(
         access_token=security.create_token("access", login, now, now + lifetime, secrets.token_urlsafe(12)),
         expires_in=int(lifetime.total_seconds()),
         refresh_token=security.create_token("refresh", login, login.last_used_at, login.expires_at, jti),
     )
+
+
+# --- the refresh token as a cookie of the front page -----------------------------------------------------------------
+
+COOKIE = "refresh_token"
+UseCookie = Annotated[
+    bool,
+    Query(description="For pages of this service: set the refresh token as an `HttpOnly` cookie, and leave it out."),
+]
+
+
+def set_cookie(request: Request, response: Response, token: str = "", max_age: int = 0) -> None:
+    """Set the cookie; without a token, clear it."""
+    path, secure = quote(request.scope.get("root_path", "").rstrip("/")) + "/auth", request.url.scheme == "https"
+    response.set_cookie(COOKIE, token, max_age, path=path, secure=secure, httponly=True, samesite="strict")
+
+
+async def clear_cookie(request: Request, response: Response) -> None:
+    set_cookie(request, response)
+
+
+ENDS_SESSION = [Depends(clear_cookie)]
+
+
+def move_to_cookie(pair: TokenPair, request: Request, response: Response) -> TokenPair:
+    set_cookie(request, response, pair.refresh_token or "", settings.refresh_token_expire_days * 86400)
+    return pair.model_copy(update={"refresh_token": None})
+
+
+def refuse_other_sites(request: Request) -> None:
+    """403 for what the page of another origin makes a browser send. SameSite allows other ports and subdomains, and
+    sets the cookie of a foreign login; browsers tell `Sec-Fetch-Site` only under https and to localhost."""
+    site, origin, host = map(request.headers.get, ("sec-fetch-site", "origin", "host"))
+    is_own = origin in (None, f"http://{host}", f"https://{host}") if site is None else site == "same-origin"
+    if not is_own:
+        raise HTTPException(403, "Only pages of this service can use its cookie.")
+
+
+def read_cookie(request: Request) -> str | None:
+    """The refresh token. None if there are two: a sibling host can set a cookie for the whole domain, with any path."""
+    pairs = [pair.strip() for header in request.headers.getlist("cookie") for pair in header.split(";")]
+    tokens = [pair.removeprefix(f"{COOKIE}=") for pair in pairs if pair.startswith(f"{COOKIE}=")]
+    return tokens[0] if len(tokens) == 1 else None
 
 
 # --- sign in ------------------------------------------------------------------------------------------------------
@@ -80,24 +132,39 @@ async def parse_credentials(request: Request) -> Credentials:
         raise invalid_body(error) from None
 
 
-LOGIN_CONTENT = {
-    "application/x-www-form-urlencoded": {"schema": Credentials.model_json_schema()},
-    "application/json": {"schema": {**Credentials.model_json_schema(), "additionalProperties": False}},
-}
-LOGIN_BODY = {"requestBody": {"required": True, "content": LOGIN_CONTENT}}
 # Ids begin with 1.
 UNKNOWN_USER = User(id=0, username="", email="", password_hash=security.DUMMY_PASSWORD_HASH, is_active=False)
 TOKEN_SUMMARY = "Sign in (the address that OAuth2 clients expect)"
-LOGIN_RESPONSES = errors(401, 403, 415, 429)
+SETS_COOKIE = errors(401, 403, 429, sends={200: "Set-Cookie"})
+LOGIN: Any = {"responses": SETS_COOKIE | errors(415), "response_model_exclude_none": True}
 
 
-@router.post("/login", openapi_extra=LOGIN_BODY, responses=LOGIN_RESPONSES)
-@router.post("/auth/token", openapi_extra=LOGIN_BODY, name="token", summary=TOKEN_SUMMARY, responses=LOGIN_RESPONSES)
-async def login(credentials: Annotated[Credentials, Depends(parse_credentials)], request: Request) -> TokenPair:
-    """Sign in: with a form (OAuth2 password grant) or JSON.
+def takes(media_type: str, **more: Any) -> dict[str, Any]:
+    """For the docs. Both paths take both media types; of an operation with two, generators make invalid code."""
+    content = {media_type: {"schema": {**Credentials.model_json_schema(), **more}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+@router.post("/login", openapi_extra=takes("application/json", additionalProperties=False), **LOGIN)
+@router.post(
+    "/auth/token",
+    name="token",
+    summary=TOKEN_SUMMARY,
+    openapi_extra=takes("application/x-www-form-urlencoded", title="LoginForm"),
+    **LOGIN,
+)
+async def login(
+    credentials: Annotated[Credentials, Depends(parse_credentials)],
+    request: Request,
+    response: Response,
+    cookie: UseCookie = False,
+) -> TokenPair:
+    """Sign in: with JSON or a form (OAuth2 password grant), at either path.
 
     The answer is the same, and takes the same time, for an unknown user, a wrong password and a deactivated account.
     """
+    if cookie:
+        refuse_other_sites(request)
     name, agent = credentials.username.strip().lower(), request.headers.get("user-agent")
     device = {"address": security.client_address(request), "user_agent": agent and agent[:200]}
     # By the name as typed: a shared count would reveal which user name and address belong together.
@@ -112,7 +179,7 @@ async def login(credentials: Annotated[Credentials, Depends(parse_credentials)],
         raise unauthorized("Wrong user name or password.")
     await security.reset_rate_limit("login", request, name)
     await security.uncount_attempt("login", request)
-    return pair
+    return move_to_cookie(pair, request, response) if cookie else pair
 
 
 def find_user(connection: Connection, name: str) -> Any:
@@ -138,22 +205,30 @@ def start_session(
     return rotate_tokens(login, secrets.token_urlsafe(24))
 
 
-@router.post("/auth/refresh", responses=errors(401, 429))
-async def refresh(body: RefreshRequest, request: Request) -> TokenPair:
+@router.post("/auth/refresh", responses=SETS_COOKIE, response_model_exclude_none=True)
+async def refresh(request: Request, response: Response, body: RefreshRequest | None = None) -> TokenPair:
     """Exchange a refresh token for a new pair. Each works once: one that is used again ends its session.
 
     A client that did not receive the answer may repeat the request for 10 seconds, and gets the same refresh token, so
-    that there is never more than one that works.
+    that there is never more than one that works. Without a body, the token is read from the cookie that
+    `POST /login?cookie=true` has set, and so is the next one.
     """
-    claims = security.verify_token("refresh", body.refresh_token)
+    if body is None:
+        refuse_other_sites(request)
+    token = read_cookie(request) if body is None else body.refresh_token
+    claims = security.verify_token("refresh", token) if token else None
     await security.check_rate_limit("refresh", request, claims and claims.sid)
-    pair = None if claims is None else await database.write(rotate_session, claims)
-    if pair is None:
-        raise unauthorized()
-    return pair
+    pair = None if claims is None else await database.write(rotate_session, claims, body is None)
+    if pair is not None:
+        return move_to_cookie(pair, request, response) if body is None else pair
+    refusal = unauthorized()
+    if body is None and token:
+        set_cookie(request, response)
+        refusal.headers = {**(refusal.headers or {}), "Set-Cookie": response.headers["Set-Cookie"]}
+    raise refusal
 
 
-def rotate_session(session: Session, claims: security.Claims) -> TokenPair | None:
+def rotate_session(session: Session, claims: security.Claims, from_cookie: bool) -> TokenPair | None:
     login = session.get(LoginSession, claims.sid)
     if login is None or login.revoked_at is not None or login.user_id != claims.sub:
         return None
@@ -161,11 +236,13 @@ def rotate_session(session: Session, claims: security.Claims) -> TokenPair | Non
     if not user.is_active or (settings.require_verified_email and user.email_verified_at is None):
         return None
     jti_hash = security.sha256(claims.jti)
-    next_jti = security.hmac_hash("refresh", claims.jti)  # the same at each retry
     if secrets.compare_digest(login.refresh_hash, jti_hash):
-        return rotate_tokens(login, next_jti)
-    if login.previous_hash == jti_hash and models.utcnow() - login.last_used_at <= REFRESH_RETRY:
-        return create_pair(login, next_jti)
+        return rotate_tokens(login, claims.jti)
+    if login.previous_hash == jti_hash:
+        if models.utcnow() - login.last_used_at <= REFRESH_RETRY:
+            return create_pair(login, claims.jti)
+        if from_cookie:  # a tab was closed before the answer came; whoever uses its token after this is detected below
+            return rotate_tokens(login, claims.jti)
     # Reuse, by its owner or a thief (RFC 9700, 4.14.2).
     login.revoked_at = models.utcnow()
     record_account_event(session, login.user_id, "token_reused", session_id=login.id)
@@ -194,14 +271,14 @@ def log_out(session: Session, user: Principal, which: ColumnElement[bool]) -> in
     return len(ids)
 
 
-@router.post("/auth/logout", status_code=204)
+@router.post("/auth/logout", status_code=204, dependencies=ENDS_SESSION)
 @transactional
 def logout(session: Session, user: CurrentUser) -> None:
     """Sign out: my access and refresh tokens are revoked at once."""
     log_out(session, user, col(LoginSession.id) == user.session_id)
 
 
-@router.post("/auth/logout-all", status_code=204)
+@router.post("/auth/logout-all", status_code=204, dependencies=ENDS_SESSION)
 @transactional
 def logout_everywhere(session: Session, user: CurrentUser) -> None:
     """Sign out everywhere: all my sessions end, this one included."""
@@ -229,10 +306,14 @@ async def list_sessions(query: Annotated[PageQuery, Query()], user: CurrentUser,
 
 @router.delete("/auth/sessions/{session_id:id}", status_code=204, responses=errors(404))
 @transactional
-def end_session(session: Session, session_id: SessionId, user: CurrentUser) -> None:
+def end_session(
+    session: Session, session_id: SessionId, user: CurrentUser, request: Request, response: Response
+) -> None:
     """End one of my sessions: its tokens are revoked at once."""
     if not log_out(session, user, col(LoginSession.id) == session_id):
         raise HTTPException(404, "You have no such session.")
+    if session_id == user.session_id:
+        set_cookie(request, response)
 
 
 def delete_expired(session: Session) -> None:

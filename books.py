@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import Header, HTTPException, Path, Query, Request, Response
+from fastapi import Body, Header, HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import Field, ValidationError
 from sqlalchemy import ColumnElement, Connection
@@ -261,10 +261,14 @@ def record_book(session: Session, event_type: str, book: Book | dict[str, Any]) 
     return public
 
 
+EMMA = {"title": "Emma", "author": "Jane Austen", "isbn": "978-0-14-143958-7", "pages": 474, "publication_year": 1815}
+Replacement = Annotated[BookCreate, Body(openapi_examples={"Emma": {"value": EMMA}})]  # not what the docs add
+
+
 @router.put("/{book_id:id}", responses=CHANGE_RESPONSES)
 @transactional
 def replace_book(
-    session: Session, book_id: BookId, new: BookCreate, user: CurrentUser, response: Response, if_match: IfMatch = None
+    session: Session, book_id: BookId, new: Replacement, user: CurrentUser, response: Response, if_match: IfMatch = None
 ) -> BookPublic:
     """Replace a book: fields that are left out are cleared. For who added it, and staff."""
     book = revise_book(session, get_own_book(session, book_id, user, if_match, "change"), new)

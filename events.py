@@ -403,11 +403,11 @@ TYPES = pattern(
     r"^(\*|[a-z]+\.(\*|[a-z_]+))(,(\*|[a-z]+\.(\*|[a-z_]+))){0,15}$",
     "must be at most 16 event types separated by commas, like book.*,review.created",
 )
-Types = Annotated[str, Field(max_length=500, pattern=TYPES, examples=["book.*,review.created"])]
+Types = Annotated[str, Field(max_length=500, pattern=TYPES)]
 TypesParameter = Annotated[
     Types | None,
     BlankIsNull,
-    Field(description="Only these types, separated by commas; `book.*` is all types that begin with `book.`."),
+    Field(description="Only these types, like `book.*,review.created`; `book.*` is all that begin with `book.`."),
 ]
 EventId = Annotated[int, Field(ge=0, le=MAX_EVENT_ID)]
 Seconds = Annotated[FiniteFloat, Field(gt=0, le=86_400)]
@@ -423,7 +423,7 @@ class StreamQuery(RequestModel):
     types: TypesParameter = None
     since: EventId | None = Field(default=None, description="Resume after this id. `Last-Event-ID` takes precedence.")
     limit: Annotated[int | None, Field(ge=1, le=10_000, description="End after this many events.")] = None
-    seconds: Seconds | None = Field(default=None, description="End after this many seconds.")
+    seconds: Seconds | None = Field(default=None, description="End after this many seconds.", examples=[5])
 
 
 class EventPage(BaseModel):
@@ -432,13 +432,8 @@ class EventPage(BaseModel):
     reset: Reset | None = Field(description="Where `after` is not, or no longer, a position in this log.")
 
 
-TEXT = {"type": "string"}
-FRAME = {
-    "type": "object",
-    "properties": {"id": TEXT, "event": TEXT, "data": TEXT, "retry": {"type": "integer"}},
-    "example": {"id": "1795254571301", "event": "book.deleted", "data": '{"id": 1, "title": "Dune"}'},
-}
-STREAM = {"text/event-stream": {"itemSchema": FRAME}}
+FRAME = 'id: 1795254571301\nevent: book.deleted\ndata: {"id": 1, "title": "Dune"}\n\n'
+STREAM = {"text/event-stream": {"schema": {"type": "string"}, "example": FRAME}}
 STREAM_RESPONSES = errors(429) | {200: {"description": "Events, until the client disconnects.", "content": STREAM}}
 
 
@@ -463,9 +458,9 @@ async def stream(
 ) -> EventSourceResponse:
     """Follow every change as it is committed, by Server-Sent Events.
 
-    The first event is `ready`. To see the stream end here in the docs, give `limit` or `seconds`. A client that
-    reconnects with the last `id` it received as `Last-Event-ID` gets what it missed; if the log can't be read on from
-    there, it gets `reset` and then new changes.
+    The first event is `ready`. Without `limit` or `seconds`, the stream does not end. A client that reconnects with the
+    last `id` it received as `Last-Event-ID` gets what it missed; if the log can't be read on from there, it gets
+    `reset` and then new changes.
     """
     cursor = last_event_id if last_event_id is not None else query.since
     return EventStreamResponse(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import HTTPException, Query, Request, Response
+from fastapi import HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import Connection
@@ -191,9 +191,12 @@ def list_reviews(
     return page_response(request, REVIEWS.page(connection, {"book_id": book_id}, "-id", query))
 
 
+Reviewer = Annotated[Username, Path(examples=["rita"])]
+
+
 @reviews_router.delete("/books/{book_id:id}/reviews/{username}", status_code=204, responses=errors(403, 404))
 @transactional
-def remove_review(session: Session, book_id: BookId, username: Username, user: Staff) -> None:
+def remove_review(session: Session, book_id: BookId, username: Reviewer, user: Staff) -> None:
     """Remove somebody's rating and review of a book. The book stays on their shelf."""
     book = or_404(session.get(Book, book_id), NO_BOOK)
     reviews = sa.select(ShelfEntry, User).join_from(ShelfEntry, User, col(ShelfEntry.user_id) == col(User.id))
@@ -298,7 +301,6 @@ def most_frequent(names: Iterable[str]) -> list[tuple[str, int]]:
     "/my-library/export",
     response_class=StreamingResponse,
     responses={200: {"description": "The file, streamed.", **pagination.CSV_FILE}},
-    tags=["In and out"],
 )
 async def export_library(user: CurrentUser) -> StreamingResponse:
     """Download my shelf in Goodreads' columns, and some of our own. It comes back in through `/my-library/import`."""

@@ -335,6 +335,9 @@ app = FastAPIOffline(
     lifespan=lifespan,
     exception_handlers=HANDLERS,
     openapi_tags=[{"name": name, "description": text} for name, text in TAGS.items()],
+    servers=[{"url": "/"}],
+    license_info={"name": "MIT", "identifier": "MIT"},
+    swagger_ui_parameters={"persistAuthorization": True},
     redirect_slashes=False,
 )
 if settings.cors_origins:

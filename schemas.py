@@ -108,7 +108,7 @@ def length(most: int, least: int = 1) -> StringConstraints:
 
 
 class BlankIsNull:
-    """Accepts a blank text, as forms send it, as null, and documents it."""
+    """Accepts a blank text, as forms send it, as null."""
 
     @staticmethod
     def __get_pydantic_core_schema__(source: Any, handler: pydantic.GetCoreSchemaHandler) -> CoreSchema:
@@ -117,14 +117,18 @@ class BlankIsNull:
     @staticmethod
     def __get_pydantic_json_schema__(schema: CoreSchema, handler: pydantic.GetJsonSchemaHandler) -> dict[str, Any]:
         described = handler(schema)
-        blank = [{"type": "string", "pattern": r"^\s*$"}] if handler.mode == "validation" else []
-        return {**described, "anyOf": [*described.get("anyOf", ()), *blank]}
+        text = described["anyOf"][0]
+        text.pop("minLength", None)
+        if (pattern := text.pop("pattern", NOT_BLANK)) != NOT_BLANK:
+            text["pattern"] = rf"^\s*$|{pattern}"
+        return described
 
 
 # By Python's definition of white space, not pydantic's, so that models, CSV cells and sort keys agree on what is blank.
 Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
 Storable = _refuse(INVALID_CHARACTERS.search, "must not contain NUL characters or halves of surrogate pairs")
-NotBlank = Field(json_schema_extra={"pattern": r"\S"})  # documents that a stripped text must not be empty
+NOT_BLANK = r"\S"
+NotBlank = Field(json_schema_extra={"pattern": NOT_BLANK})  # documents that a stripped text must not be empty
 Title = Annotated[str, length(500), Stripped, Storable, NotBlank]
 Author = Annotated[str, length(1000), Stripped, Storable, NotBlank]
 Language = Annotated[str, length(35), Stripped, Storable, NotBlank]
@@ -134,7 +138,7 @@ NoComma = _refuse(lambda text: "," in text, "must not contain a comma, which sep
 Tag = Annotated[str, length(50), Stripped, Storable, NoComma]
 LongText = Annotated[str, length(20_000), Stripped, Storable, NotBlank]
 URL_PATTERN = pattern(
-    r"^[Hh][Tt][Tt][Pp][Ss]?://[^\s<>\"\\^`{|}]+$", "must be an address that begins with http:// or https://"
+    r'^[Hh][Tt][Tt][Pp][Ss]?://[^\s<>"\\^`{|}]+$', "must be an address that begins with http:// or https://"
 )
 Url = Annotated[str, length(2000), StringConstraints(pattern=URL_PATTERN), Stripped, Storable]
 Isbn = Annotated[str, length(32), Stripped, AfterValidator(_to_isbn13)]
@@ -144,14 +148,16 @@ Price = Annotated[
     AfterValidator(abs),  # of -0.0
     BeforeValidator(_no_bool),  # before `Field`, the digits would be checked in Python (pydantic #11576)
     pydantic.PlainSerializer(float, return_type=float, when_used="json"),
+    pydantic.WithJsonSchema({"type": "number", "minimum": 0, "maximum": 9_999_999.99, "multipleOf": 0.01}),
 ]
+# The last annotation: before `Field`, its bounds would be `ge` and `le` in the document (pydantic #11576).
 Number = BeforeValidator(_check_number)
-Year = Annotated[int, Number, Field(ge=MIN_YEAR, le=9999), AfterValidator(_check_year)]
+Year = Annotated[int, Field(ge=MIN_YEAR, le=9999), AfterValidator(_check_year), Number]
 PublishedDate = Annotated[date, BeforeValidator(_check_iso), AfterValidator(_check_year)]
 Timestamp = Annotated[datetime, BeforeValidator(_check_iso), AfterValidator(_to_utc)]
 Rating = Annotated[float, Field(ge=0.25, le=5, multiple_of=0.25), AfterValidator(models.to_quarters), Number]
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
-BodyId = Annotated[int, Number, Field(ge=1, le=MAX_ID)]
+BodyId = Annotated[int, Field(ge=1, le=MAX_ID), Number]
 USERNAME_PATTERN = pattern(
     r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "must be of the letters A to Z, digits, '.', '_' and '-', a letter or digit first"
 )
@@ -189,7 +195,8 @@ def example(**values: Any) -> dict[str, Any]:
 # Types of response fields, with an example.
 Moment = Annotated[datetime, Field(examples=["2026-03-08T18:00:00Z"])]
 Count = Annotated[int, Field(examples=[2])]
-Stars = Annotated[int | float, Field(description="In quarters; whole stars are whole numbers.", examples=[5])]
+STARS = {"type": "number", "description": "In quarters; whole stars are whole numbers.", "examples": [5]}
+Stars = Annotated[int | float, pydantic.WithJsonSchema(STARS)]
 PublicId = Annotated[int, Field(examples=[1])]
 
 
@@ -200,7 +207,11 @@ class Problem(BaseModel):
     title: str = Field(examples=["Not Found"])
     status: int = Field(examples=[404])
     detail: str = Field(examples=["No such book."])
-    errors: list["FieldError"] | None = Field(default=None, description="Which fields, with 409 and 422.")
+    errors: list["FieldError"] | None = Field(
+        default=None,
+        description="Which fields, with 409 and 422.",
+        json_schema_extra=lambda schema: schema.pop("default"),
+    )
 
 
 class FieldError(BaseModel):
@@ -219,7 +230,10 @@ class UserCreate(RequestModel):
     full_name: Annotated[Word | None, BlankIsNull] = Field(default=None, examples=["Rita Reader"])
 
 
-class AccountCreate(UserCreate):
+LYDIA = {"username": "lydia", "email": "lydia@example.com", "password": "a desk in the hall", "role": "librarian"}
+
+
+class AccountCreate(UserCreate, json_schema_extra=example(**LYDIA)):
     role: Role = Field(default=Role.reader, examples=["librarian"])
 
 
@@ -324,7 +338,7 @@ class BookBase(BaseModel):
     description: Annotated[LongText | None, BlankIsNull] = Field(default=None, examples=["Spice and sandworms."])
     publisher: Annotated[Name | None, BlankIsNull] = Field(default=None, examples=["Ace"])
     language: Annotated[Language | None, BlankIsNull] = Field(default=None, examples=["en"])
-    pages: Annotated[int, Number, Field(ge=1, le=MAX_PAGES)] | None = Field(default=None, examples=[535])
+    pages: Annotated[int, Field(ge=1, le=MAX_PAGES), Number] | None = Field(default=None, examples=[535])
     price: Price | None = Field(default=None, examples=[9.99])
     cover_url: Annotated[Url | None, BlankIsNull] = Field(default=None, examples=["https://example.com/dune.jpg"])
     published_date: PublishedDate | None = Field(default=None, examples=["1965-08-01"])
@@ -379,7 +393,7 @@ class GenreCount(BaseModel):
 
 class StockChange(RequestModel):
     quantity: Annotated[
-        int, Number, Field(ge=-MAX_COPIES, le=MAX_COPIES), _refuse(lambda quantity: quantity == 0, "must not be 0")
+        int, Field(ge=-MAX_COPIES, le=MAX_COPIES), _refuse(lambda quantity: quantity == 0, "must not be 0"), Number
     ] = Field(description="How many copies to add; negative: to remove.", examples=[3])
 
 
@@ -438,7 +452,7 @@ class ReviewPublic(BaseModel):
 
 class LoanCreate(RequestModel, json_schema_extra=example(book_id=1)):
     book_id: BodyId
-    quantity: Annotated[int, Number, Field(ge=1, le=MAX_COPIES)] = 1
+    quantity: Annotated[int, Field(ge=1, le=MAX_COPIES), Number] = 1
     due_at: Timestamp | None = Field(default=None, description="`LOAN_DAYS` from now by default; at most twice that.")
     user_id: BodyId | None = Field(default=None, description="The borrower, if that is not me; for staff.")
 

@@ -19,7 +19,7 @@ import anyio.to_thread
 import sqlalchemy as sa
 from fastapi import BackgroundTasks, Form, HTTPException, Path, Query, Request, Response, UploadFile
 from fastapi.routing import APIRoute
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from sqlalchemy import Connection
 from sqlalchemy.orm import aliased
 from sqlmodel import Session, col
@@ -69,7 +69,7 @@ def _is_file(part: object) -> object:
 
 
 class ShelfForm(RequestModel):
-    file: Annotated[UploadFile, BeforeValidator(_is_file)]
+    file: Annotated[UploadFile, BeforeValidator(_is_file), WithJsonSchema({"type": "string", "format": "binary"})]
     on_duplicate: OnDuplicate = Field(
         default=OnDuplicate.skip,
         description="Skip what is here already, or change it to the values in the file, where it has any.",
@@ -156,10 +156,10 @@ class UploadRoute(APIRoute):
         return handle_upload
 
 
-uploading = Router(tags=["In and out"], route_class=UploadRoute)
+uploading = Router(route_class=UploadRoute)
 
 
-@uploading.post("/books/upload", responses=errors(403) | RESPONSES, **ACCEPTED)
+@uploading.post("/books/upload", tags=["In and out"], responses=errors(403) | RESPONSES, **ACCEPTED)
 async def upload_books(
     form: Annotated[UploadForm, Form(media_type="multipart/form-data")],
     _query: Annotated[NoQuery, Query()],

@@ -20,7 +20,7 @@ import loans
 import models
 import schemas
 from api import PAGE, Router, errors, or_404, readonly, transactional, transactional_in_thread
-from auth import SESSIONS, end_sessions
+from auth import ENDS_SESSION, SESSIONS, end_sessions
 from books import BOOKS, disown_books
 from events import record_account_event
 from models import Event, Loan, LoginSession, Principal, Role, Upload, UploadChunk, UploadError, User
@@ -87,7 +87,7 @@ class MyPassword(RequestModel):
     password: Annotated[str, Field(max_length=1000), schemas.Storable] = Field(examples=["a long way to Arrakis"])
 
 
-@router.delete("/me", status_code=204, responses=errors(403, 409, 429))
+@router.delete("/me", status_code=204, dependencies=ENDS_SESSION, responses=errors(403, 409, 429))
 async def delete_me(body: MyPassword, user: CurrentUser, request: Request, tasks: BackgroundTasks) -> None:
     """Delete my account, with my shelf, reviews, uploads and past loans. The books that I added stay.
 
