@@ -122,7 +122,7 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     const text = JSON.stringify(item), node = drawn.get(key(item)) ?? el(tag, { class: isNew && 'new' });
     drawn.set(key(item), node);
     if (node.shows === text) return node;
-    const controls = () => [...node.querySelectorAll('a, button, select')], focused = controls().indexOf(document.activeElement);
+    const controls = () => [...node.querySelectorAll('a, button, select, input')], focused = controls().indexOf(document.activeElement);
     put(node, row(item, node));
     controls()[focused]?.focus(); // what had the focus in it has it again
     return Object.assign(node, { shows: text });
@@ -218,7 +218,7 @@ const moveTo = address => { location.hash = address; };
 const filters = $('filters'), addForm = $('add-form');
 const linkTo = (id, title) => link(`#/book/${id}`, el('bdi', {}, title), { 'data-book': id });
 const catalogue = pages({
-  root: $('view-'), path: () => 'books', address: fields => to('', fields), key: book => book.id,
+  root: $('catalogue'), path: () => 'books', address: fields => to('', fields), key: book => book.id,
   row: book => [el('div', { class: 'on' }, cover(seen(book)), stock(book)), el('h3', {}, linkTo(book.id, book.title)), el('p', { class: 'by' }, el('bdi', {}, book.author)),
     facts(year(book.publication_year), book.genre), facts(rating(book))],
   skeleton: () => [el('div', { class: 'cover' }), el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '), facts(' ')],
@@ -238,7 +238,7 @@ function nothingFound(suggestions, { search = '', ...others }) {
 function emptyCatalogue() {
   return [el('h3', {}, 'The catalogue is empty.'), el('p', {}, me ? 'Be the first to add a book, or bring in a file.' : 'Sign in and add the first book.'),
     el('p', { class: 'row' }, me ? link('#/add', 'Add the first book', { class: 'button' }) : button('Sign in', () => openAccount('in'), { class: 'strong' }),
-      me?.role === 'admin' && button('Load fifty classics', once(() => attempt($('view-'), loadSample)), { class: 'strong' }))];
+      me?.role === 'admin' && button('Load fifty classics', once(() => attempt($('catalogue'), loadSample)), { class: 'strong' }))];
 }
 async function loadSample() {
   const body = new FormData();
@@ -416,6 +416,7 @@ function drawMine(now, told = '') {
   const { status, review } = mine.elements;
   [status.value, review.value] = [entry?.status ?? 'wishlist', entry?.review ?? ''];
   drawStars(entry?.rating);
+  drawDays();
   [mine.hidden, $('opinion').hidden, $('unshelve').hidden] = [false, !entry, !entry];
   mine.querySelector('.strong').textContent = entry ? 'Save' : 'Put it on my shelf';
 }
@@ -427,55 +428,130 @@ async function changeMine(told, method, json) {
   await Promise.all([readBook(id), reviews.load(true)]);
   keepFocus($('book-title'));
 }
-onSubmit(mine, ({ status, rating, review }) => entry
-  ? changeMine('Saved.', 'PATCH', { status, rating: Number(rating) || null, review: review.trim() || null })
+onSubmit(mine, ({ status, rating, review, ...more }) => entry
+  ? changeMine('Saved.', 'PATCH', { status, rating: Number(rating) || null, review: review.trim() || null, ...changedDays(more) })
   : changeMine('It is on your shelf.', 'POST', { status }));
 $('unshelve').onclick = once(() => attempt(mine, () => changeMine('It is off your shelf.', 'DELETE')));
 // --- my shelf ------------------------------------------------------------------------------------------------------
-$('view-shelf').querySelector('select').append(...options(STATUSES));
+const dated = moment => new Date(moment).toLocaleDateString('en', { dateStyle: 'medium', timeZone: 'UTC' }); // days are counted and typed in UTC
 const shelf = pages({
   root: $('view-shelf'), path: () => 'my-library', address: ({ status, ...fields }) => to(status ? `shelf/${status}` : 'shelf', fields), key: item => item.book_id,
-  row: ({ book_id, book, status, rating, review, tags, finished_at }) => [
-    el('h3', {}, linkTo(book_id, book.title)), el('p', {}, el('bdi', {}, book.author)),
-    facts(rating && stars(rating), finished_at && `finished ${day(finished_at)}`, ...tags.map(chip)),
-    review && el('p', { class: 'text', dir: 'auto' }, review.length > 200 ? `${review.slice(0, 200)}…` : review),
-    el('select', { 'aria-label': `Status of ${book.title}`, onchange: event => move(book, status, event.target) }, options(STATUSES, status)),
-    alertSlot(),
-    link(`#/book/${book_id}`, 'Rate and review', { class: 'button' }),
-  ],
-  empty: () => [el('h3', {}, 'Nothing here yet.'),
-    el('p', {}, 'Find a book in the catalogue and put it on your shelf, or bring in a shelf from Goodreads, StoryGraph, LibraryThing or BookWyrm.'),
-    link('#/', 'To the catalogue'), ' · ', link('#/import', 'Import')],
+  row: (item, node) => [thumbnail(item.book), el('div', { class: 'grow' },
+    el('h3', {}, linkTo(item.book_id, item.book.title)), el('p', { class: 'by' }, el('bdi', {}, item.book.author)), facts(item.rating && stars(item.rating), ...milestones(item)),
+    item.tags.length > 0 && el('p', { class: 'row tags' }, item.tags.map(tag => link(to('shelf', { tag }), el('bdi', {}, tag), { class: 'chip' }))),
+    item.review && el('p', { class: 'text soft', dir: 'auto' }, item.review.length > 200 ? `${item.review.slice(0, 200)}…` : item.review),
+    item.status === 'reading' && reached(item), alertSlot()),
+  el('div', { class: 'aside' }, el('select', { 'aria-label': `Status of ${item.book.title}`, onchange: event => move(node, item, event.target.value) }, options(STATUSES, item.status)),
+    link(`#/book/${item.book_id}`, 'Rate and review', { class: 'button' }))],
+  skeleton: () => [el('div', { class: 'cover small' }), el('div', { class: 'grow' }, el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '))],
+  empty: (_, { status, ...filters }) => Object.keys(filters).length ? [el('h3', {}, 'Nothing on your shelf is like that.'), link(to(status ? `shelf/${status}` : 'shelf'), 'Show all of it', { class: 'button' })]
+    : [el('h3', {}, 'Nothing here yet.'), el('p', {}, 'Find a book in the catalogue and put it on your shelf, or bring in a shelf from Goodreads, StoryGraph, LibraryThing or BookWyrm.'),
+      el('p', { class: 'row' }, link('#/', 'To the catalogue', { class: 'button' }), link('#/import', 'Import', { class: 'button' }))],
 });
-async function move({ id, title }, was, select) {
-  const now = await attempt(select.closest('li'), () => api('PATCH', `my-library/${id}`, { status: select.value }));
-  if (!now) { select.value = was; return; }
-  say(`${title} is on ${STATUSES[now.status]}.`);
-  shelf.load(true);
+function thumbnail(book) { // for the hand; the title beside it is for the keyboard
+  const drawn = link(`#/book/${book.id}`, cover(book), { tabindex: -1, 'aria-hidden': true });
+  drawn.firstChild.classList.add('small');
+  return drawn;
+}
+function milestones({ status, rating, started_at, finished_at, added_at }) {
+  const ended = { completed: 'finished', abandoned: 'put aside' }[status];
+  return [status === 'wishlist' && rating && 'rated before reading it', started_at && `started ${dated(started_at)}`,
+    ended && (finished_at ? `${ended} ${dated(finished_at)}` : status === 'completed' && 'finished, day not known'), !ended && !started_at && `added ${dated(added_at)}`];
+}
+function reached({ book_id, page, book: { title, pages: last } }) { // saved when it is typed
+  const form = el('form', { class: 'reached' },
+    last && el('progress', { max: last, value: Math.min(page ?? 0, last), 'aria-label': `How much of ${title} is read` }),
+    el('label', {}, 'Page ', el('input', { name: 'page', type: 'number', min: 0, max: 100000, value: page, 'aria-label': `Page reached in ${title}`, onchange: () => form.requestSubmit() }),
+      last && ` of ${last.toLocaleString('en')}`),
+    button('Finished', once(() => move(form, { book_id, book: { title } }, 'completed')), { class: 'link', 'aria-label': `I finished ${title}` }), alertSlot());
+  onSubmit(form, async fields => {
+    await api('PATCH', `my-library/${book_id}`, { page: fields.page ? Number(fields.page) : null });
+    say(`${title}: page ${fields.page || 'not known'}.`);
+    await VIEWS[at.name].refresh();
+  });
+  return form;
+}
+async function move(where, { book_id, book, status: was }, status) {
+  const now = await attempt(where, () => api('PATCH', `my-library/${book_id}`, { status }));
+  if (!now) { if (was) where.querySelector('select').value = was; return; }
+  say(`${book.title} is on ${STATUSES[now.status]}.`);
+  await VIEWS[at.name].refresh();
+  keepFocus(sectionOf(at.name).querySelector('.rows, .covers'));
+}
+async function loadTabs() { // of the whole shelf, with what else the address asks for
+  const stats = await get('my-library/stats').catch(() => null), { tag } = $('view-shelf').querySelector('form').elements, { page, ...query } = at.query;
+  if (!stats || at.name !== 'shelf') return;
+  const tabs = [['', 'All', stats.total], ...Object.entries(STATUSES).map(([status, name]) => [status, name, stats.by_status[status]])];
+  const had = [...$('shelf-tabs').children].indexOf(document.activeElement), was = tag.value;
+  put($('shelf-tabs'), tabs.map(([status, name, count]) => link(to(status ? `shelf/${status}` : 'shelf', query), [name, ' ', el('span', { class: 'soft' }, count.toLocaleString('en'))],
+    { 'aria-current': status === at.id ? 'page' : 'false' })));
+  $('shelf-tabs').children[had]?.focus();
+  const tags = [...new Set([...stats.top_tags.map(({ tag }) => tag), was])].filter(Boolean).sort((a, b) => a.localeCompare(b));
+  put(tag, el('option', { value: '' }, 'All tags'), tags.map(name => el('option', { value: name, selected: name === was }, name)));
+}
+$('shelf-export').onclick = once(() => attempt($('view-shelf'), () => saveFile('my-library/export', 'my-library.csv')));
+async function saveFile(path, name) { // which needs the token
+  const saved = el('a', { href: URL.createObjectURL(await (await send(path)).blob()), download: name });
+  saved.click();
+  setTimeout(() => URL.revokeObjectURL(saved.href), 10000);
+}
+const reading = pages({ // above the catalogue
+  root: $('now'), path: () => 'my-library', params: () => ({ status: 'reading' }), limit: 12, key: item => item.book_id,
+  row: item => [thumbnail(item.book), el('div', { class: 'grow' }, el('h3', {}, linkTo(item.book_id, item.book.title)), el('p', { class: 'by' }, el('bdi', {}, item.book.author)), reached(item))],
+  empty: () => ['Nothing at the moment. ', link('#/shelf/wishlist', 'Begin a book of your wishlist'), ', or find one below.'],
+});
+function openNow(query) {
+  $('now').hidden = Object.keys(query).length > 0; // a search is about other books
+  if (me && !$('now').hidden) return reading.load(true, 0);
+}
+// What my entry says of days, pages and tags: only what was changed is sent, so that a time of day stays as it is.
+const typed = { page: n => n && Number(n), started_at: date => date && `${date}T12:00:00Z`, finished_at: date => date && `${date}T12:00:00Z`, tags: text => text.split(',').map(tag => tag.trim()).filter(Boolean) };
+function drawDays() {
+  const { page, started_at, finished_at, tags, undated } = mine.elements;
+  [started_at.value, finished_at.value] = [entry?.started_at?.slice(0, 10) ?? '', entry?.finished_at?.slice(0, 10) ?? ''];
+  [page.value, tags.value, undated.checked] = [entry?.page ?? '', entry?.tags.join(', ') ?? '', entry?.status === 'completed' && !entry.finished_at];
+  for (const field of [page, started_at, finished_at, tags]) field.was = field.value;
+  chooseDays();
+}
+function chooseDays() { // those that the status has
+  const { status: { value: status }, page, finished_at, undated } = mine.elements;
+  page.parentNode.hidden = !['reading', 'abandoned'].includes(status);
+  finished_at.parentNode.hidden = !['completed', 'abandoned'].includes(status);
+  undated.parentNode.hidden = status !== 'completed';
+  finished_at.disabled = status === 'completed' && undated.checked;
+  $('stars-note').textContent = status === 'wishlist' ? 'You may rate it before you have read it: the stars count in the book’s average, and stay when you move it to another shelf.' : '';
+}
+mine.elements.status.addEventListener('change', chooseDays);
+mine.elements.undated.addEventListener('change', chooseDays);
+function changedDays({ undated }) {
+  const changed = Object.entries(typed).filter(([name]) => mine.elements[name].value !== mine.elements[name].was);
+  return { ...Object.fromEntries(changed.map(([name, read]) => [name, read(mine.elements[name].value) || null])), ...(undated && mine.elements.status.value === 'completed' && { finished_at: null }) };
 }
 // --- statistics ----------------------------------------------------------------------------------------------------
-function chart(title, unit, bars) {
-  const most = Math.max(...bars.map(([, n]) => n), 1), told = bars.map(([name, n]) => `${name} ${n} ${unit}`).join(', ');
-  const picture = svg('svg', { viewBox: `0 0 320 ${bars.length * 26}`, role: 'img', 'aria-label': `${title}: ${told}` }, bars.flatMap(([name, n], i) => [
-    svg('text', { x: 0, y: i * 26 + 17 }, name.length > 17 ? `${name.slice(0, 16)}…` : name),
-    svg('rect', { x: 122, y: i * 26 + 4, width: Math.max(n / most * 150, n ? 2 : 0), height: 17, rx: 3 }),
-    svg('text', { x: 128 + n / most * 150, y: i * 26 + 17 }, n.toLocaleString('en')),
-  ]));
-  return el('div', { class: 'panel' }, el('h3', {}, title), bars.some(([, n]) => n) ? picture : el('p', { class: 'soft' }, 'Nothing yet.'));
+function bars(title, unit, rows) { // [name, number, address]
+  const most = Math.max(...rows.map(([, n]) => n), 1);
+  const drawn = rows.map(([name, n, address]) => {
+    const line = el('li', {}, el('bdi', {}, address ? link(address, name) : name), ' ', el('span', {}, n.toLocaleString('en'), el('span', { class: 'unseen' }, ` ${unit}`)));
+    line.style.setProperty('--part', `${n / most * 100}%`);
+    return line;
+  });
+  return rows.some(([, n]) => n) && el('div', { class: 'panel' }, el('h3', {}, title), el('ul', { class: 'bars', 'aria-label': title }, drawn));
 }
+const figure = (number, text) => el('p', { class: 'panel' }, el('span', { class: 'big' }, number), ' ', el('span', { class: 'soft' }, text));
 const loadStats = () => attempt($('view-stats'), async () => {
-  const whose = me, stats = await get('my-library/stats');
+  const whose = me, { total, by_status, by_year, undated, average_rating, rating_count, top_genres, top_tags, top_authors } = await get('my-library/stats');
   if (me !== whose) return;
-  const { by_status, by_year, undated, average_rating, top_genres, top_tags, top_authors } = stats;
-  put($('charts'),
-    el('div', { class: 'panel' }, el('h3', {}, 'My average rating'), el('p', { class: 'big' }, average_rating == null ? '–' : `★ ${average_rating.toFixed(2)}`),
-      Object.values(by_status).every(n => !n) && el('p', {}, 'Your shelf is empty. ', link('#/', 'Find a book'))),
-    chart('On my shelf', 'books', Object.entries(STATUSES).map(([status, name]) => [name, by_status[status]])),
-    chart('Books finished by year', 'books', [...by_year.map(({ year, books }) => [String(year), books]), ...undated ? [['day not known', undated]] : []]),
-    chart('Pages finished by year', 'pages', by_year.map(({ year, pages }) => [String(year), pages])),
-    chart('Top genres', 'books', top_genres.map(({ genre, count }) => [genre, count])),
-    chart('Top tags', 'books', top_tags.map(({ tag, count }) => [tag, count])),
-    chart('Top authors', 'books', top_authors.map(({ author, count }) => [author, count])));
+  if (!total) { put($('charts'), el('p', {}, 'Your shelf is empty. ', link('#/', 'Find a book'), ' or ', link('#/import', 'bring in your shelf'), '.')); return; }
+  const thisYear = by_year.find(({ year }) => year === new Date().getUTCFullYear()) ?? { books: 0, pages: 0 };
+  put($('charts'), el('div', { class: 'cards figures' },
+    figure(by_status.completed.toLocaleString('en'), 'books finished'), figure(thisYear.books.toLocaleString('en'), 'of them this year'), figure(thisYear.pages.toLocaleString('en'), 'pages this year'),
+    figure(average_rating == null ? '–' : `★ ${average_rating.toFixed(2)}`, `on average, of ${plural(rating_count, 'rating')}`)), el('div', { class: 'columns' },
+  bars('On my shelf', 'books', Object.entries(STATUSES).map(([status, name]) => [name, by_status[status], `#/shelf/${status}`])),
+  bars('Top genres', 'books', top_genres.map(({ genre, count }) => [genre, count, to('', { genre })])),
+  bars('Books finished by year', 'books', [...by_year.map(({ year, books }) => [String(year), books]), ...undated ? [['day not known', undated]] : []]),
+  bars('Pages finished by year', 'pages', by_year.map(({ year, pages }) => [String(year), pages])),
+  bars('Top authors', 'books', top_authors.map(({ author, count }) => [author, count, to('shelf/completed', { search: author })])),
+  bars('Top tags', 'books', top_tags.map(({ tag, count }) => [tag, count, to('shelf/completed', { tag })]))));
 });
 // --- lending -------------------------------------------------------------------------------------------------------
 const LOANS = { overdue: 'Overdue', active: 'On loan', returned: 'Returned', all: 'All' };
@@ -511,19 +587,61 @@ const uploadForm = $('upload');
 let job = null;
 const running = ({ status }) => ['queued', 'processing'].includes(status);
 const WORDS = { queued: 'Waiting…', processing: 'Working…', completed: 'Done.', failed: 'Failed.', cancelled: 'Cancelled.' };
-onSubmit(uploadForm, async () => { await startUpload(new FormData(uploadForm)); uploadForm.elements.file.value = ''; });
+const EXPORTS = { // by columns that only they have
+  'a shelf that was exported here': ['exclusiveshelf', 'addedat'], 'an export of Goodreads': ['exclusiveshelf', 'myrating'], 'an export of the StoryGraph': ['readstatus', 'starrating'],
+  'an export of LibraryThing': ['primaryauthor', 'collections'], 'an export of BookWyrm': ['authortext', 'shelf'],
+};
+async function recognise() { // the file's first line, before anything is sent
+  const { file: { files: [file] }, shelve, enrich } = uploadForm.elements;
+  $('choices').hidden = !file;
+  clear(uploadForm);
+  if (!file) return;
+  const bytes = new Uint8Array(await file.slice(0, 65536).arrayBuffer()), [a, b] = bytes;
+  const encoding = a === 0xFE || a === 0 ? 'utf-16be' : a === 0xFF || b === 0 ? 'utf-16le' : 'utf-8';
+  const header = new TextDecoder(encoding).decode(bytes).replace(/^sep=.\r?\n/, '').split(/[\r\n]/, 1)[0];
+  const columns = header.split(/[,;\t|]/).map(cell => cell.replace(/[\s_"'-]/g, '').toLowerCase());
+  const [known] = Object.entries(EXPORTS).find(([, names]) => names.every(name => columns.includes(name))) ?? [];
+  const isList = columns.some(name => /title|^name$/.test(name)) && columns.some(name => /author/.test(name));
+  $('recognised').textContent = `${file.name}: ${known ?? (isList ? 'a list of books' : 'no columns “title” and “author” in its first row')}`;
+  [shelve.checked, enrich.checked] = [Boolean(known), false];
+  $('to-shelf').hidden = !known;
+  chooseGoal();
+  $('recognised').focus();
+}
+function chooseGoal() {
+  const { shelve, dry_run } = uploadForm.elements;
+  [$('public').hidden, $('look-up').hidden] = [!shelve.checked, shelve.checked];
+  uploadForm.querySelector('.strong').textContent = `Upload ${dry_run.checked ? 'to try it' : shelve.checked ? 'to my shelf' : 'to the catalogue'}`;
+}
+uploadForm.elements.file.addEventListener('change', recognise);
+$('choices').addEventListener('change', chooseGoal);
+onSubmit(uploadForm, async () => {
+  const body = new FormData(uploadForm), { shelve } = uploadForm.elements;
+  if (shelve.checked) { body.delete('shelve'); body.delete('enrich'); }
+  await startUpload(body, shelve.checked ? 'my-library/import' : 'books/upload');
+  uploadForm.reset();
+  $('choices').hidden = true;
+});
 $('view-import').addEventListener('dragover', event => event.preventDefault());
 $('view-import').addEventListener('drop', event => { // beside the field, a browser would leave the page for the file
   event.preventDefault();
+  if ($('import-start').hidden || !event.dataTransfer.files.length) return;
   uploadForm.elements.file.files = event.dataTransfer.files;
-  uploadForm.requestSubmit();
+  recognise();
 });
-async function startUpload(body) {
-  watch(await (await send('books/upload', { method: 'POST', body })).json());
+async function startUpload(body, path = 'books/upload') {
+  watch(await (await send(path, { method: 'POST', body })).json());
   moveTo(`#/import/${job.id}`);
 }
-async function openJob(id) {
-  if (id && job?.id !== id) await attempt($('job'), async () => { watch(await get(`books/upload/${id}`)); });
+async function openImport({ id, query }) {
+  $('import-start').hidden = Boolean(id);
+  $('h-uploads').textContent = isStaff() ? 'Uploads of everybody' : 'My uploads';
+  if (!id) { [job, $('job').hidden] = [null, true]; await uploads.open(query); return; }
+  if (job?.id === Number(id)) return;
+  [job, $('job').hidden, $('job-name').textContent] = [null, false, `Upload ${id}`];
+  for (const part of all('#job-state, #job-told, #job-counts, #job-hint')) put(part);
+  for (const part of all('#job progress, #job-to, #job-cancel, #job-refused, #job-warnings')) part.hidden = true;
+  await attempt($('job'), async () => { watch(await get(`books/upload/${Number(id) || 0}`)); });
 }
 async function watch(upload) {
   for (drawJob(upload); job?.id === upload.id && running(job);) {
@@ -534,28 +652,52 @@ async function watch(upload) {
 }
 function drawJob(now) {
   job = now;
-  const { dry_run, rows, inserted, updated, skipped, failed, warnings, hint } = job, view = $('job');
+  const { id, dry_run, shelve, rows, inserted, updated, skipped, failed, warnings, hint } = job, view = $('job'), bar = view.querySelector('progress');
   $('job-name').textContent = job.filename;
-  view.querySelector('progress').value = job.progress;
+  [bar.value, bar.hidden, $('job-cancel').hidden] = [job.progress, !running(job), !running(job)];
   view.querySelector('.problem').textContent = job.error ?? '';
   if ($('job-state').textContent !== WORDS[job.status]) $('job-state').textContent = WORDS[job.status]; // else it is read aloud again
+  $('job-told').textContent = running(job) ? `${rows.toLocaleString('en')} rows so far` : became(job);
   $('job-counts').textContent = [dry_run ? 'only tried' : [], plural(rows, 'row'), `${inserted} new`, `${updated} updated`, `${skipped} skipped`,
     `${failed} refused`, plural(warnings, 'warning')].flat().join(' · ');
   $('job-hint').textContent = hint ?? '';
-  [view.hidden, $('job-refused').hidden, $('job-warnings').hidden] = [false, running(job) || !failed, running(job) || !warnings];
+  $('job-to').href = shelve ? '#/shelf' : '#/?sort=-created';
+  $('job-to').textContent = shelve ? 'To my shelf' : 'To the catalogue';
+  [view.hidden, $('job-to').hidden, $('job-refused').hidden, $('job-warnings').hidden] = [false, running(job) || dry_run || !(inserted + updated), running(job) || !failed, running(job) || !warnings];
   if (!$('job-refused').hidden) refused.load(false, 0);
-  if (!$('job-warnings').hidden) warned.load(false, 0);
+  if ($('job-warnings').hidden) return;
+  warned.load(false, 0);
+  lacking(job).then(told => { if (job?.id === id) $('job-told').textContent = became(job, told); }, () => {});
+}
+function became({ shelve, dry_run, rows, inserted, updated, skipped, failed }, lacks = []) {
+  const count = (n, one, many) => n > 0 && `${n.toLocaleString('en')} ${n === 1 ? one : many}`, place = shelve ? 'on your shelf' : 'in the catalogue';
+  const told = [count(inserted, ...['book', 'books'].map((word, i) => `${word} ${dry_run ? `would be ${place}` : `${i ? 'are' : 'is'} ${place}`}`)),
+    count(updated, ...(dry_run ? ['would be updated', 'would be updated'] : ['was updated', 'were updated'])), count(skipped, 'was there already', 'were there already'),
+    count(failed, 'row was refused', 'rows were refused'), ...lacks].filter(Boolean);
+  return told.length ? `${told.join(', ')}.` : rows ? '' : 'No row was read.';
+}
+const LACKS = [[/page/i, 'a page count'], [/isbn/i, 'an ISBN'], [/year/i, 'a year'], [/rating/i, 'a rating'], [/date|read|started|finished/i, 'a date'], [/price/i, 'a price'], [/cover|image|url/i, 'a cover']];
+async function lacking({ id, warnings, dry_run }) { // what went in without what
+  const { items, total } = await get(`books/upload/${id}/errors?severity=warning&limit=100`), found = new Map(), verb = dry_run ? 'would go in' : 'went in';
+  if (total > items.length) return [`${warnings.toLocaleString('en')} ${verb} with something left out or cut (below)`];
+  for (const { row, field, message } of items) {
+    const without = LACKS.find(([column]) => column.test(field ?? ''))?.[1], what = / left out$/.test(message) && without ? `without ${without}` : 'with something changed (below)';
+    found.set(what, (found.get(what) ?? new Set()).add(row));
+  }
+  return [...found].map(([what, of], i) => `${of.size} ${i ? '' : `${verb} `}${what}`);
 }
 const [refused, warned] = ['job-refused', 'job-warnings'].map(id => pages({
   root: $(id), path: () => `books/upload/${job.id}/errors`, tag: 'tr', limit: 20, key: JSON.stringify,
   row: ({ row, field, value, message }) => [row, field, value, message].map(cell => el('td', {}, cell)),
 }));
-async function saveFile(path, name) { // which needs the token
-  const saved = el('a', { href: URL.createObjectURL(await (await send(path)).blob()), download: name });
-  saved.click();
-  setTimeout(() => URL.revokeObjectURL(saved.href), 10000);
-}
 $('job-download').onclick = once(() => attempt($('job'), () => saveFile(`books/upload/${job.id}/errors?format=csv`, `upload-${job.id}-refused.csv`)));
+$('job-cancel').onclick = once(() => attempt($('job'), async () => { drawJob(await api('POST', `books/upload/${job.id}/cancel`)); keepFocus($('h-import')); }));
+const uploads = pages({
+  root: $('uploads'), path: () => 'books/upload', address: fields => to('import', fields), limit: 10, key: upload => upload.id,
+  row: upload => [el('p', { class: 'grow' }, link(`#/import/${upload.id}`, el('bdi', {}, upload.filename)), ' ', el('span', { class: upload.status === 'failed' ? 'chip bad' : 'chip' }, WORDS[upload.status])),
+    facts(day(upload.created_at), plural(upload.rows, 'row'), upload.failed > 0 && `${upload.failed.toLocaleString('en')} refused`, upload.warnings > 0 && plural(upload.warnings, 'warning'))],
+  empty: () => 'No file yet.',
+});
 // --- who is signed in ----------------------------------------------------------------------------------------------
 const isStaff = () => ['librarian', 'admin'].includes(me?.role);
 const sign = $('sign'), forgot = $('forgot');
@@ -627,8 +769,8 @@ async function signedIn() {
 }
 async function signedOut(why = '') {
   [token, me, job, entry] = [null, null, null, null];
-  for (const list of [shelf, loans, refused, warned, sessions, users]) list.forget(); // the next at this machine may be somebody else
-  for (const node of all('#charts, .ticker, #latest')) put(node);
+  for (const list of [shelf, reading, uploads, loans, refused, warned, sessions, users]) list.forget(); // the next at this machine may be somebody else
+  for (const node of all('#charts, #shelf-tabs, .ticker, #latest')) put(node);
   $('job').hidden = true;
   changedUser();
   $('notice').textContent = why;
@@ -817,13 +959,13 @@ async function takeBack(book_id, user_id) {
 // A view is `#/name/id?query`: its title, `who` may see it, what opens it there, and what draws it anew after a change.
 // Its section is `view-name`; one that the page does not hold yet is made, with its title as heading.
 const VIEWS = {
-  '': { title: 'Catalogue', open: ({ query }) => catalogue.open(query).then(drawSpines), refresh: () => Promise.all([catalogue.load(true), loadGenres()]) },
+  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query).then(drawSpines), openNow(query)]), refresh: () => Promise.all([catalogue.load(true), loadGenres(), openNow(at.query)]) },
   book: { title: 'Book', open: ({ id }) => openBook(Number(id) || 0), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
   add: { title: 'Add a book', who: 'member', open: openAdd },
-  shelf: { title: 'My shelf', who: 'member', open: ({ id, query }) => shelf.open({ status: id, ...query }), refresh: () => shelf.load(true) },
+  shelf: { title: 'My shelf', who: 'member', open: ({ id, query }) => Promise.all([shelf.open({ status: id, ...query }), loadTabs()]), refresh: () => Promise.all([shelf.load(true), loadTabs()]) },
   stats: { title: 'Statistics', who: 'member', open: loadStats, refresh: loadStats },
   lending: { title: 'Lending', who: 'member', open: openLending, refresh: refreshLoans },
-  import: { title: 'Import', who: 'member', open: ({ id }) => openJob(Number(id)) },
+  import: { title: 'Import', who: 'member', open: openImport, refresh: () => at.id || uploads.load(true) },
   edit: { title: 'Edit a book', who: 'member', open: ({ id }) => openEdit(Number(id) || 0) },
   account: { title: 'My account', who: 'member', open: openMe, refresh: openMe },
   users: { title: 'Users', who: 'admin', open: openUsers, refresh: () => users.load(true) },
@@ -861,7 +1003,7 @@ async function route(moved = false) {
   if (moved && !(from.name === at.name && from.id === at.id)) { // within a view, what has the focus keeps it
     scrollTo(0, scrolled.get(entryKey) ?? 0);
     const opener = from.name === 'book' && scrolled.has(entryKey) && section.querySelector(`[data-book="${from.id}"]`);
-    (opener || section.querySelector('h2')).focus({ preventScroll: true });
+    (opener || section.querySelector('h2[tabindex]')).focus({ preventScroll: true });
   }
   await starting;
   if (turn !== routes || !allowed(view.who)) return;
