@@ -8,6 +8,7 @@ import re
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import Annotated, Any, Concatenate
@@ -32,7 +33,7 @@ import database
 import models
 import security
 from database import P, T
-from models import ANSWERS_KEPT, InvalidField, Principal, StoredAnswer
+from models import ANSWER_LIFETIME, InvalidField, Principal, StoredAnswer
 from schemas import Problem, describe_error
 from settings import settings
 
@@ -214,14 +215,14 @@ def errors(*statuses: int, sends: dict[int, str] | None = None) -> dict[int | st
     return responses
 
 
-PAGE = errors(sends={200: "Link"})
-FOLLOWED_PAGE = errors(sends={200: "Link X-Event-Cursor"})
+PAGE = errors(sends={200: "Link X-Event-Cursor"})
 
 
 def complete_openapi(schema: dict[str, Any]) -> None:
     """Add the components that `errors` refers to, 401 where a token is read, and what FastAPI can't express."""
     components = schema["components"]
     shape = Problem.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+    shape["properties"]["errors"].pop("default")
     components["schemas"] |= {**shape.pop("$defs"), "Problem": shape}
     components["headers"] = {
         name: {"description": text, "required": always, "schema": {"type": "string"}, "example": example}
@@ -230,17 +231,15 @@ def complete_openapi(schema: dict[str, Any]) -> None:
     components["responses"] = {_name(status): _error_response(status) for status in ERRORS}
     schema["security"] = []  # where an operation names none
     for method, operation in (item for path in schema["paths"].values() for item in path.items()):
-        bodies = operation.get("requestBody", {}).get("content", {}).values()
-        for part in (*operation.get("parameters", ()), *bodies):
-            choices = part["schema"].get("anyOf", [])
-            if {"type": "null"} in choices:  # an address, a header or a body has no null: it is left out
-                choices.remove({"type": "null"})
-                if len(choices) == 1:
-                    part["schema"] |= part["schema"].pop("anyOf")[0]
-            if "examples" in part["schema"] or part.get("in") == "path":  # where /docs looks for what it fills in
-                part["example"] = part["schema"].pop("examples", [1])[0]
-        for body in bodies if method == "patch" else ():  # what is left out stays as it is
-            for field in components["schemas"][body["schema"]["$ref"].rpartition("/")[2]]["properties"].values():
+        for parameter in operation.get("parameters", ()):
+            shape = parameter["schema"]
+            if {"type": "null"} in shape.get("anyOf", ()):  # an address or a header has no null: it is left out
+                shape |= shape.pop("anyOf")[0]
+            if "examples" in shape or parameter["in"] == "path":  # where /docs looks for what it fills in
+                parameter["example"] = shape.pop("examples", [1])[0]
+        if method == "patch":  # what is left out stays as it is
+            reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+            for field in components["schemas"][reference.rpartition("/")[2]]["properties"].values():
                 field.pop("default", None)
         if "security" in operation:
             operation["responses"].setdefault("401", errors(401)[401])
@@ -289,7 +288,7 @@ IdempotencyKey = Annotated[
 
 
 def idempotent(handler: Callable[..., Response]) -> Callable[..., Response]:
-    """Answer a retry as the first request was answered, for `ANSWERS_KEPT`, in the transaction of the change. 422 for
+    """Answer a retry as the first request was answered, for `ANSWER_LIFETIME`, in the transaction of the change. 422 for
     the same key with another request (draft-ietf-httpapi-idempotency-key-header-07)."""
 
     @functools.wraps(handler)
@@ -298,7 +297,7 @@ def idempotent(handler: Callable[..., Response]) -> Callable[..., Response]:
             return handler(session, user=user, **values)
         request_hash = security.sha256(f"{handler.__name__} {values}")
         stored, now = session.get(StoredAnswer, (user.id, idempotency_key)), models.utcnow()
-        if stored is not None and now - stored.created_at < ANSWERS_KEPT:
+        if stored is not None and now - stored.created_at < ANSWER_LIFETIME:
             if stored.request_hash != request_hash:
                 raise InvalidField("Idempotency-Key", "was used for another request", "header")
             return Response(stored.body, stored.status, stored.headers, "application/json")
@@ -455,7 +454,7 @@ DOCS_CSP = (
 # Trusted types: browsers refuse to use text as HTML.
 PAGE_CSP = (
     b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; manifest-src 'self'; "
-    b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    b"connect-src 'self'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'; "
     b"require-trusted-types-for 'script'; trusted-types 'none'"
 )
 VERIFY_CSP = b"default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -471,7 +470,8 @@ CORS_REFUSED = "Not allowed for this origin, method or header (see CORS_ORIGINS)
 
 
 class RequestMiddleware:
-    """For every path: access log, request id, security headers, HEAD as GET, and `/books/` as `/books`."""
+    """For every path: access log, request id, security headers, HEAD as GET, `/books/` as `/books`, and no parameter
+    twice."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -515,10 +515,14 @@ class RequestMiddleware:
                     access_log.info("%s %s %d %.1f ms %s", scope["method"], address, status, milliseconds, request_id)
             await send(message)
 
+        app: ASGIApp = self.app
+        if (name := repeated_parameter(scope)) is not None:
+            error = field_error(name, "is given twice", "value_error", "query")
+            app = problem(422, f"{name}: is given twice", errors=[error])
         try:
-            if not settings.public_catalogue and (error := await refuse_visitor(scope, path)) is not None:
-                return await error(inner, receive, send_response)
-            await self.app(inner, receive, send_response)
+            if not settings.public_catalogue:
+                app = await refuse_visitor(scope, path) or app
+            await app(inner, receive, send_response)
         except Exception:  # a bug, or the connection is lost
             if not status:
                 await problem(500, INTERNAL_ERROR)(scope, receive, send_response)
@@ -538,9 +542,18 @@ async def refuse_visitor(scope: Scope, path: str) -> Response | None:
     return None
 
 
+def repeated_parameter(scope: Scope) -> str | None:
+    """A parameter that is given twice. FastAPI would take the last one."""
+    if b"&" not in scope["query_string"]:
+        return None
+    names = [name for name, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)]
+    return next(iter(Counter(names) - Counter({*names})), None)
+
+
 def common_headers(scope: Scope, path: str, has_etag: bool) -> Iterator[tuple[bytes, bytes]]:
     yield from SECURITY_HEADERS
-    policy = VERIFY_CSP if path.startswith(VERIFY_LINK) else CSP_BY_PATH.get(path, DEFAULT_CSP)
+    page = "/" if path.startswith("/b/") else path
+    policy = VERIFY_CSP if path.startswith(VERIFY_LINK) else CSP_BY_PATH.get(page, DEFAULT_CSP)
     yield b"content-security-policy", policy
     if scope["scheme"] == "https":
         yield HSTS

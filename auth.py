@@ -18,7 +18,7 @@ import models
 import security
 from api import MAX_ACCOUNT_BODY, PAGE, Router, errors, invalid_body, transactional
 from events import record_account_event
-from models import ANSWERS_KEPT, InvalidField, LoginSession, OneTimeCode, Principal, StoredAnswer, User
+from models import ANSWER_LIFETIME, InvalidField, LoginSession, OneTimeCode, Principal, StoredAnswer, User
 from pagination import JsonObject, Listing, Page, PageQuery, columns_of, page_response
 from schemas import Id, RequestModel, SessionPublic, Storable
 from security import CurrentUser, unauthorized
@@ -322,4 +322,4 @@ def delete_expired(session: Session) -> None:
     ended = sa.or_(col(LoginSession.expires_at) <= now, col(LoginSession.revoked_at).is_not(None))
     session.execute(sa.delete(LoginSession).where(ended))
     session.execute(sa.delete(OneTimeCode).where(col(OneTimeCode.expires_at) <= now))
-    session.execute(sa.delete(StoredAnswer).where(col(StoredAnswer.created_at) <= now - ANSWERS_KEPT))
+    session.execute(sa.delete(StoredAnswer).where(col(StoredAnswer.created_at) <= now - ANSWER_LIFETIME))

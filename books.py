@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import sqlalchemy as sa
 from fastapi import Body, Header, HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, create_model
 from sqlalchemy import ColumnElement, Connection
 from sqlmodel import Session, col
 
@@ -14,8 +14,9 @@ import database
 import events
 import models
 import pagination
+import schemas
 from api import (
-    FOLLOWED_PAGE,
+    PAGE,
     FastRoute,
     Router,
     errors,
@@ -28,10 +29,10 @@ from api import (
 )
 from csv_files import BOOK_COLUMNS, as_csv, price_cell
 from database import CompiledQuery
-from models import MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Loan, Principal, Setting, ShelfEntry, facet_key
+from models import MAX_ID, MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Loan, Principal, Setting, ShelfEntry, facet_key
 from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, columns_of, json_response, page_response
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
-from search import AUTHOR, FEW_WORDS, TITLE, SearchTerms, best_first, count_matches, index_books, matches
+from search import AUTHOR, FEW_WORDS, TITLE, SearchTerms, best_first, count_matches, index_books, matches, suggest
 from security import Contributor, CurrentUser, Viewer, unauthorized
 
 router = Router(prefix="/books", tags=["Catalogue"])
@@ -85,12 +86,12 @@ BOOKS = Listing(
         "year_to": YEAR.between(sa.literal_column(str(MIN_YEAR)), sa.bindparam("year_to", type_=sa.Integer)),
         "available": col(Book.available) > 0,
         "added_by": col(Book.added_by) == sa.bindparam("added_by"),
+        "isbn": col(Book.isbn) == sa.bindparam("isbn"),
         "words": matches,
     },
     orders={s + name: (*columns, col(Book.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")}
     | {"year": (YEAR_ASCENDING, col(Book.id))},
     counts={**COUNTED, ("words",): count_matches},
-    with_event_cursor=True,
 )
 
 
@@ -105,31 +106,35 @@ class BookFilter(RequestModel):
     search: SearchText = Field(
         default=None, description="Every word, as a prefix, in title, author, ISBN or publisher; at most 16 words."
     )
+    isbn: Annotated[schemas.Isbn | None, BlankIsNull] = Field(default=None, description="ISBN-10 or 13.")
     genre: Annotated[Name | None, BlankIsNull] = None
+    title: SearchText = Field(default=None, description="These words, in the title; at most 16.")
     author: SearchName = Field(default=None, description="These words, in the author's name; at most 16.")
     publisher: SearchName = Field(default=None, description="These words, in the publisher's name; at most 16.")
     language: Annotated[Name | None, BlankIsNull] = None
     year_from: Annotated[int | None, Field(ge=MIN_YEAR, le=9999)] = None
     year_to: Annotated[int | None, Field(ge=MIN_YEAR, le=9999)] = None
     available: bool = Field(default=False, description="`true`: only books with a copy to lend.")
-    added_by: Literal["me"] | None = Field(default=None, description="Only those that I added.")
+    added_by: schemas.AddedBy | None = Field(default=None, description="Only those that I (`me`) or this user added.")
     sort: Sort | None = Field(default=None, description="Best match first where `search` is given, else by `id`.")
 
     @property
     def terms(self) -> SearchTerms:
-        return SearchTerms(self.search, self.author, self.publisher)
+        return SearchTerms(self.search, self.title, self.author, self.publisher)
 
     def filters(self, viewer: Principal | None) -> dict[str, Any]:
         """For `BOOKS`. 401 where `added_by=me` comes without a token."""
         values = {"genre": facet_key(self.genre), "language": facet_key(self.language)}
-        years = {"year_from": self.year_from, "year_to": self.year_to}
-        filters: dict[str, Any] = {name: value for name, value in (values | years).items() if value is not None}
+        as_given = {"isbn": self.isbn, "year_from": self.year_from, "year_to": self.year_to}
+        filters: dict[str, Any] = {name: value for name, value in (values | as_given).items() if value is not None}
         if self.available:
             filters["available"] = True
-        if self.added_by:
+        if self.added_by == "me":
             if viewer is None:
                 raise unauthorized()
             filters["added_by"] = viewer.id
+        elif self.added_by:
+            filters["added_by"] = min(int(self.added_by), MAX_ID)
         return filters | self.terms.values() if self.terms else filters
 
 
@@ -137,11 +142,18 @@ class BookQuery(BookFilter, PageQuery):
     pass
 
 
-@hot.get("", response_model=Page[BookPublic], responses=FOLLOWED_PAGE)
+SUGGESTIONS = "Only where `search` finds nothing: up to five queries that do in its place, the nearest first."
+BookPage: Any = create_model(
+    "Page[BookPublic]", __base__=Page[BookPublic], suggestions=(list[str], Field(default=None, description=SUGGESTIONS))
+)
+
+
+@hot.get("", response_model=BookPage, responses=PAGE)
 async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, request: Request) -> Response:
     """Find books: filter, search and sort the catalogue.
 
-    `X-Event-Cursor` is the id of the last event that the page includes: follow `/stream?since=` from there.
+    `X-Event-Cursor` is the id of the last event that the page includes: follow `/stream?since=` from there. Where
+    nothing matches `search`, `suggestions` has queries of the nearest words that find something with the same filters.
     """
     return page_response(request, await database.read(find_books, query.filters(viewer), query))
 
@@ -150,8 +162,18 @@ def find_books(connection: Connection, filters: dict[str, Any], query: BookQuery
     if query.terms.are_costly:
         database.require_thread(connection)
     if query.terms.is_ranked and query.sort is None:
-        return best_matches(connection, filters, query)
-    return BOOKS.page(connection, filters, query.sort or "id", query)
+        page = best_matches(connection, filters, query)
+    else:
+        page = BOOKS.page(connection, filters, query.sort or "id", query)
+    if query.search is None or page.total:
+        return page
+    database.require_thread(connection)
+
+    def find(text: str) -> str | None:
+        instead = filters | query.terms._replace(search=text).values()
+        return next(iter(BOOKS.page(connection, instead, "id", PageQuery(limit=1)).items), None)
+
+    return page._replace(suggestions=suggest(connection, query.search, find))
 
 
 def best_matches(connection: Connection, filters: dict[str, Any], query: BookQuery) -> JsonPage:
@@ -247,7 +269,7 @@ def create_book(session: Session, new: BookCreate, user: Contributor) -> Respons
     return json_response(book.model_dump_json(), 201, headers)
 
 
-def add_book(session: Session, new: BookBase, user_id: int) -> BookPublic:
+def add_book(session: Session, new: BookBase, user_id: int | None) -> BookPublic:
     book = Book.described(new) | Book.initial(user_id)
     book["id"] = INSERT_BOOK.first(session, book)[0]
     database.defer(session, index_books, book["id"])  # half the time of a new book, however many there are

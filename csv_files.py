@@ -501,8 +501,8 @@ class ImportRow:
     outcome: str = "skipped"  # or inserted, updated, failed
 
     def refuse(self, field_name: str | None, value: str, message: str) -> "ImportRow":
-        if self.outcome != "failed":  # an earlier warning does not matter any more
-            self.book, self.lookup_isbn, self.issues, self.outcome = None, None, [], "failed"
+        # Earlier warnings do not matter any more.
+        self.book, self.lookup_isbn, self.issues, self.outcome = None, None, [], "failed"
         return self.warn(field_name, value, message)
 
     def warn(self, field_name: str | None, value: str, message: str) -> "ImportRow":

@@ -26,8 +26,7 @@ import library
 import models
 from books import revise_book
 from csv_files import SHELF_FORMATS, BrokenRecord, ColumnMapping, ImportRow, InvalidCell, UnreadableFile, printable
-from database import CompiledQuery
-from models import Book, Principal, ShelfEntry, ShelfStatus, Upload, UploadChunk, UploadStatus
+from models import Book, Principal, ShelfEntry, ShelfStatus, Upload, UploadChunk, UploadStatus, User
 from schemas import CSV_CONTEXT, INVALID_CHARACTERS, BookBase, BookCreate, BookUpdate, is_isbn13
 from search import TITLE, index_books
 from settings import settings
@@ -38,7 +37,6 @@ CHUNK = 256 * 1024  # bytes of a stored chunk
 MAX_BATCH_SIZE = 4 << 20  # bytes of the file whose rows are in memory at once
 LEASE = timedelta(seconds=15)  # a job that has not renewed it for so long has died
 
-INSERT_BOOKS = CompiledQuery(sa.insert(Book))
 
 # --- cells to rows --------------------------------------------------------------------------------------------------
 
@@ -165,8 +163,8 @@ class RowParser:
         needs_lookup = self.enrich and "isbn" in values and not known >= csv_files.LOOKED_UP
         missing = [name for name in ("title", "author") if name not in values]
         if missing and not needs_lookup:
-            for name in missing:
-                row.refuse(self.names.get(name, name), "", "is missing")
+            name, *others = (self.names.get(name, name) for name in missing)
+            row.refuse(name, "", ", as is ".join(["is missing", *others]))
             return
         values |= dict.fromkeys(missing, "?")  # it may be found, but what is wrong is left out now
         book = self._validate(row, BookCreate, values, texts)
@@ -308,7 +306,7 @@ class BatchImporter:
         if not new:
             return
         books = [Book.described(row.book) for row in new.values()]
-        INSERT_BOOKS.execute_many(self.session, books, Book.initial(self.owner.id))
+        database.insert_many(self.session, Book, books, Book.initial(self.owner.id))
         last = int(self.session.execute(sa.select(sa.func.max(col(Book.id)))).scalar_one())
         first = last - len(new) + 1
         index_books(self.session, [first, last])
@@ -380,6 +378,20 @@ class BatchImporter:
             events.record(self.session, "shelf.imported", data | {"count": count}, owner=self.owner.id)
         if reviews:
             events.record(self.session, "reviews.imported", data | {"count": reviews})
+
+
+def import_records(session: Session, owner: User, filename: str, records: list[list[str]], *, shelve: bool) -> None:
+    """Import a short file at once, whose rows are all good. The first record is the header."""
+    columns = csv_files.read_header(records[0], enrich=False, shelve=shelve)
+    parser, now = RowParser(columns, lambda: None), models.utcnow()
+    rows = [parser.parse(number, cells) for number, cells in enumerate(records[1:], start=2)]
+    upload = Upload(user_id=owner.id, filename=filename, size=0, shelve=shelve, format=columns.format)
+    upload.rows, upload.inserted, upload.progress, upload.status = len(rows), len(rows), 1, UploadStatus.completed
+    upload.started_at = upload.finished_at = now
+    session.add(upload)
+    session.flush()
+    librarian = Principal(owner.id, owner.username, models.Role.librarian, 0)  # whether or not readers may add books
+    BatchImporter(session, upload, librarian, DuplicateTracker(columns.ours)).import_rows(rows)
 
 
 # --- the file -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from fastapi import HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
-from sqlalchemy import Connection
+from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col
 
@@ -17,13 +17,14 @@ import csv_files
 import database
 import events
 import pagination
-from api import FOLLOWED_PAGE, PAGE, FastRoute, Router, errors, or_404, readonly, transactional
-from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId
+import schemas
+from api import PAGE, FastRoute, Router, errors, or_404, readonly, transactional
+from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId, SearchText
 from csv_files import as_csv, price_cell
 from models import Book, Principal, ShelfEntry, ShelfStatus, User, normalize
-from pagination import JsonObject, Listing, Page, PageQuery, TimestampKey, json_response, page_response
+from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, TimestampKey, json_response, page_response
 from schemas import BookPublic, EntryCreate, EntryPublic, EntryUpdate, GenreCount, Id, ReviewPublic, Username
-from search import AUTHOR, TITLE
+from search import AUTHOR, TITLE, SearchTerms, in_title_or_author, matching_ids
 from security import CurrentUser, Staff
 
 router = Router(tags=["My library"])
@@ -33,23 +34,41 @@ reviews_router = Router(tags=["Catalogue"])
 ENTRY_COLUMNS: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic.model_fields if name != "book"}
 NOT_ON_SHELF = "This book is not on your shelf."
 OF_BOOK = col(ShelfEntry.book_id) == col(Book.id)
+
+
+def _finished_or(day: str) -> Any:
+    unknown = sa.literal(f"{day} 00:00:00.000000", TimestampKey)
+    return sa.type_coerce(sa.func.coalesce(col(ShelfEntry.finished_at), unknown), TimestampKey)
+
+
+def _has_tag() -> ColumnElement[bool]:
+    """By the text of the JSON, `["sf","fun"]`: no tag has a comma, and a quotation mark has a backslash before it."""
+    position = sa.func.strpos if database.is_postgresql() else sa.func.instr
+    tags, tag = sa.cast(col(ShelfEntry.tags), sa.Text), sa.bindparam("tag", type_=sa.Text)
+    return sa.or_(position(tags, "[" + tag) > 0, position(tags, "," + tag) > 0)
+
+
 SORT_COLUMNS: dict[str, tuple[Any, ...]] = {
     "added": (sa.type_coerce(ShelfEntry.added_at, TimestampKey),),
+    "finished": (_finished_or("9999-12-31"),),  # those of unknown day come last
     "updated": (sa.type_coerce(ShelfEntry.updated_at, TimestampKey),),
     "title": (TITLE,),
     "author": (AUTHOR,),
     "rating": (sa.func.coalesce(col(ShelfEntry.rating), 0, type_=sa.Float),),
 }
-Sort = Literal["added", "updated", "title", "author", "rating", "-added", "-updated", "-title", "-author", "-rating"]
+Ascending = Literal["added", "finished", "updated", "title", "author", "rating"]
+Sort = Literal[Ascending, "-added", "-finished", "-updated", "-title", "-author", "-rating"]
 ENTRIES = Listing(
     sa.select(JsonObject({**ENTRY_COLUMNS, "book": JsonObject(PUBLIC_COLUMNS)})).join_from(ShelfEntry, Book, OF_BOOK),
     filters={
         "user_id": col(ShelfEntry.user_id) == sa.bindparam("user_id"),
         "status": col(ShelfEntry.status) == sa.bindparam("status"),
         "book_id": col(ShelfEntry.book_id) == sa.bindparam("book_id"),
+        "tag": _has_tag,
+        "words": lambda: col(ShelfEntry.book_id).in_(matching_ids()),
     },
-    orders={s + name: (*columns, col(ShelfEntry.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")},
-    with_event_cursor=True,
+    orders={s + name: (*columns, col(ShelfEntry.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")}
+    | {"-finished": (_finished_or("0001-01-01"), col(ShelfEntry.id))},
 )
 
 # --- my shelf -----------------------------------------------------------------------------------------------------
@@ -58,14 +77,28 @@ ENTRIES = Listing(
 class ShelfQuery(PageQuery):
     status: ShelfStatus | None = None
     book_id: Id | None = None
-    sort: Sort = Field(default="-added")
+    search: SearchText = Field(
+        default=None, description="Every word, as a prefix, in title or author; at most 16 words."
+    )
+    tag: Annotated[schemas.Tag | None, schemas.BlankIsNull] = Field(default=None, description="Exactly this tag.")
+    sort: Sort = Field(default="-added", description="Unknown days of `finished` come last.")
 
 
-@hot.get("/my-library", response_model=Page[EntryPublic], responses=FOLLOWED_PAGE)
+@hot.get("/my-library", response_model=Page[EntryPublic], responses=PAGE)
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """List my shelf, newest first. `X-Event-Cursor` is the id of the last event that the page includes."""
     filters = {"user_id": user.id, **query.model_dump(include={"status", "book_id"}, exclude_none=True)}
-    return page_response(request, await database.read(ENTRIES.page, filters, query.sort, query))
+    if query.tag is not None:
+        filters["tag"] = database.to_json(query.tag)
+    if query.search is not None:
+        filters["words"] = in_title_or_author(query.search)
+    return page_response(request, await database.read(find_entries, filters, query))
+
+
+def find_entries(connection: Connection, filters: dict[str, Any], query: ShelfQuery) -> JsonPage:
+    if SearchTerms(query.search).are_costly:
+        database.require_thread(connection)
+    return ENTRIES.page(connection, filters, query.sort, query)
 
 
 @router.get("/my-library/{book_id:id}", response_model=EntryPublic, responses=errors(404))

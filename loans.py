@@ -16,7 +16,7 @@ from sqlmodel import Session, col
 import database
 import events
 import models
-from api import FOLLOWED_PAGE, Router, errors, idempotent, or_404, readonly, transactional
+from api import PAGE, Router, errors, idempotent, or_404, readonly, transactional
 from books import NO_BOOK, BookId
 from models import MAX_COPIES, MAX_RENEWALS, Book, InvalidField, Loan, LoanStatus, Principal, User
 from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
@@ -41,7 +41,6 @@ LOANS = Listing(
         "status": sa.bindparam("status") == STATUS,
     },
     orders={"-id": (col(Loan.id),), "id": (col(Loan.id),)},
-    with_event_cursor=True,
 )
 
 # --- stock --------------------------------------------------------------------------------------------------------
@@ -158,7 +157,7 @@ def visible_to(user: Principal) -> dict[str, Any]:
     return {"now": models.utcnow()} | ({} if user.is_staff else {"user_id": user.id})
 
 
-@router.get("/loans", response_model=Page[LoanPublic], responses=errors(403) | FOLLOWED_PAGE)
+@router.get("/loans", response_model=Page[LoanPublic], responses=errors(403) | PAGE)
 async def list_loans(query: Annotated[LoanQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """List my loans, newest first; for staff, everybody's.
 

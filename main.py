@@ -38,11 +38,15 @@ and `write_sync`.
 
 import asyncio
 import contextlib
+import csv
 import gc
 import hashlib
+import html
+import json
 import logging
 import os
-import signal
+import re
+import secrets
 import sqlite3
 import sys
 import tempfile
@@ -50,15 +54,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import anyio.to_thread
-from fastapi import FastAPI, Header, HTTPException, Response
+import fastapi_offline
+import sqlalchemy as sa
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
-from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlmodel import Session
+from sqlmodel import Session, col
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
@@ -70,6 +75,7 @@ import covers
 import database
 import events
 import external
+import imports
 import library
 import loans
 import models
@@ -77,8 +83,8 @@ import pagination
 import security
 import uploads
 import users
-from api import HANDLERS, RequestMiddleware, Router, disk_full, errors
-from models import Setting, claim_job
+from api import HANDLERS, RequestMiddleware, Router, disk_full, errors, or_404
+from models import Book, User, claim_job
 from settings import STATIC, VERSION, settings
 
 if sys.platform != "win32":
@@ -129,34 +135,24 @@ PAUSE = 0.01  # seconds between two batches, for other writers
 async def recurring_jobs() -> AsyncIterator[None]:
     async with anyio.create_task_group() as jobs:
         jobs.start_soon(run_every, 1, database.checkpoint_wal)
-        jobs.start_soon(run_every, RESUME_INTERVAL, resume_uploads)
-        jobs.start_soon(run_every, RESUME_INTERVAL, resume_lookups)
+        for enrich in (False, True):  # go on with the uploads of processes that were stopped or killed
+            jobs.start_soon(run_every, RESUME_INTERVAL, uploads.run_waiting, enrich)
         jobs.start_soon(run_every, RESUME_INTERVAL, delete_accounts)
         jobs.start_soon(run_every, 60, prune_events)
         jobs.start_soon(run_every, 600, sweep_logins)
-        if settings.harvest_query is not None:
-            jobs.start_soon(run_every, external.HARVEST_POLL_INTERVAL, external.harvest)
+        jobs.start_soon(run_every, external.HARVEST_POLL_INTERVAL, external.harvest)
         yield
         jobs.cancel_scope.cancel()
 
 
-async def run_every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
+async def run_every(seconds: float, job: Callable[..., Awaitable[None]], *args: Any) -> None:
     while True:
         try:
-            await job()
+            await job(*args)
         except Exception as error:  # must not stop the service; a full disk or a locked file may be temporary
             is_bug = not isinstance(error, OperationalError)
             log.error("%s failed: %s", job.__name__, error, exc_info=is_bug)
         await anyio.sleep(seconds)
-
-
-async def resume_uploads() -> None:
-    """Go on with the uploads of processes that were stopped or killed."""
-    await uploads.run_waiting(enrich=False)
-
-
-async def resume_lookups() -> None:
-    await uploads.run_waiting(enrich=True)
 
 
 async def delete_accounts() -> None:
@@ -179,13 +175,7 @@ async def sweep_logins() -> None:
 
 # --- health -------------------------------------------------------------------------------------------------------
 
-PROBE_TIMEOUT = 15  # seconds; longer than a writer waits for others
-PROBE_INTERVAL = 5  # seconds; requests must not keep the disk busy
-
-
-class _Probe:
-    at = float("-inf")
-    running: asyncio.Task[Setting] | None = None
+PROBE_INTERVAL = timedelta(seconds=5)  # requests must not keep the disk busy
 
 
 class Health(BaseModel):
@@ -197,19 +187,13 @@ class Health(BaseModel):
 @router.get("/health")
 async def health() -> Health:
     """Check whether the service can read and write its database: 200, or 503 with what is wrong."""
-    verb, reason = "read", f"another writer holds the lock for {PROBE_TIMEOUT} s"
+    verb = "read"
     try:
         await database.read(pagination.last_event_id)
-        if time.monotonic() - _Probe.at > PROBE_INTERVAL:
-            verb = "written"
-            # One for all requests; whoever holds the lock, the answer must come.
-            if _Probe.running is None or _Probe.running.done():
-                probe = Setting(key="probed", value=models.utcnow().isoformat())
-                _Probe.running = asyncio.create_task(database.write(Session.merge, probe))
-            await asyncio.wait_for(asyncio.shield(_Probe.running), PROBE_TIMEOUT)
-            _Probe.at = time.monotonic()
-    except (DBAPIError, TimeoutError) as error:
-        log.error("the database can't be %s: %s", verb, getattr(error, "orig", reason))
+        verb = "written"
+        await database.write(claim_job, "probe", PROBE_INTERVAL)  # it always takes the lock, and writes if it is due
+    except DBAPIError as error:
+        log.error("the database can't be %s: %s", verb, error.orig)
         raise HTTPException(503, f"The database can't be {verb}.", {"Retry-After": "5"}) from None
     return Health(status="ok", version=VERSION, database=database.backend().kind)
 
@@ -252,6 +236,34 @@ def read_copy(copy: BinaryIO) -> Iterator[bytes]:
         yield from iter(lambda: copy.read(1 << 20), b"")
 
 
+# --- sample data --------------------------------------------------------------------------------------------------
+
+
+def add_sample(session: Session) -> None:
+    """Classics, copies and reviews, in a database that has never had a user, and so no books."""
+    if session.scalar(sa.select(col(User.id)).limit(1)) is not None:
+        return
+    books, reviews = (
+        list(csv.reader((STATIC / f"sample_{name}.csv").read_text("utf-8").splitlines()))
+        for name in ("books", "reviews")
+    )
+    password_hash = security.passwords.hash(secrets.token_hex())  # nobody knows this password
+    for name in dict.fromkeys(row[0] for row in reviews[1:]):
+        username = name.lower().replace(" ", ".")
+        reader = User(
+            username=username, full_name=name, email=f"{username}@sample.invalid", password_hash=password_hash
+        )
+        session.add(reader)
+        session.flush()
+        if books:
+            imports.import_records(session, reader, "sample_books.csv", books, shelve=False)
+            books = []
+        own = [row for row in reviews if row[0] in (reviews[0][0], name)]
+        imports.import_records(session, reader, "sample_reviews.csv", own, shelve=True)
+    for book_id in session.scalars(sa.select(col(Book.id)).where(col(Book.id) % 3 > 0)).all():
+        loans.move_stock(session, book_id, copies=book_id % 3, available=book_id % 3)
+
+
 # --- lifespan -----------------------------------------------------------------------------------------------------
 
 
@@ -277,8 +289,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 
     At SIGTERM, sse-starlette sets `events.tail.closing` and streams end; a running import releases its upload after the
     present batch, and retries of mails are dropped. uvicorn waits for requests and background tasks, at most for its
-    `--timeout-graceful-shutdown`, and only then ends this. What is left over is resumed by `resume_uploads` at the next
-    start.
+    `--timeout-graceful-shutdown`, and only then ends this. Uploads that are left over go on at the next start.
     """
     configure_logging()
     raise_file_limit()
@@ -287,21 +298,14 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     sys.setswitchinterval(0.0005)
     gc.freeze()  # a full collection took 50 ms
     await when_available(database.open_database, settings.database_url)
-    serving = False
     try:
         last_event_id = await when_available(database.write_sync, events.continue_ids)
+        if settings.sample:
+            await when_available(database.write_sync, add_sample)
         await when_available(security.prepare)
         security.open_rate_limits()
         async with events.tail.running(last_event_id), recurring_jobs():
-            serving = True
             yield
-    except Exception:
-        # uvicorn ends by itself if the start fails, but not later: without its lifespan it would answer everything with
-        # 500. Stop it, so that its supervisor starts it again.
-        if serving and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            log.exception("stopping the service")
-            signal.raise_signal(signal.SIGTERM)
-        raise
     finally:
         await database.close_database()
 
@@ -311,7 +315,29 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 FRONT_PAGE = (STATIC / "index.html").read_text("utf-8")
 if settings.makes_admin_admin:
     FRONT_PAGE = FRONT_PAGE.replace("<body>", '<body data-hint="In development mode: admin / admin.">')
-FRONT_ETAG = f'"{hashlib.sha256(FRONT_PAGE.encode()).hexdigest()[:32]}"'
+
+
+def render_page(request: Request, page: str, if_none_match: str | None) -> Response:
+    """The page, which browsers revalidate each time. Its addresses do not depend on its own."""
+    root = html.escape(request.scope.get("root_path", "").rstrip("/"))
+    page = page.replace("<head>", f'<head>\n<base href="{root}/">', 1)
+    etag = f'"{hashlib.sha256(page.encode()).hexdigest()[:32]}"'
+    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    if if_none_match is not None and books.etag_matches(if_none_match, etag, f"W/{etag}"):
+        return Response(status_code=304, headers=headers)
+    return HTMLResponse(page, headers=headers)
+
+
+# --- Redoc --------------------------------------------------------------------------------------------------------
+
+REDOC = Path(fastapi_offline.__file__).parent / "static" / "redoc.standalone.js"
+
+
+@router.get("/static-offline-docs/redoc.standalone.js", include_in_schema=False)
+def redoc() -> Response:
+    """Redoc without its logo, which is on another host: browsers report that the policy forbids it."""
+    script = REDOC.read_text("utf-8").replace("https://cdn.redoc.ly/redoc/logo-mini.svg", "data:,")
+    return Response(script, media_type="text/javascript")
 
 
 # --- the app ------------------------------------------------------------------------------------------------------
@@ -326,7 +352,7 @@ TAGS = {
     "Users": "My account and all that is stored about me; for admins, all accounts.",
     "Service": "Health, and a copy of the database.",
 }
-app = FastAPIOffline(
+app = fastapi_offline.FastAPIOffline(
     title="Books API",
     version=VERSION,
     summary="A catalogue, personal shelves with reviews, a lending desk, CSV import, and a live feed of every change.",
@@ -368,12 +394,23 @@ app.openapi = openapi  # type: ignore[method-assign]  # FastAPI docs, "Extending
 
 
 @app.get("/", include_in_schema=False)
-async def front_page(if_none_match: Annotated[str | None, Header()] = None) -> Response:
-    """The front page, which browsers revalidate each time."""
-    headers = {"ETag": FRONT_ETAG, "Cache-Control": "no-cache"}
-    if if_none_match is not None and books.etag_matches(if_none_match, FRONT_ETAG, f"W/{FRONT_ETAG}"):
-        return Response(status_code=304, headers=headers)
-    return HTMLResponse(FRONT_PAGE, headers=headers)
+async def front_page(request: Request, if_none_match: books.IfNoneMatch = None) -> Response:
+    return render_page(request, FRONT_PAGE, if_none_match)
+
+
+@app.get("/b/{book_id:id}", include_in_schema=False)
+async def book_page(request: Request, book_id: books.BookId, if_none_match: books.IfNoneMatch = None) -> Response:
+    """The front page with the tags that previews of links show (https://ogp.me). It opens the book of `data-book`."""
+    text, _ = or_404(await database.read(books.FIND_BOOK.first, {"book_id": book_id}), books.NO_BOOK)
+    book, address = json.loads(text), str(request.base_url)
+    description = book["description"] or f"A book by {book['author']}."
+    tags = {"type": "book", "title": book["title"], "description": description[:300], "url": f"{address}b/{book_id}"}
+    if book["isbn"] is not None:
+        tags["image"] = f"{address}books/{book_id}/cover?v={book['isbn']}"
+    head = f"<title>{html.escape(book['title'])}</title>"
+    head += "".join(f'\n<meta property="og:{name}" content="{html.escape(tag)}">' for name, tag in tags.items())
+    page = re.sub("<title>.*</title>", lambda _: head, FRONT_PAGE, count=1)
+    return render_page(request, page.replace("<html ", f'<html data-book="{book_id}" ', 1), if_none_match)
 
 
 app.mount("/static", StaticFiles(directory=STATIC), name="static")

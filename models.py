@@ -234,7 +234,7 @@ class OneTimeCode(SQLModel, table=True):
     created_at: datetime = now_column()
 
 
-ANSWERS_KEPT = timedelta(days=1)
+ANSWER_LIFETIME = timedelta(days=1)
 
 
 class StoredAnswer(SQLModel, table=True):
@@ -336,7 +336,7 @@ class Event(SQLModel, table=True):
 
 class Setting(SQLModel, table=True):
     """State of the service: `book_count`, `event_floor` (the last id that is not in the log any more), `…_due` (when a
-    recurring job is), `probed` (by /health), and in development mode `secret_key`."""
+    recurring job is, or the probe of /health), and in development mode `secret_key`."""
 
     key: str = Field(primary_key=True, max_length=50)
     value: str

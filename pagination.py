@@ -6,17 +6,16 @@ does not grow with depth, and rows inserted or deleted meanwhile neither repeat 
 
 import base64
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import sqlalchemy as sa
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, NaiveDatetime, TypeAdapter
 from sqlalchemy import ColumnElement, Connection, and_, bindparam
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -62,9 +61,7 @@ def _pairs(element: JsonObject, value: Callable[[Any], str]) -> str:
 
 @compiles(JsonObject, "sqlite")
 def _json_object(element: JsonObject, compiler: Any, **options: Any) -> str:
-    def value(column: Any) -> str:  # noqa: PLR0911  # a case for each type
-        if isinstance(column, JsonObject):
-            return _json_object(column, compiler, **options)
+    def value(column: Any) -> str:
         text = str(compiler.process(column, **options))
         if isinstance(column.type, UtcDateTime):
             return f"replace(replace({text}, ' ', 'T'), '.000000', '') || 'Z'"
@@ -84,20 +81,15 @@ def _json_object(element: JsonObject, compiler: Any, **options: Any) -> str:
 
 
 @compiles(JsonObject, "postgresql")
-def _json_build_object(element: JsonObject, compiler: Any, **options: Any) -> str:
-    def nested(element: JsonObject) -> str:
-        return f"json_build_object({_pairs(element, value)})"
-
+def _json_build_object(element: JsonObject, compiler: Any, *, is_nested: bool = False, **options: Any) -> str:
     def value(column: Any) -> str:
-        if isinstance(column, JsonObject):
-            return nested(column)
-        text = str(compiler.process(column, **options))
+        text = str(compiler.process(column, **options, is_nested=True))
         if isinstance(column.type, UtcDateTime):
             moment = f"to_char({text} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
             return f"replace({moment}, '.000000Z', 'Z')"
         return f"({text} / 100.0)::float8" if isinstance(column.type, Cents) else text
 
-    return f"{nested(element)}::text"
+    return f"json_build_object({_pairs(element, value)})" + ("" if is_nested else "::text")
 
 
 class TimestampKey(sa.TypeDecorator[str]):
@@ -170,7 +162,18 @@ class JsonPage(NamedTuple):
     items: list[str]
     total: int
     next: str | None
-    event_cursor: int | None = None  # id of the last event that the page includes
+    event_cursor: int  # id of the last event that the page includes
+    suggestions: list[str] | None = None
+
+
+# What a database can compare with a column: PostgreSQL refuses numbers that the column can't hold.
+IN_RANGE = Field(strict=True, ge=-MAX_ID, le=MAX_ID)
+KEY_TYPES = (
+    (sa.Integer, Annotated[int, IN_RANGE]),
+    (sa.Float, Annotated[int, IN_RANGE] | Annotated[float, IN_RANGE]),
+    (TimestampKey, Annotated[NaiveDatetime, AfterValidator(lambda moment: moment.isoformat(" ", "microseconds"))]),
+    (object, Annotated[str, Field(pattern=r"^[^\x00]*$")]),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,9 +188,9 @@ class Order:
         return self.name.startswith("-")
 
     @functools.cached_property
-    def key_types(self) -> list[Any]:
-        kinds = ((sa.Integer, int), (sa.Float, int | float), (TimestampKey, datetime), (object, str))
-        return [next(key for kind, key in kinds if isinstance(column.type, kind)) for column in self.columns]
+    def cursors(self) -> TypeAdapter[Any]:
+        keys = [next(key for kind, key in KEY_TYPES if isinstance(column.type, kind)) for column in self.columns]
+        return TypeAdapter(tuple[(Literal[self.name], *keys)])  # type: ignore[name-defined,valid-type]  # made at run time
 
     def order_by(self) -> list[ColumnElement[Any]]:
         return [column.desc() if self.reverse else column.asc() for column in self.columns]
@@ -210,28 +213,10 @@ class Order:
 
     def decode(self, cursor: str) -> list[Key]:
         try:
-            name, *keys = json.loads(base64.urlsafe_b64decode(cursor.encode() + b"=="))
-        except (ValueError, TypeError, RecursionError):
-            raise InvalidField("cursor", "is not a cursor of this service", "query") from None
-        if name != self.name:
-            raise InvalidField("cursor", "belongs to a list in another order", "query")
-        if len(keys) != len(self.columns) or not all(map(_is_comparable, keys, self.key_types)):
-            raise InvalidField("cursor", "is not a cursor of this service", "query")
-        return list(keys)
-
-
-def _is_comparable(key: object, key_type: Any) -> bool:
-    """Whether a database can compare this key with a column of this type."""
-    if key_type is datetime:
-        try:
-            return isinstance(key, str) and datetime.fromisoformat(key).isoformat(" ", "microseconds") == key
+            _, *keys = self.cursors.validate_json(base64.urlsafe_b64decode(cursor.encode() + b"=="))
         except ValueError:
-            return False
-    if key_type is str:
-        # JSON can hold lone surrogates, which no database takes.
-        return isinstance(key, str) and "\x00" not in key and key.encode(errors="ignore").decode() == key
-    # PostgreSQL refuses to compare a column with a number that it can't hold.
-    return isinstance(key, key_type) and not isinstance(key, bool) and abs(key) <= MAX_ID
+            raise InvalidField("cursor", "is not a cursor of this list in this order", "query") from None
+        return list(keys)
 
 
 Filters = Mapping[str, Any]
@@ -253,12 +238,10 @@ class Listing:
         filters: Mapping[str, Any],
         orders: Mapping[str, tuple[Any, ...]],
         counts: Mapping[tuple[str, ...], Any] | None = None,
-        with_event_cursor: bool = False,
     ) -> None:
         self.select, self.filters, self.counts = select, filters, counts or {}
         self.orders = {name: Order(name, columns) for name, columns in orders.items()}
         self.row_id = next(iter(self.orders.values())).columns[-1]
-        self.with_event_cursor = with_event_cursor
         self._compiled = functools.lru_cache(1000)(self._compile)
         self._count = functools.lru_cache(1000)(self._compile_count)
 
@@ -298,8 +281,7 @@ class Listing:
         by = self.orders[order]
         rows, last = self._rows(connection, filters, by, query.keys(by), query.start, query.limit)
         following = None if last is None else by.encode(last)
-        event_cursor = last_event_id(connection) if self.with_event_cursor else None
-        return JsonPage([row[0] for row in rows], self.total(connection, filters), following, event_cursor)
+        return JsonPage([row[0] for row in rows], self.total(connection, filters), following, last_event_id(connection))
 
     def _rows(
         self, connection: Connection, filters: Filters, order: Order, keys: Sequence[Key] | None, start: int, limit: int
@@ -338,17 +320,16 @@ class Listing:
 
 def page_response(request: Request, page: JsonPage) -> Response:
     """The page, with its `Link` (RFC 8288) and `X-Event-Cursor`."""
-    headers = {}
+    headers = {"X-Event-Cursor": str(page.event_cursor)}
     if page.next is not None:
         url, _, query = str(request.url).partition("?")
         query = quote(query, safe="%&=+-._~!$'()*,;:@/?")  # as it came, but for what a header can't hold
         pairs = [pair for pair in query.split("&") if pair and not pair.startswith(("offset=", "skip=", "cursor="))]
         headers["Link"] = f'<{url}?{"&".join([*pairs, f"cursor={page.next}"])}>; rel="next"'
-    if page.event_cursor is not None:
-        headers["X-Event-Cursor"] = str(page.event_cursor)
     following = "null" if page.next is None else f'"{page.next}"'
+    more = "" if page.suggestions is None else f',"suggestions":{database.to_json(page.suggestions)}'
     return json_response(
-        f'{{"items":[{",".join(page.items)}],"total":{page.total},"next":{following}}}', headers=headers
+        f'{{"items":[{",".join(page.items)}],"total":{page.total},"next":{following}{more}}}', headers=headers
     )
 
 

@@ -158,6 +158,7 @@ Timestamp = Annotated[datetime, BeforeValidator(_check_iso), AfterValidator(_to_
 Rating = Annotated[float, Field(ge=0.25, le=5, multiple_of=0.25), AfterValidator(models.to_quarters), Number]
 Id = Annotated[int, Field(ge=1, le=MAX_ID)]
 BodyId = Annotated[int, Field(ge=1, le=MAX_ID), Number]
+AddedBy = Annotated[str, Field(pattern=pattern("^(me|[0-9]{1,10})$", "must be `me` or the id of a user"))]
 USERNAME_PATTERN = pattern(
     r"^[A-Za-z0-9][A-Za-z0-9._-]*$", "must be of the letters A to Z, digits, '.', '_' and '-', a letter or digit first"
 )
@@ -207,11 +208,7 @@ class Problem(BaseModel):
     title: str = Field(examples=["Not Found"])
     status: int = Field(examples=[404])
     detail: str = Field(examples=["No such book."])
-    errors: list["FieldError"] | None = Field(
-        default=None,
-        description="Which fields, with 409 and 422.",
-        json_schema_extra=lambda schema: schema.pop("default"),
-    )
+    errors: list["FieldError"] | None = Field(default=None, description="Which fields, with 409 and 422.")
 
 
 class FieldError(BaseModel):
@@ -398,7 +395,7 @@ class StockChange(RequestModel):
 
 
 class StockUpdate(RequestModel):
-    copies: Annotated[int, Number, Field(ge=0, le=MAX_COPIES)] = Field(examples=[3])
+    copies: Annotated[int, Field(ge=0, le=MAX_COPIES), Number] = Field(examples=[3])
 
 
 class StockPublic(BaseModel):
@@ -420,7 +417,7 @@ class EntryUpdate(RequestModel, json_schema_extra=example(status="completed", ra
     status: ShelfStatus = ShelfStatus.wishlist
     rating: Rating | None = Field(default=None, description="In quarters of a star.")
     review: Annotated[LongText | None, BlankIsNull] = None
-    page: Annotated[int, Number, Field(ge=0, le=MAX_PAGES)] | None = Field(
+    page: Annotated[int, Field(ge=0, le=MAX_PAGES), Number] | None = Field(
         default=None, description="How far I have read."
     )
     tags: Annotated[list[Tag], Field(max_length=50)] | None = []  # pydantic copies it

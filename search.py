@@ -1,4 +1,5 @@
-"""Full-text search: the words of a query, how each database looks them up, and which books match best.
+"""Full-text search: the words of a query, how each database looks them up, which books match best, and which words
+are nearest to those that no book has.
 
 SQLite has an FTS5 index (`book_fts`), PostgreSQL a column of words (`book.words`, a tsvector under GIN); the migrations
 make both, of the keys that `Book.described` writes. A word is a run of letters and digits without case and marks, and
@@ -6,8 +7,13 @@ matches as a prefix.
 """
 
 import functools
+import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import SequenceMatcher
+from itertools import product
+from string import punctuation
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -66,11 +72,17 @@ class SearchTerms(NamedTuple):
     """
 
     search: str | None = None
+    title: str | None = None
     author: str | None = None
     publisher: str | None = None
 
     def __bool__(self) -> bool:
-        return self != (None, None, None)
+        return any(text is not None for text in self)
+
+    @property
+    def in_columns(self) -> list[tuple[str, str]]:
+        """The columns that have words of their own."""
+        return [(name, text) for name, text in self._asdict().items() if name != "search" and text is not None]
 
     @property
     def is_ranked(self) -> bool:
@@ -92,7 +104,23 @@ def matches() -> ColumnElement[bool]:
     """The condition that a book matches the words; bound as `words`."""
     if database.is_postgresql():
         return WORDS.bool_op("@@")(_tsquery("words"))
-    return col(Book.id).in_(sa.select(ROWID).select_from(FTS).where(_match("words")))
+    return col(Book.id).in_(matching_ids())
+
+
+def matching_ids() -> sa.Select[Any]:
+    """For conditions of other tables."""
+    if database.is_postgresql():
+        return sa.select(col(Book.id)).where(matches()).correlate(None)
+    return sa.select(ROWID).select_from(FTS).where(_match("words"))
+
+
+def in_title_or_author(text: str) -> str:
+    """What is bound as `words` for those of a title and its author only."""
+    found = words(text)
+    if not database.is_postgresql():
+        return f"{{title_key author_key}} : ({_all_words(found)})"
+    pairs = zip(_terms(found, MARKS["title"]), _terms(found, MARKS["author"]), strict=True)
+    return " & ".join(f"({title} | {author})" for title, author in pairs)
 
 
 def count_matches() -> sa.Select[Any]:
@@ -137,6 +165,72 @@ def best_first(
     return [(number, book_id) for book_id, number in found.items()]
 
 
+# --- did you mean -------------------------------------------------------------------------------------------------
+
+TERM: Any = sa.table("word", sa.column("term", sa.String)).c.term  # all words of the index
+MAX_VARIED = 2  # words of a query; the nearest of each take 5 to 10 ms in 100,000 books
+MAX_SCANNED = 20_000  # of the words with the same beginning
+MIN_RATIO = 0.7  # of what two words have in common
+MAX_TRIED, MAX_SUGGESTIONS = 10, 5  # queries
+
+
+def suggest(connection: Connection, text: str, find: Callable[[str], str | None]) -> list[str]:
+    """Queries that find something, with the nearest words of the index instead of those that it does not have.
+
+    `find` gives the first book that a query finds, as JSON. Its spelling is shown: `word_key` has no marks.
+    """
+    found = whole(text)
+    known = set(connection.scalars(sa.select(TERM).where(TERM.in_(found))))
+    words_to_vary = {word for word in found if 3 <= len(word) <= 40 and not word[0].isdigit()}
+    words_to_vary = words_to_vary - known or words_to_vary  # where all are known, one may be another's misspelling
+    if len(words_to_vary) > MAX_VARIED:
+        return []
+    choices = {word: _nearest_words(connection, word) for word in words_to_vary}
+    queries = list(product(*(choices.get(word, [(word, 1)]) for word in found)))
+    queries.sort(key=lambda query: math.prod(ratio for _, ratio in query), reverse=True)
+    suggestions = list[str]()
+    for query in queries[:MAX_TRIED]:
+        terms = " ".join(word for word, _ in query)
+        if len(suggestions) < MAX_SUGGESTIONS and (book := find(terms)) is not None:
+            names = " ".join(map(json.loads(book).get, ("title", "author"))).lower().split()
+            spelling = {word_key(name): name.strip(punctuation) for name in names}
+            suggestions.append(" ".join(spelling.get(term, term) for term in terms.split()))
+    return suggestions
+
+
+def _nearest_words(connection: Connection, word: str) -> list[tuple[str, float]]:
+    """Words of the index, or two for one, and how near they are: 1 is the same. They begin with the same two letters
+    or, where none does, with the same letter, as most misspelled words do."""
+    nearest = [(word, 1.0)] if connection.execute(_beginning_with(word).limit(1)).first() else []
+    halves = [(word[:i], word[i:]) for i in range(2, len(word) - 1)]
+    parts = set(connection.scalars(sa.select(TERM).where(TERM.in_({part for pair in halves for part in pair}))))
+    nearest += [(f"{first} {second}", 0.99) for first, second in halves if {first, second} <= parts]
+    for length in (2, 1):
+        similar = [(other, _ratio(word, other)) for other in _similar_words(connection, word, word[:length])]
+        if close := [pair for pair in similar if pair[0] != word and pair[1] >= MIN_RATIO]:
+            return nearest + sorted(close, key=lambda pair: (-pair[1], pair[0]))[:5]
+    return nearest
+
+
+def _ratio(word: str, other: str) -> float:
+    """difflib's, by letters in their order and in any order: `ei` for `ie` is a smaller mistake than another letter."""
+    return (SequenceMatcher(None, word, other).ratio() + SequenceMatcher(None, sorted(word), sorted(other)).ratio()) / 2
+
+
+def _beginning_with(text: str) -> sa.Select[Any]:
+    return sa.select(TERM).where(TERM.between(text, f"{text}\U0010ffff")).order_by(TERM)
+
+
+def _similar_words(connection: Connection, word: str, beginning: str) -> Sequence[str]:
+    """Those with the most pairs of letters in common: the database counts them in a tenth of Python's time."""
+    other = _beginning_with(beginning).limit(MAX_SCANNED).subquery().c.term
+    size, length = sa.func.length(other), len(word)
+    pairs = sorted({word[i : i + 2] for i in range(length - 1)})
+    shared: Any = sum(size - sa.func.length(sa.func.replace(other, pair, "")) for pair in pairs)
+    similar = sa.select(other).where(size.between(int(length * 0.6), int(length / 0.6)))
+    return connection.scalars(similar.order_by(shared.desc(), sa.func.abs(size - length), other).limit(30)).all()
+
+
 INDEX_BOOKS = CompiledQuery(
     sa.text(
         "INSERT INTO book_fts (rowid, title_key, author_key, isbn, publisher_key)"
@@ -164,11 +258,7 @@ def _all_words(found: Sequence[str]) -> str:
 
 
 def _fts5_values(terms: SearchTerms) -> dict[str, Any]:
-    more = [
-        f"{{{column}}} : ({_all_words(whole(text))})"
-        for column, text in (("author_key", terms.author), ("publisher_key", terms.publisher))
-        if text is not None
-    ]
+    more = [f"{{{column}_key}} : ({_all_words(whole(text))})" for column, text in terms.in_columns]
     found = words(terms.search)
     search = [] if terms.search is None else [_all_words(found)]
     everything = " AND ".join(f"({part})" for part in [*search, *more])
@@ -224,9 +314,8 @@ def _terms(found: Sequence[str], mark: str = "") -> list[str]:
 def _postgresql_values(terms: SearchTerms) -> dict[str, str]:
     found = words(terms.search)
     everything = [] if terms.search is None else _terms(found)
-    for column, text in (("author", terms.author), ("publisher", terms.publisher)):
-        if text is not None:
-            everything += _terms(whole(text), MARKS[column])
+    for column, text in terms.in_columns:
+        everything += _terms(whole(text), MARKS[column])
     begins = " ".join(whole(terms.search))[:MAX_SORT_KEY] + "%"
     return {"words": " & ".join(everything), "begins": begins, "in_title": " & ".join(_terms(found, MARKS["title"]))}
 

@@ -5,7 +5,7 @@ from email.utils import parseaddr
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 HERE = Path(__file__).resolve().parent
@@ -16,11 +16,9 @@ COMMON_PASSWORDS = frozenset((STATIC / "common_passwords.txt").read_text().split
 
 
 def matches(pattern: str, example: str) -> AfterValidator:
-    """A validator by regular expression. Its error names the setting as the environment does."""
-
-    def check(value: str, info: ValidationInfo) -> str:
+    def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
-            raise ValueError(f"{(info.field_name or '').upper()} must be {example}")
+            raise ValueError(f"must be {example}")
         return value
 
     return AfterValidator(check)
@@ -31,30 +29,30 @@ def check_database_url(url: str) -> str:
         return f"postgresql+psycopg://{match[1]}"
     if not url.startswith("sqlite:///") or url == "sqlite:///" or ":memory:" in url:
         raise ValueError(
-            "DATABASE_URL must name an SQLite file (sqlite:////absolute/path/books.db) or a PostgreSQL database "
+            "must name an SQLite file (sqlite:////absolute/path/books.db) or a PostgreSQL database "
             "(postgresql://user:password@host/name)"
         )
     if not Path(url.removeprefix("sqlite:///")).absolute().parent.is_dir():
-        raise ValueError("DATABASE_URL names an SQLite file in a folder that does not exist")
+        raise ValueError("names an SQLite file in a folder that does not exist")
     return url
 
 
-def check_web_url(url: str, info: ValidationInfo) -> str:
+def check_web_url(url: str) -> str:
     port = re.match(r"https?://[^/]+:(\d+)(/|$)", url)
     if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url) or (port and int(port[1]) > 65535):
-        raise ValueError(f"{(info.field_name or '').upper()} must be like https://books.example.com")
+        raise ValueError("must be like https://books.example.com")
     return url.rstrip("/")
 
 
 def check_sender(sender: str) -> str:
     if not re.fullmatch(r"[^@\s]+@[^@\s]+", parseaddr(sender)[1]) or "\n" in sender:
-        raise ValueError("MAIL_FROM must be like Books API <books@example.com>")
+        raise ValueError("must be like Books API <books@example.com>")
     return sender
 
 
 def check_log_file(path: Path) -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError("LOG_FILE must be a file in a folder that exists")
+        raise ValueError("must be a file in a folder that exists")
     return path
 
 
@@ -75,6 +73,8 @@ class Settings(BaseSettings):
     """An unsafe or impossible value stops the start, with an error that names the setting."""
 
     model_config = SettingsConfigDict(
+        alias_generator=str.upper,  # errors name settings as the environment does
+        populate_by_name=True,
         env_file=HERE / ".env",
         env_ignore_empty=True,  # `SECRET_KEY=` means "not set": with an empty key anyone could forge tokens
         extra="ignore",
@@ -101,6 +101,7 @@ class Settings(BaseSettings):
     mail_from: Annotated[str, AfterValidator(check_sender)] = "Books API <books@localhost>"
     max_upload_mb: Annotated[int, Field(ge=1, le=1024)] = 100
     event_retention: Annotated[int, Field(ge=1, le=100_000_000)] = 100_000
+    sample: bool = False
     loan_days: Annotated[int, Field(ge=1, le=365)] = 21
     google_books_url: WebUrl = "https://www.googleapis.com/books/v1"
     google_books_key: SecretStr | None = None

@@ -21,6 +21,8 @@ from schemas import PATTERN_MESSAGES
 from settings import Settings, settings
 from tests.fixtures import DUNE, ROOT, Person, Server, wait_for
 
+pytest_plugins = ["tests.fixtures"]  # where this file is run alone, pytest does not see tests/conftest.py
+
 README = ROOT / "README.md"
 TEST_FILES = [ROOT / "test_main.py", *ROOT.glob("tests/test_*.py")]
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -371,7 +373,7 @@ def test_a_blank_parameter_is_ignored(client: TestClient, reader: Person) -> Non
         for parameter in operations.get("get", {}).get("parameters", []):
             if parameter["in"] == "query" and path != "/stream":
                 answer = reader.get(path.format(book_id=1, upload_id=1), params={parameter["name"]: ""})
-                assert answer.status_code in (200, 403, 422), f"{path} {parameter['name']}: {answer.text}"
+                assert answer.status_code in (200, 403, 404, 422), f"{path} {parameter['name']}: {answer.text}"
     assert client.get("/stream", params={"types": "", "seconds": 0.1}).status_code == 200
 
 
@@ -520,7 +522,7 @@ def make_python(folder: Path) -> Path:
 
 # --- the structure of the code ------------------------------------------------------------------------------------
 
-MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.name not in ("conftest.py", "test_main.py"))
+MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.name != "test_main.py")
 
 
 def imported_modules(name: str) -> set[str]:

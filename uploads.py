@@ -1,18 +1,18 @@
 """Files in: `/books/upload`, `/my-library/import`, the import job and its refused rows.
 
-A stored file is imported by a background task; `main.resume_uploads` starts it for files that a stopped process left.
+A stored file is imported by a background task; a recurring job of `main` does so for files that a stopped process left.
 The job commits each batch together with its progress: killed in between, it is resumed from there.
 """
 
 import io
+import json
 import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from itertools import groupby, islice
-from operator import attrgetter
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -32,7 +32,7 @@ import external
 import models
 import security
 from api import PAGE, Router, errors, or_404, readonly, transactional_in_thread, user_checks
-from csv_files import SHELF_FORMATS, ImportRow, UnreadableFile, printable, strip_invalid, to_csv
+from csv_files import SHELF_FORMATS, ImportRow, UnreadableFile, as_csv, printable, strip_invalid
 from imports import CHUNK, BatchImporter, CsvUpload, DuplicateTracker, ImportJob, JobCancelled, has_job, lock_upload
 from models import InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus, User
 from pagination import CSV_FILE, JsonObject, Listing, Page, PageQuery, file_response, json_response, page_response
@@ -48,10 +48,13 @@ UPLOADS = Listing(
     filters={"id": col(Upload.id) == sa.bindparam("id"), "user_id": col(Upload.user_id) == sa.bindparam("user_id")},
     orders={"-id": (col(Upload.id),)},
 )
-ERRORS = Listing(
-    sa.select(JsonObject({name: getattr(UploadError, name) for name in UploadErrorPublic.model_fields})),
-    filters={name: getattr(UploadError, name) == sa.bindparam(name) for name in ("upload_id", "severity")},
-    orders={"id": (col(UploadError.id),)},
+ERRORS, REFUSED = (
+    Listing(
+        sa.select(JsonObject({name: getattr(UploadError, name) for name in names})),
+        filters={name: getattr(UploadError, name) == sa.bindparam(name) for name in ("upload_id", "severity")},
+        orders={"id": (col(UploadError.id),)},
+    )
+    for names in (UploadErrorPublic.model_fields, ("cells", "field", "message"))
 )
 
 # --- taking a file ------------------------------------------------------------------------------------------------
@@ -328,9 +331,8 @@ def _run_job(job: ImportJob) -> bool:
         for row in islice(rows, job.done):  # those that it did before it was interrupted
             if row.book is not None:
                 tracker.key(row.book)
-        enricher = external.Enricher(job.renew_lease) if job.enrich else None
         while batch := file.next_batch(rows, job.batch):
-            is_ready = enricher is None or enricher.look_up_isbns(batch)
+            is_ready = external.look_up_isbns(batch, job.renew_lease)
             if is_ready:
                 database.write_sync(_store_batch, job, tracker, batch, file.file.position)
             if not is_ready or database.server_is_stopping():
@@ -434,14 +436,12 @@ def _store_issues(session: Session, upload_id: int, rows: Sequence[ImportRow]) -
     counts = Counter(dict(session.execute(stored).all()))
     for row in rows:
         kind = "error" if row.book is None else "warning"
-        # Once for each refused row, which can be downloaded.
         cells = [strip_invalid(cell[:MAX_CELL]) for cell in row.cells] if row.book is None else None
         for issue in row.issues:
             counts[kind] += 1
             if counts[kind] <= MAX_ERRORS:
                 issue_data = issue._asdict() | {"value": printable(issue.value)}
                 session.add(UploadError(upload_id=upload_id, row=row.number, severity=kind, cells=cells, **issue_data))
-            cells = None
 
 
 def release(session: Session, job: ImportJob) -> UploadPublic:
@@ -497,26 +497,10 @@ def list_upload_errors(
         filters = {"upload_id": upload_id, **query.model_dump(include={"severity"}, exclude_none=True)}
         return page_response(request, ERRORS.page(connection, filters, "id", query))
     header = connection.execute(sa.select(col(Upload.header)).where(col(Upload.id) == upload_id)).scalar_one() or []
-    return file_response(refused_rows(upload_id, header), f"upload-{upload_id}-refused.csv")
+    batches = REFUSED.row_batches({"upload_id": upload_id, "severity": "error"}, "id")
+    return file_response(as_csv([*header, csv_files.REASON], batches, refused_cells), f"upload-{upload_id}-refused.csv")
 
 
-def refused_rows(upload_id: int, header: list[str]) -> Iterator[str]:
-    yield to_csv([[*header, csv_files.REASON]])
-    last = 0
-    while refused := database.read_sync(next_refused, upload_id, last):
-        yield to_csv(cells_and_reasons(list(of_row)) for _, of_row in groupby(refused, attrgetter("row")))
-        last = refused[-1].row
-
-
-def cells_and_reasons(of_row: list[Any]) -> list[str]:
-    reasons = (" ".join(filter(None, (error.field, error.message))) for error in of_row)
-    return [*of_row[0].cells, "; ".join(reasons)]
-
-
-def next_refused(connection: Connection, upload_id: int, last: int) -> Sequence[Any]:
-    """The errors of the rows after row `last`, all of each row."""
-    refused = sa.and_(col(UploadError.upload_id) == upload_id, col(UploadError.severity) == "error")
-    rows = sa.select(col(UploadError.row)).where(refused, col(UploadError.row) > last).distinct()
-    batch = rows.order_by(col(UploadError.row)).limit(200).scalar_subquery()
-    of_rows = sa.select(UploadError).where(refused, col(UploadError.row).in_(batch)).order_by(col(UploadError.id))
-    return connection.execute(of_rows).all()
+def refused_cells(row: Sequence[Any]) -> list[str]:
+    error = json.loads(row[0])
+    return [*(error["cells"] or ()), " ".join(filter(None, (error["field"], error["message"])))]

@@ -12,6 +12,10 @@ def run(connection: Connection) -> None:
     context.configure(connection=connection, target_metadata=SQLModel.metadata, render_as_batch=True)
     with context.begin_transaction():
         context.run_migrations()
+        if connection.dialect.name == "sqlite":  # whose foreign keys are off meanwhile
+            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+            if broken is not None:
+                raise RuntimeError(f"a row without its referenced row after the migrations: {tuple(broken)}")
 
 
 # At the service's start the connection is given, and is inside the transaction that keeps other processes waiting.

@@ -48,7 +48,7 @@ function cover({ id, title, author, isbn }) { // drawn at once; the real one, wh
 const problem = ({ detail, errors = [] }, status) => Object.assign(new Error(detail ?? `The server answered ${status}.`), { errors, status }); // RFC 9457
 let token = null, me = null, newToken = null; // the refresh token is a cookie that scripts can't read
 const otherTabs = new BroadcastChannel('login'); // they have the same cookie
-otherTabs.onmessage = ({ data }) => data === 'out' ? signedOut() : signedIn().catch(() => {});
+otherTabs.onmessage = ({ data }) => { token = null; if (data === 'out') signedOut(); else signedIn().catch(() => {}); };
 const lock = work => navigator.locks ? navigator.locks.request('refresh', work) : work(); // only https and localhost have locks
 async function ask(path, token, { method = 'GET', json, body = json && JSON.stringify(json), headers, signal } = {}) {
   const more = { ...(json && { 'Content-Type': 'application/json' }), ...(token && { Authorization: `Bearer ${token}` }) };
@@ -148,7 +148,9 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     pager.shows = now;
     put(pager, offset > 0 && step('Previous', Math.max(0, offset - limit)), el('span', {}, text), page?.next && step('Next', offset + limit));
   }
-  function drawSkeleton() { if (!page && skeleton) put(list, Array.from({ length: limit }, () => el('li', { class: 'skeleton', 'aria-hidden': true }, skeleton()))); }
+  function drawSkeleton() {
+    if (!page && skeleton) put(list, Array.from({ length: limit }, () => el('li', { class: 'skeleton', 'aria-hidden': true }, skeleton())));
+  }
   async function read(quiet, at) {
     asking.abort(); // the answer to an earlier question is of no more use
     wanted = at;
@@ -219,7 +221,8 @@ const filters = $('filters'), addForm = $('add-form');
 const linkTo = (id, title) => link(`#/book/${id}`, el('bdi', {}, title), { 'data-book': id });
 const catalogue = pages({
   root: $('catalogue'), path: () => 'books', address: fields => to('', fields), key: book => book.id,
-  row: book => [el('div', { class: 'on' }, cover(seen(book)), stock(book)), el('h3', {}, linkTo(book.id, book.title)), el('p', { class: 'by' }, el('bdi', {}, book.author)),
+  row: book => [el('div', { class: 'on' }, cover(seen(book)), stock(book)),
+    el('h3', {}, linkTo(book.id, book.title)), el('p', { class: 'by' }, el('bdi', {}, book.author)),
     facts(year(book.publication_year), book.genre), facts(rating(book))],
   skeleton: () => [el('div', { class: 'cover' }), el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '), facts(' ')],
   empty: ({ suggestions = [] }, fields) => Object.keys(fields).length ? nothingFound(suggestions, fields) : emptyCatalogue(),
@@ -227,13 +230,17 @@ const catalogue = pages({
 const books = new Map(); // those that were drawn last: a book's view begins with what is known of it
 function seen(book) { if (books.size > 500) books.clear(); books.set(book.id, book); return book; }
 function drawSpines() { // for the eye alone
-  if (!$('spines').children.length) put($('spines'), [...books.values()].slice(0, 16).map(({ title, author }) => hued(el('span', {}, title), author, number(title) % 30)));
+  if ($('spines').children.length) return;
+  put($('spines'), [...books.values()].slice(0, 16).map(({ title, author }) => hued(el('span', {}, title), author, number(title) % 30)));
 }
-const stock = ({ copies, available }) => copies > 0 && el('span', { class: available ? 'stock good' : 'stock' }, copies > 1 ? `${available} of ${copies} available` : available ? 'available' : 'on loan');
+const stock = ({ copies, available }) => copies > 0 && el('span', { class: available ? 'stock good' : 'stock' },
+  copies > 1 ? `${available} of ${copies} available` : available ? 'available' : 'on loan');
 function nothingFound(suggestions, { search = '', ...others }) {
   return [el('h3', {}, 'Nothing here is like that.'),
-    suggestions.length > 0 && el('p', {}, 'Did you mean ', suggestions.flatMap((words, i) => [i ? ', ' : '', link(to('', { ...others, search: words }), words)]), '?'),
-    el('p', { class: 'row' }, link('#/', 'Show everything', { class: 'button' }), search && link(to('add', { search }), 'Add it by ISBN or by words', { class: 'button' }))];
+    suggestions.length > 0 && el('p', {}, 'Did you mean ',
+      suggestions.flatMap((words, i) => [i ? ', ' : '', link(to('', { ...others, search: words }), words)]), '?'),
+    el('p', { class: 'row' }, link('#/', 'Show everything', { class: 'button' }),
+      search && link(to('add', { search }), 'Add it by ISBN or by words', { class: 'button' }))];
 }
 function emptyCatalogue() {
   return [el('h3', {}, 'The catalogue is empty.'), el('p', {}, me ? 'Be the first to add a book, or bring in a file.' : 'Sign in and add the first book.'),
@@ -286,8 +293,9 @@ const findCandidates = words => attempt(findForm, async () => {
 });
 function drawCandidate(candidate) {
   const { title, author, publication_year, publisher, isbn } = candidate, place = el('div', { class: 'grow' });
-  const add = button('Add', once(async () => put(place, await addFound(candidate).catch(error => el('span', { class: 'bad' }, error.message)))), { class: 'strong', 'aria-label': `Add ${title}` });
-  fill(place, {}, [el('h3', {}, el('bdi', {}, title)), el('p', { class: 'by' }, el('bdi', {}, author)), facts(year(publication_year), publisher, isbn && `ISBN ${isbn}`), add]);
+  const add = async () => put(place, await addFound(candidate).catch(error => el('span', { class: 'bad' }, error.message)));
+  fill(place, {}, [el('h3', {}, el('bdi', {}, title)), el('p', { class: 'by' }, el('bdi', {}, author)),
+    facts(year(publication_year), publisher, isbn && `ISBN ${isbn}`), button('Add', once(add), { class: 'strong', 'aria-label': `Add ${title}` })]);
   const drawn = cover({ ...candidate, isbn: null });
   drawn.classList.add('small');
   return el('li', {}, drawn, place);
@@ -299,7 +307,8 @@ async function addFound({ source, ref, isbn }) {
 async function addIsbn(isbn) {
   try {
     const here = (await get(`books?isbn=${isbn}`)).items[0], [found] = here ? [{ isbn }] : await lookUp({ isbn });
-    return found ? await addFound({ ...found, isbn }) : el('span', { class: 'bad' }, 'Unknown. ', button('Type it in by hand', () => byHand(isbn), { class: 'link' }));
+    if (found) return await addFound({ ...found, isbn });
+    return el('span', { class: 'bad' }, 'Unknown. ', button('Type it in by hand', () => byHand(isbn), { class: 'link' }));
   } catch (error) { return el('span', { class: 'bad' }, error.message); }
 }
 function byHand(isbn) { addForm.closest('details').open = true; addForm.elements.isbn.value = isbn; addForm.elements.title.focus(); }
@@ -735,7 +744,10 @@ const useCode = email => openForgot({
 $('other-way').onclick = () => openAccount(signingUp ? 'in' : 'up');
 $('forgotten').onclick = askForCode;
 $('account').addEventListener('close', () => { sign.reset(); put(forgot); });
-onSubmit($('confirm'), async ({ email }) => { await api('POST', 'auth/verify-email', { email }); $('confirm').querySelector('.note').textContent = 'It is on its way.'; });
+onSubmit($('confirm'), async ({ email }) => {
+  await api('POST', 'auth/verify-email', { email });
+  $('confirm').querySelector('.note').textContent = 'It is on its way.';
+});
 for (const node of all('[data-open]')) node.onclick = () => openAccount(node.dataset.open);
 async function logIn(username, password) {
   token = (await api('POST', 'login?cookie=true', { username, password })).access_token;
@@ -768,7 +780,7 @@ async function signedIn() {
   say(`Signed in as ${me.username}.`);
 }
 async function signedOut(why = '') {
-  [token, me, job, entry] = [null, null, null, null];
+  token = me = job = entry = held = null;
   for (const list of [shelf, reading, uploads, loans, refused, warned, sessions, users]) list.forget(); // the next at this machine may be somebody else
   for (const node of all('#charts, #shelf-tabs, .ticker, #latest')) put(node);
   $('job').hidden = true;
@@ -999,6 +1011,7 @@ async function route(moved = false) {
   if (at.name !== 'book') shown = held = null;
   if (at.name !== 'users') $('user').close();
   $('notice').textContent = $('news').textContent = '';
+  if (moved) $('account').close();
   setTitle();
   if (moved && !(from.name === at.name && from.id === at.id)) { // within a view, what has the focus keeps it
     scrollTo(0, scrolled.get(entryKey) ?? 0);

@@ -130,7 +130,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("database") == "postgresql" and (
+    if config.getoption("database", "sqlite") == "postgresql" and (
         config.getoption("numprocesses", None) in (None, 0) or hasattr(config, "workerinput")
     ):
         Postgres.current = Postgres()
@@ -139,7 +139,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests about one database are no tests of the other: they are left out, not skipped. The longest comes first."""
-    other = {"sqlite": "postgresql", "postgresql": "sqlite"}[str(config.getoption("database"))]
+    other = {"sqlite": "postgresql", "postgresql": "sqlite"}[str(config.getoption("database", "sqlite"))]
     left_out = [item for item in items if item.get_closest_marker(other)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

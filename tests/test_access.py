@@ -99,6 +99,7 @@ def victim_path(world: World) -> dict[str, Any]:
 
 MATRIX: dict[str, Access] = {
     "GET /": Access(always(200)),
+    "GET /b/{book_id}": Access(always(200)),
     "GET /health": Access(always(200)),
     "GET /admin/backup": Access(ADMIN),
     # Accounts.

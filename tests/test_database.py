@@ -26,7 +26,7 @@ from sqlmodel import Session, SQLModel, col
 
 import database
 from api import HANDLERS, readonly, transactional
-from database import CompiledQuery, Violation
+from database import Violation
 from main import app
 from models import Book, Setting
 from schemas import RequestModel, Word
@@ -452,14 +452,14 @@ def _contents(connection: sa.Connection, table: str) -> list[dict[str, Any]]:
     return [dict(row) for row in connection.execute(sa.text(f"SELECT * FROM {table} ORDER BY {first}")).mappings()]
 
 
-def test_execute_many_inserts_rows_in_order(client: TestClient) -> None:
+def test_insert_many_inserts_rows_in_order(client: TestClient) -> None:
     columns = [name for name in Book.model_fields if name != "id"]
     same = {**dict.fromkeys(columns), **Book.initial(1), "author": "a", "author_key": "a"}
     typed = {"price": Decimal("7.10"), "published_date": date(1940, 1, 1), "description": "tab\t, \\N and\nline"}
     rows = [{**same, "title": f"{n}", "title_key": f"{n}", **(typed if n == 1 else {})} for n in range(3)]
 
     def insert(session: Session) -> list[Book]:
-        CompiledQuery(sa.insert(Book)).execute_many(session, rows)
+        database.insert_many(session, Book, rows)
         return list(session.scalars(sa.select(Book).order_by(col(Book.id))))
 
     books = database.write_sync(insert)

@@ -246,7 +246,9 @@ class Generator:
         word = self.random.choice(title.split() or [""])
         part = word[: self.random.randrange(1, len(word) + 1)] if word else ""
         others = (title.upper(), title.lower(), word, part, f"{word} {self.random.choice(NAMES)}", f"{part} {word}")
-        return str(self.one(title, *others, self.random.choice(NAMES)))
+        place = self.random.randrange(len(title) + 1)
+        misspelled = (title[:place] + title[place + 1 :], title[:place] + self.one("a", "и") + title[place:])
+        return str(self.one(title, *others, *misspelled, self.random.choice(NAMES)))
 
     def book(self) -> dict[str, Any]:
         fields: dict[str, Callable[[], Any]] = {
@@ -296,7 +298,9 @@ class Generator:
             "year_from": lambda: self.one(-5000, 1900, 2024, 10**9, "x"),
             "year_to": lambda: self.one(-5000, 1900, 2024, ""),
             "available": lambda: self.one("true", "false", "maybe"),
-            "added_by": lambda: self.one("me", "you"),
+            "added_by": lambda: self.one("me", "you", self.ref("user")),
+            "isbn": lambda: self.random.choice(ISBNS),
+            "title": self.words,
         }
         names = self.random.sample(sorted(known), self.one(0, 0, 1, 1, 2, 3))
         if self.chance(0.4):
@@ -357,6 +361,7 @@ class Generator:
         if method == "list":
             sort = self.one("", "-") + self.one("added", "finished", "updated", "title", "author", "rating", "best")
             filters = self.one({}, {"status": self.one("completed", "reading", "lost")}, {"book_id": self.ref("book")})
+            filters |= self.one({}, {"search": self.words()}, {"tag": self.one("sf", "SF", "été", '"', "a,b", "")})
             listed = self.one(self.query("/my-library", sort=sort, **filters, **self.page()), "/my-library/stats")
             return self.send(role, "GET", listed)
         if method == "POST":

@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import anyio
-import httpx2 as httpx
 import pytest
 from cachetools import TTLCache
 from fastapi.testclient import TestClient
@@ -165,11 +164,6 @@ def test_concurrent_requests_are_limited(reader: Person, others: Catalogues, mon
         assert (second.status_code, second.headers["Retry-After"]) == (503, "5")
         assert first.result()["total"] == 0
     assert look(reader, q="emma")["total"] == 4
-
-
-def test_retry_after_with_an_impossible_date_is_0() -> None:
-    answer = httpx.Response(503, headers={"Retry-After": "Mon, 01 Jan 2024 00:00:00 +99999999999999"})
-    assert external.retry_after(answer) == 0
 
 
 DATES: dict[str, tuple[str | None, str | None, int | None]] = {
@@ -372,7 +366,7 @@ FAULTS: dict[str, tuple[Fault, int, int]] = {
     "503": (answering(b"<html>Sorry</html>", 503), 502, TRIES),
     "429": (answering({}, 429), 502, TRIES),
     "429 for an hour": (answering({}, 429, Retry_After="3600"), 502, 1),
-    "503 until tomorrow": (answering({}, 503, Retry_After="Fri, 01 Jan 2100 00:00:00 GMT"), 502, 1),
+    "503 until a date": (answering({}, 503, Retry_After="Fri, 01 Jan 2100 00:00:00 GMT"), 502, TRIES),
     "403 invalid key": (answering({"error": {"code": 403}}, 403), 502, 1),
     "truncated body": (half, 502, TRIES),
     "HTML": (answering(b"<html>It works!</html>"), 502, TRIES),
@@ -380,10 +374,8 @@ FAULTS: dict[str, tuple[Fault, int, int]] = {
     "deeply nested JSON": (answering(b"[" * 100_000), 502, TRIES),
     "empty body": (answering(b""), 502, TRIES),
     "50 MB": (flood, 502, 1),
-    "compressed body": (answering(b"\x1f\x8b", Content_Encoding="gzip"), 502, 1),
-    "redirect to another origin": (answering({}, 302, Location="http://localhost:1/volumes"), 502, 1),
-    "redirect to a file": (answering({}, 302, Location="file:///etc/passwd"), 502, 1),
-    "redirect loop": (answering({}, 301, Location="/volumes?q=again"), 502, 4),
+    "compressed body": (answering(b"\x1f\x8b", Content_Encoding="gzip"), 502, TRIES),
+    "redirect": (answering({}, 302, Location="/volumes?q=dune"), 502, 1),
 }
 
 
@@ -430,11 +422,6 @@ def test_retry_after_is_respected(reader: Person, others: Catalogues) -> None:
     assert look(reader, q="emma")["total"] == 4
     assert 1 <= time.monotonic() - started < 3
     assert len(others.requests) == 3
-
-
-def test_redirect_to_the_same_origin_is_followed(reader: Person, others: Catalogues) -> None:
-    others.faults = [answering({}, 302, Location=f"{others.url}/volumes?q=dune&startIndex=0&maxResults=10")]
-    assert [book["title"] for book in look(reader, q="emma")["items"]] == ["Dune"]
 
 
 def test_broken_items_are_left_out(reader: Person, others: Catalogues) -> None:
@@ -522,7 +509,7 @@ def test_user_agent_is_sent_and_api_key_is_not_logged(
 # --- look-up for imports ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(external, "LOOKUP_PAUSE", 0)
 
@@ -615,7 +602,6 @@ def test_shelf_import_with_look_up(reader: Person, others: Catalogues) -> None:
     assert (entry["book"]["author"], entry["book"]["pages"]) == ("Jane Austen", 474)
 
 
-@pytest.mark.usefixtures("no_pause")
 def test_look_up_of_fifty_isbns_a_request(reader: Person, others: Catalogues) -> None:
     content = "isbn\n" + "".join(f"{isbn13(number)}\n" for number in range(120))
     upload = reader.upload(content, enrich="true")
@@ -640,12 +626,11 @@ def test_pause_between_two_requests_of_a_job(
     assert 0.8 <= time.monotonic() - started < 5
 
 
-@pytest.mark.usefixtures("no_pause")
 def test_outage_refuses_only_rows_that_need_a_look_up(
     client: TestClient, reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "ENRICH_BATCH", 2)
-    others.faults = [answering({}, 503)] * (external.JOB_POLICY.tries + 1)
+    others.faults = [answering({}, 503)] * external.JOB_POLICY.tries * 2
     rows = f"{EMMA},,\n9780441172719,Dune,Frank Herbert\n{UNKNOWN},,\n,No ISBN,Nobody\n0-14-143958-0,,\n"
     upload = reader.upload(f"isbn,title,author\n{rows}", enrich="true")
     assert counts(upload) == (5, 3, 0, 0, 2, 1)
@@ -655,12 +640,12 @@ def test_outage_refuses_only_rows_that_need_a_look_up(
         (3, "isbn", f"could not be looked up, the book was imported without it: {why}"),
         (4, None, f"could not be looked up: {why}"),
     ]
-    assert len(others.requests) == external.JOB_POLICY.tries + 2, "five tries, one for the next batch, one that is good"
+    assert len(others.requests) == external.JOB_POLICY.tries * 2 + 1, "two batches, and one that is good"
     assert [book["title"] for book in client.get("/books").json()["items"]] == ["Dune", "No ISBN", "Emma"]
 
 
 def test_short_outage_refuses_nothing(reader: Person, others: Catalogues) -> None:
-    others.faults = [answering({}, 500), half, answering({}, 429, Retry_After="0"), answering(b"[")]
+    others.faults = [half, answering({}, 429, Retry_After="0"), answering(b"[")]
     assert counts(reader.upload(f"isbn\n{EMMA}\n", enrich="true")) == (1, 1, 0, 0, 0, 0)
 
 
@@ -757,7 +742,7 @@ def test_daily_import(
     assert harvest_events(reader) == []
     assert harvest_events(Person(client, "admin", "admin", admin.tokens)) == [("harvest.completed", counted)]
     book = client.get("/books", params={"search": EMMA}).json()["items"][0]
-    assert book["added_by"] == admin.get("/users/me").json()["id"]
+    assert book["added_by"] is None
     assert others.requests == ["/volumes?q=emma&startIndex=0&maxResults=40&printType=books&orderBy=newest"]
     clock.advance(hours=23, minutes=59)
     run_harvest(client)
@@ -778,16 +763,6 @@ def test_only_admins_see_harvest_events_in_the_stream(
     for person, sees in ((admin, True), (librarian, False)):
         frames = person.get("/stream", params={"since": start, "seconds": 0.3, "types": "harvest.*"}).text
         assert ("event: harvest.completed" in frames) == sees
-
-
-def test_oldest_active_admin_adds_the_books(client: TestClient, admin: Person, others: Catalogues, query: str) -> None:
-    new = {"username": "second", "email": "s@example.com", "password": "correct horse battery", "role": "admin"}
-    second = admin.post("/users", json=new).json()["id"]
-    heir = Person(client, "second")
-    heir.patch("/users/1", json={"is_active": False})
-    run_harvest(client)
-    assert client.get("/books").json()["items"][0]["added_by"] == second
-    assert harvest_events(heir)[0][0] == "harvest.completed"
 
 
 def test_failed_harvest_is_retried_after_an_hour(

@@ -22,7 +22,6 @@ from sqlmodel import Session, select
 import csv_files
 import database
 import imports
-import main
 import uploads
 from models import Upload, UploadChunk, UploadStatus, User
 from settings import settings
@@ -105,7 +104,7 @@ PARTLY: dict[str, tuple[str | bytes, Counts, Errors]] = {
     "no title nor author": (
         "title,author,isbn\n , ,0441172717\nD,E,\n",
         (2, 1, 0, 1),
-        [(2, "error", "title", "is missing"), (2, "error", "author", "is missing")],
+        [(2, "error", "title", "is missing, as is author")],
     ),
     "prices": (
         "title,author,price\nA,B,nan\nA,B,-1\nA,B,inf\nA,B,1.005\nA,B,free\nA,B,0\n",
@@ -742,10 +741,10 @@ def test_a_file_that_was_not_stored_whole_is_not_imported(
     answer = reader.post("/books/upload", files={"file": ("a.csv", b"title,author\nDune,Frank Herbert\n")})
     assert (answer.status_code, database.read_sync(count_chunks)) == (503, 1)
     assert client.portal is not None
-    client.portal.call(main.resume_uploads)
+    client.portal.call(uploads.run_waiting, False)
     assert reader.get("/books/upload/1").json()["status"] == "processing"
     clock.advance(seconds=61)
-    client.portal.call(main.resume_uploads)
+    client.portal.call(uploads.run_waiting, False)
     upload = reader.get("/books/upload/1").json()
     assert (upload["status"], upload["inserted"], database.read_sync(count_chunks)) == ("failed", 0, 0)
     assert upload["error"] == "The file was not stored whole: upload it again."

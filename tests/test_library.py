@@ -402,3 +402,82 @@ def test_statistics_have_ten_top_genres_and_authors(reader: Person) -> None:
     ranking = [11, *range(9)]
     assert [row["author"] for row in stats["top_authors"]] == [f"Author {number:02}" for number in ranking]
     assert [row["genre"] for row in stats["top_genres"]] == [f"Genre {number:02}" for number in ranking]
+
+
+# --- finding entries ------------------------------------------------------------------------------------------------
+
+SHELF = [  # title, author, tags, finished_at
+    ("Dune", "Frank Herbert", ["sf", 'x"sf'], "2024-01-01"),
+    ("Crime and Punishment", "Fyodor Dostoevsky", ["SF", "[sf"], None),
+    ("Les Misérables", "Victor Hugo", ["été"], "2023-05-05"),
+    ("Идиот", "Фёдор Достоевский", [], "2024-01-01"),
+    ("Dune Messiah", "Frank Herbert", ["back\\slash", "sf fun"], None),
+]
+SEARCHED: dict[str, tuple[dict[str, str], list[int]]] = {
+    "a word of a title": ({"search": "dune"}, [0, 4]),
+    "a beginning": ({"search": "mes"}, [4]),
+    "title and author": ({"search": "HERBERT dune"}, [0, 4]),
+    "without accents": ({"search": "miserables"}, [2]),
+    "Cyrillic": ({"search": "ФЕДОР идиот"}, [3]),
+    "not the publisher": ({"search": "ace"}, []),
+    "not the ISBN": ({"search": "9780441172719"}, []),
+    "no word": ({"search": "???"}, []),
+    "blank": ({"search": " ", "tag": ""}, [0, 1, 2, 3, 4]),
+    "operators": ({"search": 'dune" OR crime*'}, []),
+    "somebody else's book": ({"search": "emma"}, []),
+    "with a status": ({"search": "dune", "status": "reading"}, []),
+    "a tag": ({"tag": "sf"}, [0]),
+    "another case": ({"tag": "SF"}, [1]),
+    "a quotation mark": ({"tag": 'x"sf'}, [0]),
+    "a bracket": ({"tag": "[sf"}, [1]),
+    "a backslash": ({"tag": "back\\slash"}, [4]),
+    "accents": ({"tag": "été"}, [2]),
+    "a part": ({"tag": "fun"}, []),
+    "the end of another": ({"tag": "slash"}, []),
+    "both": ({"tag": "sf", "search": "messiah"}, []),
+}
+
+
+@pytest.fixture
+def shelf(reader: Person, other_reader: Person) -> list[int]:
+    books = []
+    for number, (title, author, tags, finished_at) in enumerate(SHELF):
+        isbn = "9780441172719" if number == 0 else None
+        book = reader.add_book(title=title, author=author, publisher="Ace", isbn=isbn)
+        reader.post(f"/my-library/{book['id']}")
+        entry = {"status": "completed", "tags": tags, "finished_at": finished_at}
+        assert reader.patch(f"/my-library/{book['id']}", json=entry).status_code == 200
+        other_reader.post(f"/my-library/{book['id']}")
+        books.append(book["id"])
+    other_reader.post(f"/my-library/{reader.add_book(title='Emma')['id']}")
+    return books
+
+
+def test_my_shelf_is_searched_and_filtered_by_tag(reader: Person, shelf: list[int]) -> None:
+    found = {}
+    for name, (query, _) in SEARCHED.items():
+        page = reader.get("/my-library", params={**query, "sort": "added"}).json()
+        assert page["total"] == len(page["items"])
+        found[name] = [shelf.index(entry["book_id"]) for entry in page["items"]]
+    assert found == {name: expected for name, (_, expected) in SEARCHED.items()}
+
+
+@pytest.mark.parametrize(("sort", "order"), [("finished", [2, 0, 3, 1, 4]), ("-finished", [3, 0, 2, 4, 1])])
+def test_unknown_days_come_last_in_both_directions(
+    reader: Person, shelf: list[int], sort: str, order: list[int]
+) -> None:
+    found, cursor = list[int](), ""
+    while cursor is not None:
+        page = reader.get("/my-library", params={"sort": sort, "limit": 1, "cursor": cursor}).json()
+        assert page["total"] == len(SHELF)
+        found += [shelf.index(entry["book_id"]) for entry in page["items"]]
+        cursor = page["next"]
+    assert found == order
+
+
+WRONG_QUERIES = ["search=" + "+".join("abcdefghijklmnopq"), "tag=a,b", f"tag={'x' * 51}", "tag=%00", "sort=best"]
+
+
+@pytest.mark.parametrize("query", WRONG_QUERIES, ids=["seventeen words", "a comma", "too long", "NUL", "no order"])
+def test_wrong_queries_of_a_shelf_are_422(reader: Person, query: str) -> None:
+    assert reader.get(f"/my-library?{query}").status_code == 422

@@ -1,4 +1,4 @@
-"""E-mail to a real SMTP server: aiosmtpd, of requirements-dev.txt."""
+"""E-mail to a real SMTP server: aiosmtpd, of tests/requirements.txt."""
 
 import asyncio
 import ssl

@@ -1,4 +1,4 @@
-"""Properties of books, searches and uploads for random input. Needs hypothesis (requirements-dev.txt)."""
+"""Properties of books, searches and uploads for random input. Needs hypothesis (tests/requirements.txt)."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Exports are imported unchanged, whatever they contain. Needs hypothesis (requirements-dev.txt)."""
+"""Exports are imported unchanged, whatever they contain. Needs hypothesis (tests/requirements.txt)."""
 
 from datetime import UTC, date, datetime
 from pathlib import Path

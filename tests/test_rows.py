@@ -438,7 +438,7 @@ def fill(session: Session, first: int, last: int) -> None:
         same | {"genre": f"Genre {number % 5}", "publication_year": 1900 + number % 100}
         for number in range(first, last)
     ]
-    CompiledQuery(sa.insert(Book)).execute_many(session, rows)
+    database.insert_many(session, Book, rows)
 
 
 @pytest.mark.sqlite

@@ -177,9 +177,10 @@ THREADS = {
 @pytest.mark.sqlite
 @pytest.mark.parametrize(("query", "on_the_loop"), THREADS.values(), ids=THREADS)
 def test_costly_searches_do_not_block_the_event_loop(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, query: dict[str, str], on_the_loop: bool
+    client: TestClient, reader: Person, monkeypatch: pytest.MonkeyPatch, query: dict[str, str], on_the_loop: bool
 ) -> None:
     """FTS5 reads the lists of all words with a prefix in one step, which no budget interrupts."""
+    reader.add_book(title="Dune Messiah: a, alpha, beta, gamma", author="Delta Epsilon", genre="novel")
     threads = []
     counted = books.BOOKS.total
 

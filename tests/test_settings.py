@@ -32,8 +32,8 @@ REFUSED = {
     "short password": ({"ADMIN_PASSWORD": "1234567"}, "ADMIN_PASSWORD"),
     "in-memory database": ({"DATABASE_URL": "sqlite:///:memory:"}, "DATABASE_URL"),
     "unsupported database": ({"DATABASE_URL": "mysql://localhost/books"}, "DATABASE_URL"),
-    "token lifetime of zero": ({"ACCESS_TOKEN_EXPIRE_MINUTES": "0"}, "access_token_expire_minutes"),
-    "upload limit is not a number": ({"MAX_UPLOAD_MB": "many"}, "max_upload_mb"),
+    "token lifetime of zero": ({"ACCESS_TOKEN_EXPIRE_MINUTES": "0"}, "ACCESS_TOKEN_EXPIRE_MINUTES"),
+    "upload limit is not a number": ({"MAX_UPLOAD_MB": "many"}, "MAX_UPLOAD_MB"),
     "public URL without a scheme": ({"PUBLIC_URL": "books.example.com"}, "PUBLIC_URL"),
     "port out of range": ({"PUBLIC_URL": "https://books.example.com:99999/"}, "PUBLIC_URL"),
     "mail server with a port": ({"SMTP_HOST": "smtp.example.com:587"}, "SMTP_HOST"),
@@ -41,12 +41,12 @@ REFUSED = {
     "mail account without a password": ({"SMTP_USERNAME": "books"}, "SMTP_USERNAME and SMTP_PASSWORD"),
     "Google Books URL without a scheme": ({"GOOGLE_BOOKS_URL": "www.googleapis.com"}, "GOOGLE_BOOKS_URL"),
     "Open Library URL with a query": ({"OPEN_LIBRARY_URL": "https://openlibrary.org?x=y"}, "OPEN_LIBRARY_URL"),
-    "harvest query too long": ({"HARVEST_QUERY": "x" * 301}, "harvest_query"),
+    "harvest query too long": ({"HARVEST_QUERY": "x" * 301}, "HARVEST_QUERY"),
     "sender without an address": ({"MAIL_FROM": "Books"}, "MAIL_FROM"),
     "unsupported rate limit storage": ({"RATE_LIMIT_STORAGE": "memcached://localhost"}, "RATE_LIMIT_STORAGE"),
     "CORS origin without a scheme": ({"CORS_ORIGINS": "books.example.com"}, "CORS_ORIGINS"),
     "CORS origin with a wildcard": ({"CORS_ORIGINS": "https://*.example.com"}, "CORS_ORIGINS"),
-    "unknown log level": ({"LOG_LEVEL": "LOUD"}, "log_level"),
+    "unknown log level": ({"LOG_LEVEL": "LOUD"}, "LOG_LEVEL"),
 }
 
 
