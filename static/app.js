@@ -817,7 +817,7 @@ const myForms = Object.fromEntries(Object.entries({
   deletion: { title: 'Delete my account', verb: 'Delete my account', how: 'danger', parts: [el('p', {}, 'Your shelf, reviews, uploads and past loans go with it, for good. Books that you added stay.'), secret('password', 'My password')],
     async work(fields) { await api('DELETE', 'users/me', fields); otherTabs.postMessage('out'); await signedOut('Your account is deleted.'); } },
 }).map(([name, form]) => [name, formOf(form)]));
-$('view-account').append(el('div', { class: 'panels' }, Object.values(myForms)));
+$('view-account').append(el('div', { class: 'columns' }, Object.values(myForms)));
 const AGENTS = { Edg: 'Edge', OPR: 'Opera', Firefox: 'Firefox', Chrome: 'Chrome', Safari: 'Safari' }, SYSTEMS = { Android: 'Android', iPhone: 'iPhone', iPad: 'iPad', Windows: 'Windows', 'Mac OS': 'macOS', Linux: 'Linux' };
 const device = agent => [AGENTS, SYSTEMS].map(names => names[Object.keys(names).find(name => agent?.includes(name))]).filter(Boolean).join(' on ') || agent || 'An unknown program';
 const moment = when => new Date(when).toLocaleString('en', { dateStyle: 'medium', timeStyle: 'short' });
@@ -929,8 +929,8 @@ desk.after(fill(formOf({ title: 'Backup', verb: 'Download a backup', parts: el('
   work: () => saveFile('admin/backup', `books-${new Date().toISOString().slice(0, 10)}.db`) }), { 'data-admin': '' }, []));
 async function drawFigures() {
   const [[overdue, active], files, users] = await Promise.all([countLoans(), get('books/upload?limit=1'), me.role === 'admin' && get('users?limit=1')]);
-  const figure = (address, n, text) => link(address, [el('b', { class: text === 'overdue' && n > 0 && 'bad' }, n.toLocaleString('en')), text]);
-  put($('figures'), figure('#/lending/overdue', overdue, 'overdue'), figure('#/lending/active', active, 'on loan'), figure('#/import', files.total, 'files that came in'), users && figure('#/users', users.total, 'users'));
+  const tile = (address, n, text) => link(address, figure(n.toLocaleString('en'), text));
+  put($('figures'), tile('#/lending/overdue', overdue, 'overdue'), tile('#/lending/active', active, 'on loan'), tile('#/import', files.total, 'files that came in'), users && tile('#/users', users.total, 'users'));
 }
 async function openDesk({ query }) {
   const book = query.book && await get(`books/${Number(query.book) || 0}`).catch(() => null);
