@@ -81,7 +81,9 @@ def set_stock(session: Session, book_id: BookId, new: StockUpdate, user: Staff) 
 
 def add_copies(session: Session, book_id: int, stock: StockPublic, quantity: int) -> StockPublic:
     if stock.available + quantity < 0:
-        raise HTTPException(409, f"{stock.on_loan} of {stock.copies} copies are on loan: they can't be removed.")
+        raise HTTPException(
+            409, f"{stock.on_loan} of {stock.copies} are on loan: {stock.available} can be removed."
+        )
     if quantity:
         move_stock(session, book_id, copies=quantity, available=quantity)
     return get_stock(session, book_id)

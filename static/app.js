@@ -917,7 +917,7 @@ function drawUser({ id, username, email, full_name, role = 'reader', is_active, 
   $('user').lastElementChild.replaceChildren(form);
   if (!$('user').open) $('user').showModal();
 }
-$('user').addEventListener('close', () => { if (at.name === 'users' && at.id) history.state?.from?.startsWith('#/users') ? history.back() : leave('#/users'); });
+$('user').addEventListener('close', () => { if (at.name === 'users' && at.id) /^#\/users(\?|$)/.test(history.state?.from) ? history.back() : leave('#/users'); });
 // --- the desk ------------------------------------------------------------------------------------------------------
 const desk = formOf({
   title: 'Lend and take back', verb: 'Lend', how: 'strong', also: el('button', { name: 'back', value: 'true' }, 'Take back'), work: handOver, parts: [
