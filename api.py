@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Annotated, Any, Concatenate
 from urllib.parse import parse_qsl
@@ -55,13 +56,31 @@ UNREADABLE_BODY = {
 }
 
 
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+# The code of a status; that of any other is its name.
+CODES = {413: "too_large", 416: "invalid_range", 422: "invalid"}  # whose names differ by the version of Python
+
+
+class Conflict(HTTPException):
+    """409, with the `code` of its problem document: docs/errors.md lists them."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(409, detail)
+        self.code = code
+
+
 def problem(
-    status: int, detail: str, headers: dict[str, str] | None = None, errors: list[dict[str, Any]] | None = None
+    status: int,
+    detail: str,
+    headers: dict[str, str] | None = None,
+    errors: list[dict[str, Any]] | None = None,
+    code: str | None = None,
 ) -> Response:
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    title, code = HTTPStatus(status).phrase, code or CODES.get(status, HTTPStatus(status).name.lower())
+    body: dict[str, Any] = {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": code}
+    body |= {"request_id": REQUEST_ID.get()} | ({} if errors is None else {"errors": errors})
     # ASCII: what a client sent may contain lone surrogates, which UTF-8 can't encode.
-    content = json.dumps(body if errors is None else body | {"errors": errors})
-    return Response(content, status, headers, media_type=PROBLEM_JSON)
+    return Response(json.dumps(body), status, headers, media_type=PROBLEM_JSON)
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
@@ -72,7 +91,7 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
         detail = next((text for kind, text in UNREADABLE_BODY.items() if isinstance(error.__cause__, kind)), detail)
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(allowed_methods(request))
-    return problem(error.status_code, detail, headers)
+    return problem(error.status_code, detail, headers, code=getattr(error, "code", None))
 
 
 def allowed_methods(request: Request) -> list[str]:
@@ -92,7 +111,7 @@ async def on_invalid_request(request: Request, error: RequestValidationError) ->
     first = errors[0]
     field = ".".join(str(part) for part in first["loc"][1:]) or first["loc"][0]
     detail = f"{field}: {first['msg']}"
-    if first["type"] == "json_invalid":  # FastAPI's own message does not give the reason
+    if first["type"] == "json_invalid" and len(first["loc"]) > 1:  # FastAPI's own message does not give the reason
         detail = f"The body is not JSON: {error.errors()[0]['ctx']['error']}, at character {first['loc'][1]}."
     return problem(422, detail, errors=errors)
 
@@ -124,10 +143,12 @@ async def on_violation(_request: Request, error: IntegrityError) -> Response:
     """A constraint of the database, as an error of its field."""
     kind, field = database.violation(error)
     if kind == "unique":
-        return problem(409, f"This {field} is taken.", errors=[field_error(field, "is taken", "unique")])
+        return problem(
+            409, f"This {field} is taken.", errors=[field_error(field, "is taken", "unique")], code=f"{field}_taken"
+        )
     if kind == "check":
         return problem(422, f"{field} is out of range.", errors=[field_error(field, "is out of range", "check")])
-    return problem(409, "Something that this refers to, or that refers to this, stands in the way.")
+    return problem(409, "Something that this refers to, or that refers to this, stands in the way.", code="referenced")
 
 
 def or_404(value: T | None, detail: str) -> T:
@@ -288,7 +309,7 @@ IdempotencyKey = Annotated[
 
 
 def idempotent(handler: Callable[..., Response]) -> Callable[..., Response]:
-    """Answer a retry as the first request was answered, for `ANSWER_LIFETIME`, in the transaction of the change. 422 for
+    """Answer a retry as the first request was answered, in the transaction of the change, for a day. 422 for
     the same key with another request (draft-ietf-httpapi-idempotency-key-header-07)."""
 
     @functools.wraps(handler)
@@ -484,6 +505,7 @@ class RequestMiddleware:
             return await self.app(scope, receive, send)
         started, status, replaced = time.perf_counter(), 0, False
         request_id = secrets.token_hex(8)
+        REQUEST_ID.set(request_id)
         root = scope.get("root_path", "").rstrip("/")
         path = scope["path"].removeprefix(root).rstrip("/") or "/"
         head = scope["method"] == "HEAD" and not path.startswith(NO_HEAD)

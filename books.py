@@ -17,6 +17,7 @@ import pagination
 import schemas
 from api import (
     PAGE,
+    Conflict,
     FastRoute,
     Router,
     errors,
@@ -352,11 +353,15 @@ def delete_book(session: Session, book_id: BookId, user: CurrentUser, if_match: 
     if not user.is_staff:
         by_others = sa.exists().where(col(ShelfEntry.book_id) == book_id, col(ShelfEntry.user_id) != user.id)
         if session.scalar(sa.select(by_others)):
-            raise HTTPException(409, "Somebody else has this book on a shelf: only librarians and admins delete it.")
+            raise Conflict(
+                "shelved_by_others", "Somebody else has this book on a shelf: only librarians and admins delete it."
+            )
         if book.had_copies:
-            raise HTTPException(409, "This book has or had copies to lend: only librarians and admins delete it.")
+            raise Conflict("has_copies", "This book has or had copies to lend: only librarians and admins delete it.")
     if book.available < book.copies:
-        raise HTTPException(409, f"{book.copies - book.available} of its copies are on loan: have them returned first.")
+        raise Conflict(
+            "on_loan", f"{book.copies - book.available} of its copies are on loan: have them returned first."
+        )
     session.execute(sa.update(Loan).where(col(Loan.book_id) == book_id).values(title=book.title))
     session.delete(book)
     events.record(session, "book.deleted", {"id": book.id, "title": book.title, "author": book.author})

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from fastapi import HTTPException, Path, Query, Request, Response
+from fastapi import Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from sqlalchemy import ColumnElement, Connection
@@ -18,7 +18,7 @@ import database
 import events
 import pagination
 import schemas
-from api import PAGE, FastRoute, Router, errors, or_404, readonly, transactional
+from api import PAGE, Conflict, FastRoute, Router, errors, or_404, readonly, transactional
 from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId, SearchText
 from csv_files import as_csv, price_cell
 from models import Book, Principal, ShelfEntry, ShelfStatus, User, normalize
@@ -122,7 +122,7 @@ def shelve_book(
         session.flush()
     except IntegrityError as error:
         if database.violation(error).kind == "unique":  # of `book_id`, which is no field of the body
-            raise HTTPException(409, "This book is on your shelf already.") from None
+            raise Conflict("already_shelved", "This book is on your shelf already.") from None
         raise
     response.headers["Location"] = f"/my-library/{book_id}"
     return record_entry(session, "shelf.created", entry, book, user)

@@ -16,7 +16,7 @@ from sqlmodel import Session, col
 import database
 import events
 import models
-from api import PAGE, Router, errors, idempotent, or_404, readonly, transactional
+from api import PAGE, Conflict, Router, errors, idempotent, or_404, readonly, transactional
 from books import NO_BOOK, BookId
 from models import MAX_COPIES, MAX_RENEWALS, Book, InvalidField, Loan, LoanStatus, Principal, User
 from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
@@ -81,9 +81,7 @@ def set_stock(session: Session, book_id: BookId, new: StockUpdate, user: Staff) 
 
 def add_copies(session: Session, book_id: int, stock: StockPublic, quantity: int) -> StockPublic:
     if stock.available + quantity < 0:
-        raise HTTPException(
-            409, f"{stock.on_loan} of {stock.copies} are on loan: {stock.available} can be removed."
-        )
+        raise Conflict("on_loan", f"{stock.on_loan} of {stock.copies} are on loan: {stock.available} can be removed.")
     if quantity:
         move_stock(session, book_id, copies=quantity, available=quantity)
     return get_stock(session, book_id)
@@ -126,7 +124,7 @@ def borrow(session: Session, new: LoanCreate, user: CurrentUser) -> Response:
     )
     if not move_stock(session, new.book_id, available=-new.quantity):
         stock = get_stock(session, new.book_id)
-        raise HTTPException(409, f"Too few are available: {stock.available} of {stock.copies} copies.")
+        raise Conflict("no_copies_left", f"Too few are available: {stock.available} of {stock.copies} copies.")
     session.add(loan)
     public = record_loan(session, "loan.created", loan)
     return json_response(public.model_dump_json(), 201, {"Location": f"/loans/{loan.id}"})
@@ -137,7 +135,7 @@ def get_borrower(session: Session, new: LoanCreate, user: Principal) -> int:
     if borrower_id != user.id and not user.is_staff:
         raise HTTPException(403, "Only librarians and admins lend to others.")
     if not or_404(session.get(User, borrower_id), "No such user.").is_active:
-        raise HTTPException(409, "This account is deactivated.")
+        raise Conflict("account_deactivated", "This account is deactivated.")
     return borrower_id
 
 
@@ -196,9 +194,9 @@ def renew_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPubl
     """Renew a loan: `LOAN_DAYS` from its `due_at`. At most twice, and not when overdue: 409."""
     loan = get_open_loan(session, loan_id, user)
     if loan.due_at < models.utcnow():
-        raise HTTPException(409, "This loan is overdue: it can't be renewed.")
+        raise Conflict("loan_overdue", "This loan is overdue: it can't be renewed.")
     if loan.renewals == MAX_RENEWALS:
-        raise HTTPException(409, f"This loan was renewed {MAX_RENEWALS} times, the maximum.")
+        raise Conflict("renewed_too_often", f"This loan was renewed {MAX_RENEWALS} times, the maximum.")
     # From `due_at`, not from now: an early renewal loses no days.
     loan.due_at += timedelta(days=settings.loan_days)
     loan.renewals += 1
@@ -210,7 +208,7 @@ def get_open_loan(session: Session, loan_id: int, user: Principal) -> Loan:
     if not (user.is_staff or loan.user_id == user.id):
         raise HTTPException(404, NO_LOAN)
     if loan.returned_at is not None:
-        raise HTTPException(409, "This loan was returned already.")
+        raise Conflict("already_returned", "This loan was returned already.")
     return loan
 
 
@@ -220,4 +218,4 @@ def refuse_while_borrowing(session: Session, user_id: int) -> None:
     rows = session.execute(open_loans.where(col(Loan.user_id) == user_id, IS_OPEN)).all()
     if rows:
         names = ", ".join(f"loan {loan_id} ({title})" for loan_id, title in rows[:10])
-        raise HTTPException(409, f"Return what is on loan first: {names}{', …' if len(rows) > 10 else ''}.")
+        raise Conflict("has_open_loans", f"Return what is on loan first: {names}{', …' if len(rows) > 10 else ''}.")

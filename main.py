@@ -83,7 +83,7 @@ import pagination
 import security
 import uploads
 import users
-from api import HANDLERS, RequestMiddleware, Router, disk_full, errors, or_404
+from api import HANDLERS, Conflict, RequestMiddleware, Router, disk_full, errors, or_404
 from models import Book, User, claim_job
 from settings import STATIC, VERSION, settings
 
@@ -211,7 +211,7 @@ async def back_up(admin: security.Admin) -> StreamingResponse:
     """Download a consistent copy of the SQLite file, while writes go on. On PostgreSQL 409: use `pg_dump`."""
     backend = database.backend()
     if not isinstance(backend, database.Sqlite):
-        raise HTTPException(409, "This service keeps its data in PostgreSQL: back it up with pg_dump.")
+        raise Conflict("no_sqlite_file", "This service keeps its data in PostgreSQL: back it up with pg_dump.")
     try:
         copy = await anyio.to_thread.run_sync(open_copy, str(backend.engine.url.database))
     except OSError as error:

@@ -208,6 +208,8 @@ class Problem(BaseModel):
     title: str = Field(examples=["Not Found"])
     status: int = Field(examples=[404])
     detail: str = Field(examples=["No such book."])
+    code: str = Field(description="What happened, in a stable word.", examples=["not_found"])
+    request_id: str = Field(description="As in `X-Request-ID` and the access log.", examples=["9f86d081884c7d65"])
     errors: list["FieldError"] | None = Field(default=None, description="Which fields, with 409 and 422.")
 
 

@@ -31,7 +31,7 @@ import events
 import external
 import models
 import security
-from api import PAGE, Router, errors, or_404, readonly, transactional_in_thread, user_checks
+from api import PAGE, Conflict, Router, errors, or_404, readonly, transactional_in_thread, user_checks
 from csv_files import SHELF_FORMATS, ImportRow, UnreadableFile, as_csv, printable, strip_invalid
 from imports import CHUNK, BatchImporter, CsvUpload, DuplicateTracker, ImportJob, JobCancelled, has_job, lock_upload
 from models import InvalidField, OnDuplicate, Principal, Upload, UploadChunk, UploadError, UploadStatus, User
@@ -153,7 +153,7 @@ class UploadRoute(APIRoute):
                 if parser.file is not None and parser.file.job is not None:
                     await anyio.to_thread.run_sync(database.write_sync, delete_upload, parser.file.job)
                 if isinstance(error, JobCancelled):
-                    raise HTTPException(409, f"The upload has ended: {error}.") from None
+                    raise Conflict("upload_ended", f"The upload has ended: {error}.") from None
                 raise
 
         return handle_upload
@@ -268,7 +268,7 @@ def find_upload(connection: Connection | Session, upload_id: int, user: Principa
     return or_404(UPLOADS.first(connection, visible_to(user) | {"id": upload_id}), "No such upload.")
 
 
-@router.delete("/books/upload/{upload_id:id}", deprecated=True, responses=errors(404, 409))
+@router.delete("/books/upload/{upload_id:id}", summary="Cancel an upload", deprecated=True, responses=errors(404, 409))
 @router.post("/books/upload/{upload_id:id}/cancel", name="cancel_unfinished_upload", responses=errors(404, 409))
 @transactional_in_thread
 def cancel_upload(session: Session, upload_id: UploadId, user: CurrentUser) -> UploadPublic:
@@ -276,7 +276,7 @@ def cancel_upload(session: Session, upload_id: UploadId, user: CurrentUser) -> U
     find_upload(session, upload_id, user)
     upload = session.get_one(Upload, upload_id)
     if upload.status not in UNFINISHED:
-        raise HTTPException(409, f"This upload is {upload.status} already.")
+        raise Conflict("upload_ended", f"This upload is {upload.status} already.")
     finish(session, upload, UploadStatus.cancelled)
     return UploadPublic.model_validate(upload)
 

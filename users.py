@@ -19,7 +19,7 @@ import library
 import loans
 import models
 import schemas
-from api import PAGE, Router, errors, or_404, readonly, transactional, transactional_in_thread
+from api import PAGE, Conflict, Router, errors, or_404, readonly, transactional, transactional_in_thread
 from auth import ENDS_SESSION, SESSIONS, end_sessions
 from books import BOOKS, disown_books
 from events import record_account_event
@@ -265,7 +265,7 @@ def require_an_admin(session: Session) -> None:
     if settings.require_verified_email:
         admins = admins.where(col(User.email_verified_at).is_not(None))
     if session.execute(admins.limit(1)).first() is None:
-        raise HTTPException(409, "This is the last active admin: make another one first.")
+        raise Conflict("last_admin", "This is the last active admin: make another one first.")
 
 
 def set_address(session: Session, user: User, address: str, by: int, tasks: BackgroundTasks) -> None:

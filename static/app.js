@@ -1010,7 +1010,8 @@ async function route(moved = false) {
   for (const link of all('header nav a')) link.setAttribute('aria-current', parse(link.hash).name === at.name ? 'page' : 'false');
   if (at.name !== 'book') shown = held = null;
   if (at.name !== 'users') $('user').close();
-  $('notice').textContent = $('news').textContent = '';
+  $('news').textContent = '';
+  if (place !== 'invite') $('notice').textContent = ''; // there it says why one is no longer signed in
   if (moved) $('account').close();
   setTitle();
   if (moved && !(from.name === at.name && from.id === at.id)) { // within a view, what has the focus keeps it

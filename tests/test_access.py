@@ -18,7 +18,7 @@ from main import app
 from models import Role
 from tests.fixtures import NEW, PASSWORD, Person, Server, make
 
-DOCS = ("/docs", "/docs/oauth2-redirect", "/redoc")
+DOCS = ("/docs", "/docs/oauth2-redirect", "/redoc", "/static-offline-docs/redoc.standalone.js")
 # "reader" owns what is requested; "deactivated" and "logged-out" still have an access token.
 USERS = ("anonymous", "reader", "other", "librarian", "admin", "deactivated", "logged-out")
 
@@ -149,6 +149,7 @@ MATRIX: dict[str, Access] = {
     ),
     "GET /books/{book_id}/stock": Access(always(200)),
     "POST /books/{book_id}/stock": Access(STAFF, lambda _: {"json": {"quantity": 1}}),
+    "PUT /books/{book_id}/stock": Access(STAFF, lambda _: {"json": {"copies": 9}}),
     # My library: each user's own, so that what others have is 404.
     "GET /my-library": Access(SIGNED_IN),
     "POST /my-library/{book_id}": Access((401, 409, 201, 201, 201, 401, 401)),
@@ -167,6 +168,7 @@ MATRIX: dict[str, Access] = {
     "GET /books/upload": Access(SIGNED_IN),
     "GET /books/upload/{upload_id}": Access(OWNER_AND_STAFF),
     "GET /books/upload/{upload_id}/errors": Access(OWNER_AND_STAFF),
+    "POST /books/upload/{upload_id}/cancel": Access(succeeding_with(409, OWNER_AND_STAFF)),
     "DELETE /books/upload/{upload_id}": Access(succeeding_with(409, OWNER_AND_STAFF)),
     "GET /books/export": Access(ANYONE),
     "GET /books/external": Access(SIGNED_IN, lambda _: {"params": {"q": "emma"}}),

@@ -425,7 +425,6 @@ def test_ignored_columns_are_listed(reader: Person) -> None:
         pytest.param(
             {"files": {"file": ("a.csv", b"title,author\n")}, "data": {"colour": "red"}}, id="an unknown field"
         ),
-        pytest.param({"json": {}}, id="JSON"),
         pytest.param({}, id="nothing"),
     ],
 )

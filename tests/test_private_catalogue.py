@@ -12,7 +12,8 @@ OPEN = ("/", "/health", "/login", "/docs", "/docs/oauth2-redirect", "/redoc", "/
 ROUTES = [
     (method, route.path)
     for route in app.routes
-    if isinstance(route, APIRoute) and not route.path.startswith("/auth/") and route.path not in OPEN
+    if isinstance(route, APIRoute)
+    if not route.path.startswith(("/auth/", "/static")) and route.path not in OPEN
     for method in sorted(route.methods or ())
 ]
 

@@ -69,7 +69,7 @@ FULL = {
 def as_declared(model: Any, data: Any) -> Any:
     """The data as its response model renders it."""
     adapter: TypeAdapter[BaseModel] = TypeAdapter(model)
-    return adapter.dump_python(adapter.validate_python(data), mode="json")
+    return adapter.dump_python(adapter.validate_python(data), mode="json", exclude_unset=True)
 
 
 def exact(value: Any) -> Any:

@@ -394,7 +394,7 @@ def test_personal_data_is_deleted_with_the_account_and_books_stay(
     ]
     seen = admin.get("/events", params={"after": start, "types": "account.deleted"}).json()["items"]
     assert [event["data"] for event in seen] == [{"user_id": 2, "username": "Rita", "by": 2}]
-    reviews = client.get("/events", params={"types": "review.*", "limit": 100}).json()["items"]
+    reviews = client.get("/events", params={"types": "review.created", "limit": 100}).json()["items"]
     assert {event["data"].get("username") for event in reviews} == {"Oskar"}, "another Rita may register"
 
 
@@ -507,7 +507,7 @@ def test_a_large_account_is_gone_at_once_and_its_rows_in_batches(
     assert reviews == [(2, 1, 2), (2, 3, 4), (1, 5, 5)]
     assert [count for count, _, _ in disowned] == [2, 2, 1]
     assert (min(first for _, first, _ in disowned), max(last for _, _, last in disowned)) == (1, 5)
-    logged = client.get("/events", params={"types": "review.*", "limit": 100}).json()["items"]
+    logged = client.get("/events", params={"types": "review.created,review.updated", "limit": 100}).json()["items"]
     assert {(event["data"]["username"], event["data"]["book_id"]) for event in logged} == {
         *(("Oskar", book) for book in range(1, 6)),
         ("rita", 1),
