@@ -174,6 +174,7 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     load,
     async open({ page: number = 1, ...values } = {}) { // as its address says; what is drawn already is only looked after
       form?.reset();
+      for (const select of form?.querySelectorAll('select') ?? []) select.selectedIndex = 0; // not what was chosen as its options were drawn
       for (const [name, value] of Object.entries(values)) {
         const field = form?.elements.namedItem(name);
         if (field?.tagName === 'SELECT' && ![...field.options].some(option => option.value === value)) field.append(el('option', { value }, value));
@@ -443,35 +444,40 @@ onSubmit(mine, ({ status, rating, review, ...more }) => entry
 $('unshelve').onclick = once(() => attempt(mine, () => changeMine('It is off your shelf.', 'DELETE')));
 // --- my shelf ------------------------------------------------------------------------------------------------------
 const dated = moment => new Date(moment).toLocaleDateString('en', { dateStyle: 'medium', timeZone: 'UTC' }); // days are counted and typed in UTC
+const shelfAddress = ({ status, ...fields }) => to(status ? `shelf/${status}` : 'shelf', fields);
 const shelf = pages({
-  root: $('view-shelf'), path: () => 'my-library', address: ({ status, ...fields }) => to(status ? `shelf/${status}` : 'shelf', fields), key: item => item.book_id,
-  row: (item, node) => [thumbnail(item.book), el('div', { class: 'grow' },
-    el('h3', {}, linkTo(item.book_id, item.book.title)), el('p', { class: 'by' }, el('bdi', {}, item.book.author)), facts(item.rating && stars(item.rating), ...milestones(item)),
-    item.tags.length > 0 && el('p', { class: 'row tags' }, item.tags.map(tag => link(to('shelf', { tag }), el('bdi', {}, tag), { class: 'chip' }))),
-    item.review && el('p', { class: 'text soft', dir: 'auto' }, item.review.length > 200 ? `${item.review.slice(0, 200)}…` : item.review),
-    item.status === 'reading' && reached(item), alertSlot()),
-  el('div', { class: 'aside' }, el('select', { 'aria-label': `Status of ${item.book.title}`, onchange: event => move(node, item, event.target.value) }, options(STATUSES, item.status)),
-    link(`#/book/${item.book_id}`, 'Rate and review', { class: 'button' }))],
+  root: $('view-shelf'), path: () => 'my-library', address: shelfAddress, key: item => item.book_id, row: drawEntry,
   skeleton: () => [el('div', { class: 'cover small' }), el('div', { class: 'grow' }, el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '))],
-  empty: (_, { status, ...filters }) => Object.keys(filters).length ? [el('h3', {}, 'Nothing on your shelf is like that.'), link(to(status ? `shelf/${status}` : 'shelf'), 'Show all of it', { class: 'button' })]
-    : [el('h3', {}, 'Nothing here yet.'), el('p', {}, 'Find a book in the catalogue and put it on your shelf, or bring in a shelf from Goodreads, StoryGraph, LibraryThing or BookWyrm.'),
+  empty: (_, { status, ...filters }) => Object.keys(filters).length
+    ? [el('h3', {}, 'Nothing on your shelf is like that.'), el('p', { class: 'row' }, link(shelfAddress({ status }), 'Show all of it', { class: 'button' }))]
+    : [el('h3', {}, 'Nothing here yet.'), el('p', {}, 'Find a book in the catalogue and put it on your shelf, or bring in your shelf from Goodreads, StoryGraph or LibraryThing.'),
       el('p', { class: 'row' }, link('#/', 'To the catalogue', { class: 'button' }), link('#/import', 'Import', { class: 'button' }))],
 });
+const heading = ({ book_id, book: { title, author } }) => [el('h3', {}, linkTo(book_id, title)), el('p', { class: 'by' }, el('bdi', {}, author))];
+function drawEntry(item, node) {
+  const { book_id, book, status, rating, tags, review } = item;
+  const choice = el('select', { 'aria-label': `Status of ${book.title}`, onchange: () => move(node, item, choice.value) }, options(STATUSES, status));
+  return [thumbnail(book), el('div', { class: 'grow' }, heading(item), facts(rating && stars(rating), ...milestones(item)),
+    tags.length > 0 && el('p', { class: 'row tags' }, tags.map(tag => link(to('shelf', { tag }), el('bdi', {}, tag), { class: 'chip' }))),
+    review && el('p', { class: 'text soft', dir: 'auto' }, review.length > 200 ? `${review.slice(0, 200)}…` : review),
+    status === 'reading' && reached(item), alertSlot()),
+  el('div', { class: 'aside' }, choice, link(`#/book/${book_id}`, 'Rate and review', { class: 'button' }))];
+}
 function thumbnail(book) { // for the hand; the title beside it is for the keyboard
   const drawn = link(`#/book/${book.id}`, cover(book), { tabindex: -1, 'aria-hidden': true });
   drawn.firstChild.classList.add('small');
   return drawn;
 }
 function milestones({ status, rating, started_at, finished_at, added_at }) {
-  const ended = { completed: 'finished', abandoned: 'put aside' }[status];
-  return [status === 'wishlist' && rating && 'rated before reading it', started_at && `started ${dated(started_at)}`,
-    ended && (finished_at ? `${ended} ${dated(finished_at)}` : status === 'completed' && 'finished, day not known'), !ended && !started_at && `added ${dated(added_at)}`];
+  const ended = { completed: 'finished', abandoned: 'put aside' }[status], isUndated = status === 'completed' && !finished_at;
+  return [status === 'wishlist' && rating && 'rated before reading it', started_at && `started ${dated(started_at)}`, isUndated && 'finished, day not known',
+    ended && finished_at && `${ended} ${dated(finished_at)}`, !ended && !started_at && `added ${dated(added_at)}`];
 }
 function reached({ book_id, page, book: { title, pages: last } }) { // saved when it is typed
+  const field = el('input', { name: 'page', type: 'number', min: 0, max: 100000, value: page, 'aria-label': `Page reached in ${title}`, onchange: () => form.requestSubmit() });
   const form = el('form', { class: 'reached' },
     last && el('progress', { max: last, value: Math.min(page ?? 0, last), 'aria-label': `How much of ${title} is read` }),
-    el('label', {}, 'Page ', el('input', { name: 'page', type: 'number', min: 0, max: 100000, value: page, 'aria-label': `Page reached in ${title}`, onchange: () => form.requestSubmit() }),
-      last && ` of ${last.toLocaleString('en')}`),
+    el('label', {}, 'Page ', field, last && ` of ${last.toLocaleString('en')}`),
     button('Finished', once(() => move(form, { book_id, book: { title } }, 'completed')), { class: 'link', 'aria-label': `I finished ${title}` }), alertSlot());
   onSubmit(form, async fields => {
     await api('PATCH', `my-library/${book_id}`, { page: fields.page ? Number(fields.page) : null });
@@ -487,16 +493,20 @@ async function move(where, { book_id, book, status: was }, status) {
   await VIEWS[at.name].refresh();
   keepFocus(sectionOf(at.name).querySelector('.rows, .covers'));
 }
-async function loadTabs() { // of the whole shelf, with what else the address asks for
-  const stats = await get('my-library/stats').catch(() => null), { tag } = $('view-shelf').querySelector('form').elements, { page, ...query } = at.query;
+function tabAddress(status) { // with what else the address asks for now
+  const { page, ...query } = parse(location.hash).query;
+  return shelfAddress({ status, ...query });
+}
+async function loadTabs() { // the counts are of the whole shelf
+  const stats = await get('my-library/stats').catch(() => null), list = $('shelf-tabs'), { tag } = $('view-shelf').querySelector('form').elements;
   if (!stats || at.name !== 'shelf') return;
   const tabs = [['', 'All', stats.total], ...Object.entries(STATUSES).map(([status, name]) => [status, name, stats.by_status[status]])];
-  const had = [...$('shelf-tabs').children].indexOf(document.activeElement), was = tag.value;
-  put($('shelf-tabs'), tabs.map(([status, name, count]) => link(to(status ? `shelf/${status}` : 'shelf', query), [name, ' ', el('span', { class: 'soft' }, count.toLocaleString('en'))],
-    { 'aria-current': status === at.id ? 'page' : 'false' })));
-  $('shelf-tabs').children[had]?.focus();
-  const tags = [...new Set([...stats.top_tags.map(({ tag }) => tag), was])].filter(Boolean).sort((a, b) => a.localeCompare(b));
-  put(tag, el('option', { value: '' }, 'All tags'), tags.map(name => el('option', { value: name, selected: name === was }, name)));
+  const had = [...list.children].indexOf(document.activeElement), was = tag.value, tags = new Set([...stats.top_tags.map(({ tag }) => tag), was]);
+  put(list, tabs.map(([status, name, count]) => link(tabAddress(status), [name, ' ', el('span', { class: 'soft' }, count.toLocaleString('en'))],
+    { 'aria-current': status === at.id ? 'page' : 'false', onclick: event => { event.currentTarget.href = tabAddress(status); } })));
+  list.children[had]?.focus();
+  list.scrollLeft = (list.querySelector('[aria-current=page]')?.offsetLeft ?? 0) - list.offsetLeft - 40;
+  put(tag, el('option', { value: '' }, 'All tags'), options(Object.fromEntries([...tags].filter(Boolean).sort().map(name => [name, name])), was));
 }
 $('shelf-export').onclick = once(() => attempt($('view-shelf'), () => saveFile('my-library/export', 'my-library.csv')));
 async function saveFile(path, name) { // which needs the token
@@ -506,15 +516,13 @@ async function saveFile(path, name) { // which needs the token
 }
 const reading = pages({ // above the catalogue
   root: $('now'), path: () => 'my-library', params: () => ({ status: 'reading' }), limit: 12, key: item => item.book_id,
-  row: item => [thumbnail(item.book), el('div', { class: 'grow' }, el('h3', {}, linkTo(item.book_id, item.book.title)), el('p', { class: 'by' }, el('bdi', {}, item.book.author)), reached(item))],
+  row: item => [thumbnail(item.book), el('div', { class: 'grow' }, heading(item), reached(item))],
   empty: () => ['Nothing at the moment. ', link('#/shelf/wishlist', 'Begin a book of your wishlist'), ', or find one below.'],
 });
-function openNow(query) {
-  $('now').hidden = Object.keys(query).length > 0; // a search is about other books
-  if (me && !$('now').hidden) return reading.load(true, 0);
-}
+const openNow = () => me && !$('now').hidden && reading.load(true, 0);
 // What my entry says of days, pages and tags: only what was changed is sent, so that a time of day stays as it is.
-const typed = { page: n => n && Number(n), started_at: date => date && `${date}T12:00:00Z`, finished_at: date => date && `${date}T12:00:00Z`, tags: text => text.split(',').map(tag => tag.trim()).filter(Boolean) };
+const noon = date => date && `${date}T12:00:00Z`;
+const typed = { page: n => n && Number(n), started_at: noon, finished_at: noon, tags: text => text.split(',').map(tag => tag.trim()).filter(Boolean) };
 function drawDays() {
   const { page, started_at, finished_at, tags, undated } = mine.elements;
   [started_at.value, finished_at.value] = [entry?.started_at?.slice(0, 10) ?? '', entry?.finished_at?.slice(0, 10) ?? ''];
@@ -528,39 +536,42 @@ function chooseDays() { // those that the status has
   finished_at.parentNode.hidden = !['completed', 'abandoned'].includes(status);
   undated.parentNode.hidden = status !== 'completed';
   finished_at.disabled = status === 'completed' && undated.checked;
-  $('stars-note').textContent = status === 'wishlist' ? 'You may rate it before you have read it: the stars count in the book’s average, and stay when you move it to another shelf.' : '';
+  $('stars-note').hidden = status !== 'wishlist';
 }
 mine.elements.status.addEventListener('change', chooseDays);
 mine.elements.undated.addEventListener('change', chooseDays);
 function changedDays({ undated }) {
   const changed = Object.entries(typed).filter(([name]) => mine.elements[name].value !== mine.elements[name].was);
-  return { ...Object.fromEntries(changed.map(([name, read]) => [name, read(mine.elements[name].value) || null])), ...(undated && mine.elements.status.value === 'completed' && { finished_at: null }) };
+  const values = Object.fromEntries(changed.map(([name, read]) => [name, read(mine.elements[name].value) || null]));
+  return undated && mine.elements.status.value === 'completed' ? { ...values, finished_at: null } : values;
 }
 // --- statistics ----------------------------------------------------------------------------------------------------
 function bars(title, unit, rows) { // [name, number, address]
   const most = Math.max(...rows.map(([, n]) => n), 1);
   const drawn = rows.map(([name, n, address]) => {
-    const line = el('li', {}, el('bdi', {}, address ? link(address, name) : name), ' ', el('span', {}, n.toLocaleString('en'), el('span', { class: 'unseen' }, ` ${unit}`)));
+    const number = el('span', {}, n.toLocaleString('en'), el('span', { class: 'unseen' }, ` ${unit}`));
+    const line = el('li', {}, el('bdi', {}, address ? link(address, name) : name), ' ', number);
     line.style.setProperty('--part', `${n / most * 100}%`);
     return line;
   });
   return rows.some(([, n]) => n) && el('div', { class: 'panel' }, el('h3', {}, title), el('ul', { class: 'bars', 'aria-label': title }, drawn));
 }
-const figure = (number, text) => el('p', { class: 'panel' }, el('span', { class: 'big' }, number), ' ', el('span', { class: 'soft' }, text));
+const figure = (n, text) => el('p', { class: 'panel' }, el('span', { class: 'big' }, n.toLocaleString('en')), ' ', el('span', { class: 'soft' }, text));
 const loadStats = () => attempt($('view-stats'), async () => {
   const whose = me, { total, by_status, by_year, undated, average_rating, rating_count, top_genres, top_tags, top_authors } = await get('my-library/stats');
   if (me !== whose) return;
-  if (!total) { put($('charts'), el('p', {}, 'Your shelf is empty. ', link('#/', 'Find a book'), ' or ', link('#/import', 'bring in your shelf'), '.')); return; }
+  const isEmpty = !total && el('p', {}, 'Your shelf is empty. ', link('#/', 'Find a book'), ' or ', link('#/import', 'bring in your shelf'), '.');
   const thisYear = by_year.find(({ year }) => year === new Date().getUTCFullYear()) ?? { books: 0, pages: 0 };
-  put($('charts'), el('div', { class: 'cards figures' },
-    figure(by_status.completed.toLocaleString('en'), 'books finished'), figure(thisYear.books.toLocaleString('en'), 'of them this year'), figure(thisYear.pages.toLocaleString('en'), 'pages this year'),
-    figure(average_rating == null ? '–' : `★ ${average_rating.toFixed(2)}`, `on average, of ${plural(rating_count, 'rating')}`)), el('div', { class: 'columns' },
-  bars('On my shelf', 'books', Object.entries(STATUSES).map(([status, name]) => [name, by_status[status], `#/shelf/${status}`])),
-  bars('Top genres', 'books', top_genres.map(({ genre, count }) => [genre, count, to('', { genre })])),
-  bars('Books finished by year', 'books', [...by_year.map(({ year, books }) => [String(year), books]), ...undated ? [['day not known', undated]] : []]),
-  bars('Pages finished by year', 'pages', by_year.map(({ year, pages }) => [String(year), pages])),
-  bars('Top authors', 'books', top_authors.map(({ author, count }) => [author, count, to('shelf/completed', { search: author })])),
-  bars('Top tags', 'books', top_tags.map(({ tag, count }) => [tag, count, to('shelf/completed', { tag })]))));
+  put($('charts'), isEmpty || [el('div', { class: 'cards figures' },
+    figure(by_status.completed, 'books finished'), figure(thisYear.books, 'of them this year'), figure(thisYear.pages, 'pages this year'),
+    figure(average_rating == null ? '–' : `★ ${average_rating.toFixed(2)}`, `on average, of ${plural(rating_count, 'rating')}`)),
+  el('div', { class: 'columns' },
+    bars('On my shelf', 'books', Object.entries(STATUSES).map(([status, name]) => [name, by_status[status], `#/shelf/${status}`])),
+    bars('Top genres', 'books', top_genres.map(({ genre, count }) => [genre, count, to('', { genre })])),
+    bars('Books finished by year', 'books', [...by_year.map(({ year, books }) => [String(year), books]), ...undated ? [['day not known', undated]] : []]),
+    bars('Pages finished by year', 'pages', by_year.map(({ year, pages }) => [String(year), pages])),
+    bars('Top authors', 'books', top_authors.map(({ author, count }) => [author, count, to('shelf/completed', { search: author })])),
+    bars('Top tags', 'books', top_tags.map(({ tag, count }) => [tag, count, to('shelf/completed', { tag })])))]);
 });
 // --- lending -------------------------------------------------------------------------------------------------------
 const LOANS = { overdue: 'Overdue', active: 'On loan', returned: 'Returned', all: 'All' };
@@ -597,8 +608,8 @@ let job = null;
 const running = ({ status }) => ['queued', 'processing'].includes(status);
 const WORDS = { queued: 'Waiting…', processing: 'Working…', completed: 'Done.', failed: 'Failed.', cancelled: 'Cancelled.' };
 const EXPORTS = { // by columns that only they have
-  'a shelf that was exported here': ['exclusiveshelf', 'addedat'], 'an export of Goodreads': ['exclusiveshelf', 'myrating'], 'an export of the StoryGraph': ['readstatus', 'starrating'],
-  'an export of LibraryThing': ['primaryauthor', 'collections'], 'an export of BookWyrm': ['authortext', 'shelf'],
+  'a shelf that was exported here': ['exclusiveshelf', 'addedat'], 'an export of Goodreads': ['exclusiveshelf', 'myrating'],
+  'an export of the StoryGraph': ['readstatus', 'starrating'], 'an export of LibraryThing': ['primaryauthor', 'collections'], 'an export of BookWyrm': ['authortext', 'shelf'],
 };
 async function recognise() { // the file's first line, before anything is sent
   const { file: { files: [file] }, shelve, enrich } = uploadForm.elements;
@@ -645,12 +656,13 @@ async function startUpload(body, path = 'books/upload') {
 async function openImport({ id, query }) {
   $('import-start').hidden = Boolean(id);
   $('h-uploads').textContent = isStaff() ? 'Uploads of everybody' : 'My uploads';
-  if (!id) { [job, $('job').hidden] = [null, true]; await uploads.open(query); return; }
+  if (!id) { clear($('view-import')); [job, $('job').hidden] = [null, true]; await uploads.open(query); return; }
   if (job?.id === Number(id)) return;
-  [job, $('job').hidden, $('job-name').textContent] = [null, false, `Upload ${id}`];
-  for (const part of all('#job-state, #job-told, #job-counts, #job-hint')) put(part);
-  for (const part of all('#job progress, #job-to, #job-cancel, #job-refused, #job-warnings')) part.hidden = true;
-  await attempt($('job'), async () => { watch(await get(`books/upload/${Number(id) || 0}`)); });
+  [job, $('job').hidden] = [null, true];
+  await attempt($('view-import'), async () => {
+    const upload = await get(`books/upload/${Number(id) || 0}`);
+    if (at.name === 'import' && at.id === id) watch(upload);
+  });
 }
 async function watch(upload) {
   for (drawJob(upload); job?.id === upload.id && running(job);) {
@@ -667,44 +679,53 @@ function drawJob(now) {
   view.querySelector('.problem').textContent = job.error ?? '';
   if ($('job-state').textContent !== WORDS[job.status]) $('job-state').textContent = WORDS[job.status]; // else it is read aloud again
   $('job-told').textContent = running(job) ? `${rows.toLocaleString('en')} rows so far` : became(job);
-  $('job-counts').textContent = [dry_run ? 'only tried' : [], plural(rows, 'row'), `${inserted} new`, `${updated} updated`, `${skipped} skipped`,
-    `${failed} refused`, plural(warnings, 'warning')].flat().join(' · ');
   $('job-hint').textContent = hint ?? '';
   $('job-to').href = shelve ? '#/shelf' : '#/?sort=-created';
   $('job-to').textContent = shelve ? 'To my shelf' : 'To the catalogue';
-  [view.hidden, $('job-to').hidden, $('job-refused').hidden, $('job-warnings').hidden] = [false, running(job) || dry_run || !(inserted + updated), running(job) || !failed, running(job) || !warnings];
-  if (!$('job-refused').hidden) refused.load(false, 0);
-  if ($('job-warnings').hidden) return;
+  $('job-to').hidden = running(job) || dry_run || !(inserted + updated);
+  [view.hidden, $('job-error').hidden, $('job-warning').hidden] = [false, running(job) || !failed, running(job) || !warnings];
+  $('job-download').hidden = $('job-error').hidden;
+  if (!$('job-error').hidden) refused.load(false, 0);
+  if ($('job-warning').hidden) return;
   warned.load(false, 0);
   lacking(job).then(told => { if (job?.id === id) $('job-told').textContent = became(job, told); }, () => {});
 }
 function became({ shelve, dry_run, rows, inserted, updated, skipped, failed }, lacks = []) {
-  const count = (n, one, many) => n > 0 && `${n.toLocaleString('en')} ${n === 1 ? one : many}`, place = shelve ? 'on your shelf' : 'in the catalogue';
-  const told = [count(inserted, ...['book', 'books'].map((word, i) => `${word} ${dry_run ? `would be ${place}` : `${i ? 'are' : 'is'} ${place}`}`)),
-    count(updated, ...(dry_run ? ['would be updated', 'would be updated'] : ['was updated', 'were updated'])), count(skipped, 'was there already', 'were there already'),
-    count(failed, 'row was refused', 'rows were refused'), ...lacks].filter(Boolean);
+  const count = (n, one, many = one) => n > 0 && `${n.toLocaleString('en')} ${n === 1 ? one : many}`, place = shelve ? 'on your shelf' : 'in the catalogue';
+  const told = [dry_run ? count(inserted, `book would be ${place}`, `books would be ${place}`) : count(inserted, `book is ${place}`, `books are ${place}`),
+    dry_run ? count(updated, 'would be updated') : count(updated, 'was updated', 'were updated'),
+    count(skipped, 'was there already', 'were there already'), count(failed, 'row was refused', 'rows were refused'), ...lacks].filter(Boolean);
   return told.length ? `${told.join(', ')}.` : rows ? '' : 'No row was read.';
 }
-const LACKS = [[/page/i, 'a page count'], [/isbn/i, 'an ISBN'], [/year/i, 'a year'], [/rating/i, 'a rating'], [/date|read|started|finished/i, 'a date'], [/price/i, 'a price'], [/cover|image|url/i, 'a cover']];
+const LACKS = { page: 'a page count', isbn: 'an ISBN', year: 'a year', rating: 'a rating', date: 'a date', read: 'a date', started: 'a date', finished: 'a date', price: 'a price', url: 'a cover' };
 async function lacking({ id, warnings, dry_run }) { // what went in without what
   const { items, total } = await get(`books/upload/${id}/errors?severity=warning&limit=100`), found = new Map(), verb = dry_run ? 'would go in' : 'went in';
   if (total > items.length) return [`${warnings.toLocaleString('en')} ${verb} with something left out or cut (below)`];
   for (const { row, field, message } of items) {
-    const without = LACKS.find(([column]) => column.test(field ?? ''))?.[1], what = / left out$/.test(message) && without ? `without ${without}` : 'with something changed (below)';
+    const [, without] = Object.entries(LACKS).find(([part]) => field?.toLowerCase().includes(part)) ?? [];
+    const what = without && message.endsWith('left out') ? `without ${without}` : 'with something changed (below)';
     found.set(what, (found.get(what) ?? new Set()).add(row));
   }
   return [...found].map(([what, of], i) => `${of.size} ${i ? '' : `${verb} `}${what}`);
 }
-const [refused, warned] = ['job-refused', 'job-warnings'].map(id => pages({
-  root: $(id), path: () => `books/upload/${job.id}/errors`, tag: 'tr', limit: 20, key: JSON.stringify,
-  row: ({ row, field, value, message }) => [row, field, value, message].map(cell => el('td', {}, cell)),
-}));
+function issues(severity, title, says) {
+  const names = el('tr', {}, ['Row', 'Column', 'Value', says].map(name => el('th', { scope: 'col' }, name)));
+  put($(`job-${severity}`), el('div', { class: 'scroll', role: 'region', tabindex: 0, 'aria-label': title },
+    el('table', {}, el('caption', {}, title), el('thead', {}, names), el('tbody', { tabindex: -1, 'aria-label': title }))));
+  return pages({
+    root: $(`job-${severity}`), path: () => `books/upload/${job.id}/errors`, params: () => ({ severity }), tag: 'tr', limit: 20, key: JSON.stringify,
+    row: ({ row, field, value, message }) => [row, field, value, message].map(cell => el('td', {}, cell)),
+  });
+}
+const refused = issues('error', 'Refused rows', 'Why'), warned = issues('warning', 'Warnings: these rows went in', 'What');
 $('job-download').onclick = once(() => attempt($('job'), () => saveFile(`books/upload/${job.id}/errors?format=csv`, `upload-${job.id}-refused.csv`)));
 $('job-cancel').onclick = once(() => attempt($('job'), async () => { drawJob(await api('POST', `books/upload/${job.id}/cancel`)); keepFocus($('h-import')); }));
 const uploads = pages({
   root: $('uploads'), path: () => 'books/upload', address: fields => to('import', fields), limit: 10, key: upload => upload.id,
-  row: upload => [el('p', { class: 'grow' }, link(`#/import/${upload.id}`, el('bdi', {}, upload.filename)), ' ', el('span', { class: upload.status === 'failed' ? 'chip bad' : 'chip' }, WORDS[upload.status])),
-    facts(day(upload.created_at), plural(upload.rows, 'row'), upload.failed > 0 && `${upload.failed.toLocaleString('en')} refused`, upload.warnings > 0 && plural(upload.warnings, 'warning'))],
+  row: ({ id, filename, status, created_at, rows, failed, warnings }) => [
+    el('p', { class: 'grow' }, link(`#/import/${id}`, el('bdi', {}, filename)), ' ', el('span', { class: status === 'failed' ? 'chip bad' : 'chip' }, WORDS[status])),
+    facts(day(created_at), plural(rows, 'row'), failed > 0 && `${failed.toLocaleString('en')} refused`, warnings > 0 && plural(warnings, 'warning')),
+  ],
   empty: () => 'No file yet.',
 });
 // --- who is signed in ----------------------------------------------------------------------------------------------
@@ -971,10 +992,12 @@ async function takeBack(book_id, user_id) {
 // A view is `#/name/id?query`: its title, `who` may see it, what opens it there, and what draws it anew after a change.
 // Its section is `view-name`; one that the page does not hold yet is made, with its title as heading.
 const VIEWS = {
-  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query).then(drawSpines), openNow(query)]), refresh: () => Promise.all([catalogue.load(true), loadGenres(), openNow(at.query)]) },
+  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query).then(drawSpines), openNow()]),
+    refresh: () => Promise.all([catalogue.load(true), loadGenres(), openNow()]) },
   book: { title: 'Book', open: ({ id }) => openBook(Number(id) || 0), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
   add: { title: 'Add a book', who: 'member', open: openAdd },
-  shelf: { title: 'My shelf', who: 'member', open: ({ id, query }) => Promise.all([shelf.open({ status: id, ...query }), loadTabs()]), refresh: () => Promise.all([shelf.load(true), loadTabs()]) },
+  shelf: { title: 'My shelf', who: 'member', open: ({ id, query }) => Promise.all([shelf.open({ status: id, ...query }), loadTabs()]),
+    refresh: () => Promise.all([shelf.load(true), loadTabs()]) },
   stats: { title: 'Statistics', who: 'member', open: loadStats, refresh: loadStats },
   lending: { title: 'Lending', who: 'member', open: openLending, refresh: refreshLoans },
   import: { title: 'Import', who: 'member', open: openImport, refresh: () => at.id || uploads.load(true) },
@@ -1002,6 +1025,7 @@ async function route(moved = false) {
   const from = at, turn = ++routes;
   scrolled.set(entryKey, scrollY);
   at = parse(location.hash);
+  $('now').hidden = Object.keys(at.query).length > 0; // a search is about other books
   if (!history.state?.key) history.replaceState({ key: Date.now() + Math.random(), from: last }, '');
   [entryKey, last] = [history.state.key, location.hash];
   if (history.state.y != null) { scrolled.set(entryKey, history.state.y); history.replaceState({ ...history.state, y: null }, ''); }
@@ -1101,7 +1125,7 @@ async function follow() {
     const woken = new Promise(done => { wake = done; });
     connection = new AbortController();
     try {
-      const answer = await watched(send(`stream?types=${TYPES}`, { signal: connection.signal, headers: lastId ? { 'Last-Event-ID': lastId } : {} }));
+      const answer = await watched(send(`stream?types=${TYPES},upload.*`, { signal: connection.signal, headers: lastId ? { 'Last-Event-ID': lastId } : {} }));
       for await (const { event, id, data, retry } of frames(answer)) {
         if (event === 'ready') { [tries, pause] = [0, Number(retry)]; online(true); }
         if (event === 'reset' || event && !lastId) { lastId = String(JSON.parse(data).head); refreshAll(); }

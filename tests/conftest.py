@@ -16,6 +16,7 @@ NEEDS = {
     "data/schema_hooks.py": "schemathesis",
     "test_page.py": "axe_playwright_python",
     "test_page_desk.py": "axe_playwright_python",
+    "test_page_shelf.py": "axe_playwright_python",
     "test_docs_page.py": "playwright",
     "test_other_sites.py": "playwright",
 }
