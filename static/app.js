@@ -593,15 +593,17 @@ const loans = pages({
   empty: (_, { status }) => [el('h3', {}, status === 'overdue' ? 'Nothing is overdue.' : 'No loans here.'), el('p', {}, 'Books with a copy to lend have a “Borrow it” button.'), link('#/', 'To the catalogue')],
 });
 const countLoans = (query = {}) => Promise.all(['overdue', 'active'].map(async status => (await get(`loans?${new URLSearchParams({ ...query, status, limit: 1 })}`)).total));
-async function drawTabs(chosen, query) { // the overdue first, if there are any
-  const [overdue, active] = await countLoans(query), counts = { overdue, active }, now = Object.hasOwn(LOANS, chosen) ? chosen : overdue ? 'overdue' : 'active';
-  put($('view-lending').querySelector('nav'), Object.entries(LOANS).map(([status, name]) => link(to(`lending/${status}`, query), [name, counts[status] > 0 && el('b', { class: status === 'overdue' && 'bad' }, ` ${counts[status].toLocaleString('en')}`)],
-    { 'aria-current': status === now ? 'page' : 'false' })));
+async function drawTabs(chosen, user_id) { // the overdue first, if there are any
+  const card = user_id && { user_id }, [overdue, active] = await countLoans(card), counts = { overdue, active };
+  const now = Object.hasOwn(LOANS, chosen) ? chosen : overdue ? 'overdue' : 'active';
+  put($('loan-tabs'), Object.entries(LOANS).map(([status, name]) => link(to(`lending/${status}`, card || {}),
+    [name, counts[status] > 0 && el('b', { class: status === 'overdue' && 'bad' }, ` ${counts[status].toLocaleString('en')}`)], { 'aria-current': status === now ? 'page' : 'false' })));
   return now;
 }
-const ofCard = ({ user_id }) => user_id ? { user_id } : {};
-const openLending = ({ id, query }) => attempt($('view-lending'), async () => loans.open({ ...query, status: await drawTabs(id || query.status, ofCard(query)) }));
-const refreshLoans = () => Promise.all([loans.load(true), drawTabs(at.id || $('view-lending').querySelector('[name=status]').value, ofCard(at.query))]);
+const card = $('view-lending').querySelector('form').elements; // whose loans, and which
+const openLending = ({ id, query }) => attempt($('view-lending'), async () => loans.open({ ...query, status: await drawTabs(id || query.status, query.user_id) }));
+const refreshLoans = () => Promise.all([loans.load(true), drawTabs(card.status.value, card.user_id.value)]);
+card.user_id.addEventListener('input', () => drawTabs(card.status.value, card.user_id.value).catch(() => {}));
 // --- files ---------------------------------------------------------------------------------------------------------
 const uploadForm = $('upload');
 let job = null;
@@ -803,7 +805,9 @@ async function signedIn() {
 async function signedOut(why = '') {
   token = me = job = entry = held = null;
   for (const list of [shelf, reading, uploads, loans, refused, warned, sessions, users]) list.forget(); // the next at this machine may be somebody else
-  for (const node of all('#charts, #shelf-tabs, .ticker, #latest')) put(node);
+  for (const node of all('#charts, #shelf-tabs, #loan-tabs, #my-address, #figures, #user > :last-child, .ticker, #latest')) put(node);
+  for (const field of [myForms.name.elements.full_name, desk.elements.reader]) field.defaultValue = '';
+  for (const form of [...Object.values(myForms), desk]) form.reset();
   $('job').hidden = true;
   changedUser();
   $('notice').textContent = why;
@@ -824,7 +828,7 @@ function changedUser() {
   reconnect();
 }
 // --- my account ----------------------------------------------------------------------------------------------------
-const myCard = el('p', { class: 'facts' }), myAddress = el('div');
+const myCard = el('p', { class: 'facts' }), myAddress = el('div', { id: 'my-address' });
 const myForms = Object.fromEntries(Object.entries({
   name: { title: 'Who I am', verb: 'Save the name', parts: [myCard, field('full_name', 'Full name, shown to staff and to you', { required: false, autocomplete: 'name', maxlength: 100 })],
     work: ({ full_name }) => changeMe({ full_name: full_name.trim() || null }, 'Saved.') },
@@ -832,15 +836,19 @@ const myForms = Object.fromEntries(Object.entries({
     work: fields => changeMe(fields, `A mail is on its way to ${fields.email}.`) },
   password: { title: 'Password', verb: 'Change the password', parts: [secret('current_password', 'Present password'), newSecret('new_password', 'New password')],
     async work(fields) { await api('POST', 'auth/change-password', fields); sessions.load(true); return 'Your new password is set. All other sessions have ended.'; } },
-  sessions: { title: 'Where I am signed in', verb: 'Sign out everywhere else', parts: el('ul', { class: 'rows', tabindex: -1, 'aria-label': 'My sessions' }), work: endOthers },
+  sessions: { title: 'Where I am signed in', verb: 'Sign out everywhere else', parts: el('ul', { class: 'rows', tabindex: -1, 'aria-label': 'My sessions' }), 
+    async work() {
+      for (const { id, current } of (await get('auth/sessions?limit=100')).items) if (!current) await api('DELETE', `auth/sessions/${id}`);
+      await sessions.load(true);
+    } },
   data: { title: 'All about me', verb: 'Download it', parts: el('p', {}, 'Account, shelf, reviews, loans, uploads and sessions: all that is stored about you, in one file.'),
     work: () => saveFile('users/me/export', `books-${me.username}.json`) },
   deletion: { title: 'Delete my account', verb: 'Delete my account', how: 'danger', parts: [el('p', {}, 'Your shelf, reviews, uploads and past loans go with it, for good. Books that you added stay.'), secret('password', 'My password')],
     async work(fields) { await api('DELETE', 'users/me', fields); otherTabs.postMessage('out'); await signedOut('Your account is deleted.'); } },
 }).map(([name, form]) => [name, formOf(form)]));
 $('view-account').append(el('div', { class: 'columns' }, Object.values(myForms)));
-const AGENTS = { Edg: 'Edge', OPR: 'Opera', Firefox: 'Firefox', Chrome: 'Chrome', Safari: 'Safari' }, SYSTEMS = { Android: 'Android', iPhone: 'iPhone', iPad: 'iPad', Windows: 'Windows', 'Mac OS': 'macOS', Linux: 'Linux' };
-const device = agent => [AGENTS, SYSTEMS].map(names => names[Object.keys(names).find(name => agent?.includes(name))]).filter(Boolean).join(' on ') || agent || 'An unknown program';
+const device = agent => [/Firefox|Chrome|Safari/, /Android|iPhone|iPad|Windows|Mac OS|Linux(?!; Android)/].map(known => agent?.match(known)?.[0]).filter(Boolean).join(' on ')
+  || agent || 'An unknown program';
 const moment = when => new Date(when).toLocaleString('en', { dateStyle: 'medium', timeStyle: 'short' });
 const sessions = pages({
   root: myForms.sessions, path: () => 'auth/sessions', limit: 10, key: session => session.id,
@@ -848,11 +856,6 @@ const sessions = pages({
     el('div', { class: 'grow' }, el('strong', {}, device(user_agent)), ' ', current && chip('this one'), facts(`since ${day(created_at)}`, `last used ${moment(last_used_at)}`), alertSlot()),
     !current && button('End', once(() => attempt(node, async () => { await api('DELETE', `auth/sessions/${id}`); await sessions.load(true); })), { 'aria-label': `End the session of ${device(user_agent)}` })],
 });
-async function endOthers() {
-  for (const { id, current } of (await get('auth/sessions?limit=100')).items) if (!current) await api('DELETE', `auth/sessions/${id}`);
-  await sessions.load(true);
-  return 'You are signed in only here.';
-}
 const openMe = () => attempt(myForms.name, async () => { [me] = await Promise.all([get('users/me'), sessions.load(true)]); drawMe(); });
 async function changeMe(change, told) { me = await api('PATCH', 'users/me', change); drawMe(); return told; }
 function drawMe() {
@@ -876,16 +879,16 @@ function drawEdited(book) {
   $('delete-book').hidden = !(isStaff() || book.added_by === me?.id);
 }
 const changeEdited = (method, json) => send(`books/${edited.id}`, { method, json, headers: { 'If-Match': `"${edited.version}"` } });
-const called = name => editForm.elements[name].labels[0].textContent.trim();
 async function saveEdited() { // where somebody else was faster: what they changed is kept, but for what both did, which is asked
-  const now = valuesOf(editForm), change = Object.fromEntries(Object.entries(now).filter(([name, value]) => value !== (edited[name] ?? null)));
+  const change = Object.fromEntries(Object.entries(valuesOf(editForm)).filter(([name, value]) => value !== (edited[name] ?? null)));
   try { await changeEdited('PATCH', change); } catch (error) {
     if (error.status !== 412) throw error;
     const theirs = await get(`books/${edited.id}`), both = Object.keys(change).filter(name => theirs[name] !== edited[name] && theirs[name] !== change[name]);
     drawEdited(theirs);
     for (const name of Object.keys(change)) editForm.elements[name].value = change[name] ?? '';
     if (!both.length) return saveEdited();
-    throw problem({ detail: `Somebody else has just changed it, too. ${both.map(name => `${called(name)} is now “${theirs[name] ?? ''}”`).join('; ')}. Save again to put yours in its place.`, errors: [] });
+    const now = both.map(name => `${editForm.elements[name].labels[0].textContent.trim()} is now “${theirs[name] ?? ''}”`).join('; ');
+    throw problem({ detail: `Somebody else has just changed it, too. ${now}. Save again to put yours in its place.`, errors: [] });
   }
 }
 onSubmit(editForm, async () => { const { id } = edited; await saveEdited(); leave(`#/book/${id}`); });
@@ -958,12 +961,14 @@ async function openDesk({ query }) {
   if (book) { desk.elements.book.value = `${book.title}, ${book.author} #${book.id}`; desk.elements.reader.focus(); }
   await attempt(desk, drawFigures);
 }
-const search = async (path, words, limit) => get(`${path}?${new URLSearchParams({ [/^[\dx\s-]{10,17}$/i.test(words) && path === 'books' ? 'isbn' : 'search']: words, limit })}`);
+const search = (path, words, limit) => get(`${path}?${new URLSearchParams({ [path === 'books' && /^[\dx\s-]{10,17}$/i.test(words) ? 'isbn' : 'search']: words, limit })}`);
+const searchable = path => path === 'books' || me.role === 'admin'; // librarians see no list of users
 function lookAhead(field, path, name) { // choices for a field, each ending in its #id
   let typing;
   field.addEventListener('input', () => {
     clearTimeout(typing);
-    if (/[^\d\s-]/.test(field.value) && !/#\d+$/.test(field.value)) typing = setTimeout(async () => put(field.list, (await search(path, field.value, 8)).items.map(item => el('option', { value: `${name(item)} #${item.id}` }))), 150);
+    if (!searchable(path) || !/[^\d\s-]/.test(field.value) || /#\d+$/.test(field.value)) return;
+    typing = setTimeout(async () => put(field.list, (await search(path, field.value, 8)).items.map(item => el('option', { value: `${name(item)} #${item.id}` }))), 150);
   });
 }
 lookAhead(desk.elements.book, 'books', ({ title, author }) => `${title}, ${author}`);
@@ -971,8 +976,8 @@ lookAhead(desk.elements.reader, 'users', ({ username }) => username);
 async function idOf(text, path) {
   const chosen = Number(text.match(path === 'users' ? /(?:^|#)(\d+)$/ : /#(\d+)$/)?.[1]);
   if (chosen) return chosen;
-  const { items: [found], total } = await search(path, text, 1);
-  if (total !== 1) throw problem({ detail: total ? `“${text}” is found ${total} times: choose one.` : `“${text}” is not found.`, errors: [] });
+  const { items: [found], total } = searchable(path) ? await search(path, text, 1) : { items: [], total: 0 };
+  if (total !== 1) throw problem({ detail: total ? `“${text}” is found ${total.toLocaleString('en')} times: choose one.` : `“${text}” is not found.`, errors: [] });
   return found.id;
 }
 async function handOver({ book, reader, until, back }) { // the reader stays, for the next book
@@ -984,7 +989,8 @@ async function handOver({ book, reader, until, back }) { // the reader stays, fo
   return back ? `${title} is back from ${username}.` : `${title} is lent to ${username} until ${day(due_at)}.`;
 }
 async function takeBack(book_id, user_id) {
-  const { items } = await get(`loans?${new URLSearchParams({ user_id, limit: 100 })}`), loan = items.find(loan => loan.book_id === book_id && !loan.returned_at);
+  const lent = await Promise.all(['overdue', 'active'].map(status => get(`loans?${new URLSearchParams({ user_id, status, limit: 100 })}`)));
+  const loan = lent.flatMap(({ items }) => items).find(loan => loan.book_id === book_id);
   if (!loan) throw problem({ detail: 'This card has no loan of this book.', errors: [] });
   return api('POST', `loans/${loan.id}/return`);
 }
@@ -1033,7 +1039,7 @@ async function route(moved = false) {
   for (const other of all('main > section')) other.hidden = other !== section;
   for (const link of all('header nav a')) link.setAttribute('aria-current', parse(link.hash).name === at.name ? 'page' : 'false');
   if (at.name !== 'book') shown = held = null;
-  if (at.name !== 'users') $('user').close();
+  if (place !== 'users') $('user').close();
   $('news').textContent = '';
   if (place !== 'invite') $('notice').textContent = ''; // there it says why one is no longer signed in
   if (moved) $('account').close();
