@@ -953,7 +953,7 @@ desk.after(fill(formOf({ title: 'Backup', verb: 'Download a backup', parts: el('
   work: () => saveFile('admin/backup', `books-${new Date().toISOString().slice(0, 10)}.db`) }), { 'data-admin': '' }, []));
 async function drawFigures() {
   const [[overdue, active], files, users] = await Promise.all([countLoans(), get('books/upload?limit=1'), me.role === 'admin' && get('users?limit=1')]);
-  const tile = (address, n, text) => link(address, figure(n.toLocaleString('en'), text));
+  const tile = (address, n, text) => link(address, figure(n.toLocaleString('en'), text), { class: text === 'overdue' && n > 0 && 'bad' });
   put($('figures'), tile('#/lending/overdue', overdue, 'overdue'), tile('#/lending/active', active, 'on loan'), tile('#/import', files.total, 'files that came in'), users && tile('#/users', users.total, 'users'));
 }
 async function openDesk({ query }) {

@@ -253,7 +253,8 @@ def test_copies_are_set_but_not_below_those_on_loan(server: Server, visit: Visit
     ):
         copies.fill(number)
         copies.press("Enter")
-        expect(page.locator("#view-book")).to_contain_text(told)
+        expect(page.locator("#stock-now")).to_contain_text(told)
+        expect(page.locator("#stock[aria-busy=true]")).to_have_count(0)
     rita.post("/loans", json={"book_id": 1})
     expect(page.locator("#stock-now")).to_have_text("1 of 2 copies available.")
     copies.fill("0")
