@@ -15,6 +15,11 @@ function fill(node, props, children) {
 const el = (tag, props = {}, ...children) => fill(document.createElement(tag), props, children);
 const svg = (tag, props, ...children) => fill(document.createElementNS('http://www.w3.org/2000/svg', tag), props, children);
 const put = (node, ...children) => { node.replaceChildren(); fill(node, {}, children); };
+function redraw(node, ...children) { // what had the focus in it has it again
+  const controls = () => [...node.querySelectorAll('a, button, select, input')], focused = controls().indexOf(document.activeElement);
+  put(node, ...children);
+  controls()[focused]?.focus();
+}
 const once = work => { let at = null; return ({ detail }) => { if (detail < 2) at ??= work().finally(() => { at = null; }); }; }; // not for a double click
 const button = (text, onclick, more = {}) => el('button', { type: 'button', onclick, ...more }, text);
 const link = (href, text, more = {}) => el('a', { href, ...more }, text);
@@ -122,9 +127,7 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     const text = JSON.stringify(item), node = drawn.get(key(item)) ?? el(tag, { class: isNew && 'new' });
     drawn.set(key(item), node);
     if (node.shows === text) return node;
-    const controls = () => [...node.querySelectorAll('a, button, select, input')], focused = controls().indexOf(document.activeElement);
-    put(node, row(item, node));
-    controls()[focused]?.focus(); // what had the focus in it has it again
+    redraw(node, row(item, node));
     return Object.assign(node, { shows: text });
   }
   function drawAll(quiet) { // moves no node that stands right, so that none loses the focus
@@ -335,7 +338,11 @@ const reviews = pages({
 async function takeAway(username) {
   const { id } = shown;
   if (!await sure(`Take away the review of ${username}?`, 'Its stars go, too. The book stays on the shelf of its reader.', 'Take it away')) return;
-  await attempt(bookView, async () => { await api('DELETE', `books/${id}/reviews/${encodeURIComponent(username)}`); note('The review is gone.'); await Promise.all([readBook(id), reviews.load(true)]); });
+  await attempt(bookView, async () => {
+    await api('DELETE', `books/${id}/reviews/${encodeURIComponent(username)}`);
+    note('The review is gone.');
+    await Promise.all([readBook(id), reviews.load(true)]);
+  });
   keepFocus($('h-reviews'));
 }
 async function openBook(id) {
@@ -580,7 +587,8 @@ const loans = pages({
   params: ({ status, ...fields }) => ({ ...fields, ...(status !== 'all' && { status }) }),
   row(loan, node) {
     const { id, book_id, user_id, title, username, quantity, borrowed_at, due_at, returned_at, renewals } = loan, late = new Date(due_at) < new Date();
-    const change = what => button(what, once(() => attempt(node, async () => { await api('POST', `loans/${id}/${what.toLowerCase()}`); await refreshLoans(); })), { 'aria-label': `${what} ${title}` });
+    const send = what => attempt(node, async () => { await api('POST', `loans/${id}/${what.toLowerCase()}`); await refreshLoans(); });
+    const change = what => button(what, once(() => send(what)), { 'aria-label': `${what} ${title}` });
     return [
       el('div', { class: 'grow' }, el('h3', {}, book_id ? linkTo(book_id, title) : title),
         isStaff() && username && el('p', {}, 'lent to ', link(to('lending/all', { user_id }), el('bdi', {}, username)), el('span', { class: 'soft' }, ` · card ${user_id}`)),
@@ -590,13 +598,14 @@ const loans = pages({
       !returned_at && el('div', { class: 'row' }, mayRenew(loan) && change('Renew'), change('Return')),
     ];
   },
-  empty: (_, { status }) => [el('h3', {}, status === 'overdue' ? 'Nothing is overdue.' : 'No loans here.'), el('p', {}, 'Books with a copy to lend have a “Borrow it” button.'), link('#/', 'To the catalogue')],
+  empty: (_, { status }) => [el('h3', {}, status === 'overdue' ? 'Nothing is overdue.' : 'No loans here.'),
+    el('p', {}, 'Books with a copy to lend have a “Borrow it” button.'), el('p', { class: 'row' }, link('#/', 'To the catalogue', { class: 'button' }))],
 });
 const countLoans = (query = {}) => Promise.all(['overdue', 'active'].map(async status => (await get(`loans?${new URLSearchParams({ ...query, status, limit: 1 })}`)).total));
 async function drawTabs(chosen, user_id) { // the overdue first, if there are any
   const card = user_id && { user_id }, [overdue, active] = await countLoans(card), counts = { overdue, active };
   const now = Object.hasOwn(LOANS, chosen) ? chosen : overdue ? 'overdue' : 'active';
-  put($('loan-tabs'), Object.entries(LOANS).map(([status, name]) => link(to(`lending/${status}`, card || {}),
+  redraw($('loan-tabs'), Object.entries(LOANS).map(([status, name]) => link(to(`lending/${status}`, card || {}),
     [name, counts[status] > 0 && el('b', { class: status === 'overdue' && 'bad' }, ` ${counts[status].toLocaleString('en')}`)], { 'aria-current': status === now ? 'page' : 'false' })));
   return now;
 }
@@ -843,7 +852,8 @@ const myForms = Object.fromEntries(Object.entries({
     } },
   data: { title: 'All about me', verb: 'Download it', parts: el('p', {}, 'Account, shelf, reviews, loans, uploads and sessions: all that is stored about you, in one file.'),
     work: () => saveFile('users/me/export', `books-${me.username}.json`) },
-  deletion: { title: 'Delete my account', verb: 'Delete my account', how: 'danger', parts: [el('p', {}, 'Your shelf, reviews, uploads and past loans go with it, for good. Books that you added stay.'), secret('password', 'My password')],
+  deletion: { title: 'Delete my account', verb: 'Delete my account', how: 'danger', 
+    parts: [el('p', {}, 'Your shelf, reviews, uploads and past loans go with it, for good. Books that you added stay.'), secret('password', 'My password')],
     async work(fields) { await api('DELETE', 'users/me', fields); otherTabs.postMessage('out'); await signedOut('Your account is deleted.'); } },
 }).map(([name, form]) => [name, formOf(form)]));
 $('view-account').append(el('div', { class: 'columns' }, Object.values(myForms)));
@@ -854,18 +864,20 @@ const sessions = pages({
   root: myForms.sessions, path: () => 'auth/sessions', limit: 10, key: session => session.id,
   row: ({ id, user_agent, created_at, last_used_at, current }, node) => [
     el('div', { class: 'grow' }, el('strong', {}, device(user_agent)), ' ', current && chip('this one'), facts(`since ${day(created_at)}`, `last used ${moment(last_used_at)}`), alertSlot()),
-    !current && button('End', once(() => attempt(node, async () => { await api('DELETE', `auth/sessions/${id}`); await sessions.load(true); })), { 'aria-label': `End the session of ${device(user_agent)}` })],
+    !current && button('End', once(() => attempt(node, async () => { await api('DELETE', `auth/sessions/${id}`); await sessions.load(true); })),
+      { 'aria-label': `End the session of ${device(user_agent)}` })],
 });
-const openMe = () => attempt(myForms.name, async () => { [me] = await Promise.all([get('users/me'), sessions.load(true)]); drawMe(); });
+const openMe = () => attempt($('view-account'), async () => { [me] = await Promise.all([get('users/me'), sessions.load(true)]); drawMe(); });
 async function changeMe(change, told) { me = await api('PATCH', 'users/me', change); drawMe(); return told; }
 function drawMe() {
   const { id, username, role, full_name, email, email_verified_at, pending_email, created_at } = me, { name, email: form } = myForms;
+  const waits = pending_email ? `${pending_email} takes its place when you follow the link that was mailed there.` : 'Follow the link that was mailed to you.';
   const press = (text, work) => button(text, once(() => attempt(form, async () => { form.querySelector('.note').textContent = await work(); })), { class: 'link' });
   drawWho();
   put(myCard, el('b', {}, el('bdi', {}, username)), el('b', {}, `Card number ${id}`), el('span', {}, role), el('span', {}, `since ${day(created_at)}`));
   name.elements.full_name.defaultValue = full_name ?? '';
   put(myAddress, el('p', {}, el('strong', {}, email), ' ', email_verified_at ? el('span', { class: 'good' }, '✓ confirmed') : el('span', { class: 'bad' }, 'not confirmed yet')),
-    (pending_email || !email_verified_at) && el('p', { class: 'row' }, el('span', { class: 'soft' }, pending_email ? `${pending_email} takes its place when you follow the link that was mailed there.` : 'Follow the link that was mailed to you.'),
+    (pending_email || !email_verified_at) && el('p', { class: 'row' }, el('span', { class: 'soft' }, waits),
       press('Send the mail again', async () => { await api('POST', 'auth/verify-email', { email: pending_email ?? email }); return 'It is on its way.'; }),
       pending_email && press('Keep the old one', () => changeMe({ email }, 'Your address stays as it is.'))));
 }
@@ -910,7 +922,8 @@ const users = pages({
   root: $('view-users'), path: () => 'users', address: fields => to('users', fields), tag: 'tr', limit: 50, key: user => user.id,
   row: ({ id, username, email, full_name, role, is_active, email_verified_at, created_at }) => [
     [link(`#/users/${id}`, el('bdi', {}, username)), full_name && el('div', { class: 'soft' }, el('bdi', {}, full_name))], role === 'reader' ? ROLES[role] : chip(ROLES[role]),
-    el('span', { class: is_active ? 'good' : 'bad' }, is_active ? 'Active' : 'Deactivated'), [email, !email_verified_at && el('div', { class: 'soft' }, 'not confirmed')], day(created_at)].map(cell => el('td', {}, cell)),
+    el('span', { class: is_active ? 'good' : 'bad' }, is_active ? 'Active' : 'Deactivated'),
+    [email, !email_verified_at && el('div', { class: 'soft' }, 'not confirmed')], day(created_at)].map(cell => el('td', {}, cell)),
   empty: () => 'Nobody here is like that.',
 });
 let opened = null; // the id in the form, 'new', or none
@@ -928,7 +941,8 @@ function drawUser({ id, username, email, full_name, role = 'reader', is_active, 
     verb: id ? 'Save' : 'Create the account', how: 'strong', parts: [
       id ? facts(`Card number ${id}`, `since ${day(created_at)}`, pending_email && `${pending_email} waits to be confirmed`, link(to('lending/all', { user_id: id }), 'Loans'))
         : field('username', 'User name', { maxlength: 50, autocomplete: 'off', autocapitalize: 'none', spellcheck: 'false' }),
-      field('email', 'E-mail address', { type: 'email', autocomplete: 'off', value: email }), field('full_name', 'Full name', { required: false, autocomplete: 'off', maxlength: 100, value: full_name }),
+      field('email', 'E-mail address', { type: 'email', autocomplete: 'off', value: email }),
+      field('full_name', 'Full name', { required: false, autocomplete: 'off', maxlength: 100, value: full_name }),
       !id && newSecret('password', 'Password, to be told to its owner'), el('label', {}, 'Role ', el('select', { name: 'role' }, options(ROLES, role))),
       id && el('label', {}, el('input', { type: 'checkbox', name: 'is_active', checked: is_active }), ' Active: may sign in')],
     also: id && button('Delete the account', once(async () => {
@@ -945,8 +959,10 @@ $('user').addEventListener('close', () => { if (at.name === 'users' && at.id) /^
 // --- the desk ------------------------------------------------------------------------------------------------------
 const desk = formOf({
   title: 'Lend and take back', verb: 'Lend', how: 'strong', also: el('button', { name: 'back', value: 'true' }, 'Take back'), work: handOver, parts: [
-    el('div', { class: 'fields' }, field('book', 'Book: ISBN or title', { autocomplete: 'off', list: 'found-books', maxlength: 500 }), field('reader', 'Reader: card number (admins: or name)', { autocomplete: 'off', list: 'found-users' }),
-      field('until', 'Until, if not the usual time', { type: 'date', required: false })), el('datalist', { id: 'found-books' }), el('datalist', { id: 'found-users' }), el('p', { class: 'soft' }, 'Readers find their card number under “My account”.')],
+    el('div', { class: 'fields' }, field('book', 'Book: ISBN or title', { autocomplete: 'off', list: 'found-books', maxlength: 500 }),
+      field('reader', 'Reader: card number (admins: or name)', { autocomplete: 'off', list: 'found-users' }),
+      field('until', 'Until, if not the usual time', { type: 'date', required: false })),
+    el('datalist', { id: 'found-books' }), el('datalist', { id: 'found-users' }), el('p', { class: 'soft' }, 'Readers find their card number under “My account”.')],
 });
 $('figures').after(desk);
 desk.after(fill(formOf({ title: 'Backup', verb: 'Download a backup', parts: el('p', {}, 'A consistent copy of the whole database, made while everybody goes on working.'),
@@ -954,12 +970,13 @@ desk.after(fill(formOf({ title: 'Backup', verb: 'Download a backup', parts: el('
 async function drawFigures() {
   const [[overdue, active], files, users] = await Promise.all([countLoans(), get('books/upload?limit=1'), me.role === 'admin' && get('users?limit=1')]);
   const tile = (address, n, text) => link(address, figure(n.toLocaleString('en'), text), { class: text === 'overdue' && n > 0 && 'bad' });
-  put($('figures'), tile('#/lending/overdue', overdue, 'overdue'), tile('#/lending/active', active, 'on loan'), tile('#/import', files.total, 'files that came in'), users && tile('#/users', users.total, 'users'));
+  redraw($('figures'), tile('#/lending/overdue', overdue, 'overdue'), tile('#/lending/active', active, 'on loan'),
+    tile('#/import', files.total, 'files that came in'), users && tile('#/users', users.total, 'users'));
 }
 async function openDesk({ query }) {
   const book = query.book && await get(`books/${Number(query.book) || 0}`).catch(() => null);
   if (book) { desk.elements.book.value = `${book.title}, ${book.author} #${book.id}`; desk.elements.reader.focus(); }
-  await attempt(desk, drawFigures);
+  await attempt($('view-desk'), drawFigures); // a form that is busy takes no other Enter
 }
 const search = (path, words, limit) => get(`${path}?${new URLSearchParams({ [path === 'books' && /^[\dx\s-]{10,17}$/i.test(words) ? 'isbn' : 'search']: words, limit })}`);
 const searchable = path => path === 'books' || me.role === 'admin'; // librarians see no list of users
@@ -985,7 +1002,7 @@ async function handOver({ book, reader, until, back }) { // the reader stays, fo
   const { title, username, due_at } = back ? await takeBack(book_id, user_id) : await api('POST', 'loans', { book_id, user_id, ...(until && { due_at: `${until}T23:59:59Z` }) });
   desk.elements.reader.defaultValue = reader;
   desk.elements.book.focus();
-  drawFigures();
+  drawFigures().catch(() => {});
   return back ? `${title} is back from ${username}.` : `${title} is lent to ${username} until ${day(due_at)}.`;
 }
 async function takeBack(book_id, user_id) {
@@ -1008,7 +1025,7 @@ const VIEWS = {
   lending: { title: 'Lending', who: 'member', open: openLending, refresh: refreshLoans },
   import: { title: 'Import', who: 'member', open: openImport, refresh: () => at.id || uploads.load(true) },
   edit: { title: 'Edit a book', who: 'member', open: ({ id }) => openEdit(Number(id) || 0) },
-  account: { title: 'My account', who: 'member', open: openMe, refresh: openMe },
+  account: { title: 'My account', who: 'member', open: openMe },
   users: { title: 'Users', who: 'admin', open: openUsers, refresh: () => users.load(true) },
   desk: { title: 'Desk', who: 'staff', open: openDesk, refresh: () => drawFigures() },
 };

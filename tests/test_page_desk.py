@@ -59,10 +59,11 @@ def mailed(server: Server, pattern: str) -> str:
 
 def make_overdue(server: Server, loan_id: int) -> None:
     then = models.utcnow() - timedelta(days=30)
-    url = fixtures.url_of(server.file).replace("postgresql:", "postgresql+psycopg:")
-    with sa.create_engine(url).begin() as connection:
-        change = {"borrowed_at": then, "due_at": then + timedelta(days=21)}
+    engine = sa.create_engine(fixtures.url_of(server.file).replace("postgresql:", "postgresql+psycopg:"))
+    change = {"borrowed_at": then, "due_at": then + timedelta(days=21)}
+    with engine.begin() as connection:
         connection.execute(sa.update(Loan).where(col(Loan.id) == loan_id).values(change))
+    engine.dispose()
 
 
 # --- my account ---------------------------------------------------------------------------------------------------
