@@ -212,11 +212,7 @@ HEADERS = {
     "Link": (False, "The next page, with `rel=next`, except on the last.", '</books?cursor=WyJpZCIsMjBd>; rel="next"'),
     "Location": (True, "The address of what was made.", "/books/1"),
     "Retry-After": (False, "Seconds until another try is worthwhile.", "60"),
-    "Set-Cookie": (
-        False,
-        "The refresh token, for pages of this service that asked for it; cleared where the session ends.",
-        "refresh_token=eyJhbGci; HttpOnly; Max-Age=1209600; Path=/auth; SameSite=strict",
-    ),
+    "Set-Cookie": (False, "The refresh token, where a page asked for it.", "refresh_token=eyJhbGci; Path=/auth"),
     "WWW-Authenticate": (True, "Always `Bearer`.", "Bearer"),
     "X-Event-Cursor": (True, "The id of the last event that this page includes: follow from there.", "1795254571301"),
 }

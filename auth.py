@@ -71,10 +71,7 @@ def create_pair(login: LoginSession, used: str) -> TokenPair:
 # --- the refresh token as a cookie of the front page -----------------------------------------------------------------
 
 COOKIE = "refresh_token"
-UseCookie = Annotated[
-    bool,
-    Query(description="For pages of this service: set the refresh token as an `HttpOnly` cookie, and leave it out."),
-]
+UseCookie = Annotated[bool, Query(description="For pages of this service: the refresh token is set as a cookie.")]
 
 
 def set_cookie(request: Request, response: Response, token: str = "", max_age: int = 0) -> None:

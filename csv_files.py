@@ -363,8 +363,10 @@ GOODREADS_COLUMNS = (
     "Number of Pages,Year Published,Original Publication Year,Date Read,Date Added,Bookshelves,"
     "Bookshelves with positions,Exclusive Shelf,My Review,Spoiler,Private Notes,Read Count,Owned Copies"
 ).split(",")
-# What Goodreads' export does not have; a file with all of these is our own export of a shelf.
-OUR_COLUMNS = "Genre,Description,Language,Price,Cover URL,Published Date,Added At,Started At,Finished At".split(",")
+# What Goodreads' export does not have; a file with all of these, the last of which is newer, is our export of a shelf.
+OUR_COLUMNS = (
+    "Genre,Description,Language,Price,Cover URL,Published Date,Added At,Started At,Finished At,Current Page"
+).split(",")
 REASON = "reason"  # the column that is added to refused rows
 MAX_COLUMNS = 500  # exports of Goodreads, StoryGraph and ours have thirty; each name is stored with the upload
 # Names of columns without case, spaces, `_` and `-`. Where a file has several of them, the first one counts.
@@ -397,6 +399,7 @@ SHELF_ALIASES = {
     "review_title": ("-", "-", "-", "reviewname"),
     "review": ("myreview", "review", "review", "reviewcontent"),
     "tags": ("bookshelves", "tags", "tags", "-"),
+    "page": ("currentpage", "-", "-", "-"),
     "added_at": ("addedat dateadded", "dateadded", "entrydate", "shelfdate"),
     "started_at": ("startedat", "-", "datestarted", "startdate"),
     "dates_read": ("-", "datesread", "-", "-"),
@@ -465,7 +468,7 @@ def read_header(cells: Sequence[str], *, enrich: bool, shelve: bool) -> ColumnMa
         raise UnreadableFile(f"This is no shelf of Goodreads, StoryGraph, LibraryThing or BookWyrm. {shown}")
     mapped = {i for found in fields.values() for i in found}
     ignored = [printable(cell, 100) for i, cell in enumerate(cells) if i not in mapped]
-    ours = kind == "books-api" or (kind == "goodreads" and set(column_keys(OUR_COLUMNS)) <= set(keys))
+    ours = kind == "books-api" or (kind == "goodreads" and set(column_keys(OUR_COLUMNS)) <= {*keys, "currentpage"})
     return ColumnMapping(kind, list(cells), fields, ignored, ours, has_reason or ours)
 
 

@@ -45,6 +45,7 @@ MAX_TAGS, MAX_TAG = 50, 50
 KINDS = {
     "cover_url": "an address that begins with http:// or https://",
     "pages": "a number of pages",
+    "page": "a number of a page",
     "price": "a price",
     "published_date": "a date of publication",
     "publication_year": "a year of publication",
@@ -202,7 +203,7 @@ class RowParser:
             has_read = "finished_at" in values or (shelves and rating)
             status = ShelfStatus.completed if has_read else ShelfStatus.reading if "started_at" in values else None
         review = "\n\n".join(filter(None, (texts.get("review_title"), csv_files.from_html(texts.get("review", "")))))
-        values |= {"rating": rating, "review": review or None, "tags": tags[:MAX_TAGS]}
+        values |= {"rating": rating, "review": review or None, "tags": tags[:MAX_TAGS], "page": texts.get("page")}
         values["status"] = status or ShelfStatus.wishlist
         row.entry = self._validate(row, csv_files.ShelfData, values, texts)
 

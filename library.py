@@ -362,5 +362,5 @@ def shelf_cells(row: Sequence[Any]) -> list[object]:
         *(", ".join(tags), "", shelf, csv_files.to_html(entry["review"] or ""), "", "", int(shelf == "read"), 0),
         *(book["genre"], book["description"], book["language"], price_cell(book["price"] and book["price"] * 100)),
         *(book["cover_url"], book["published_date"]),
-        *(entry[name] for name in ("added_at", "started_at", "finished_at")),
+        *(entry[name] for name in ("added_at", "started_at", "finished_at", "page")),
     ]

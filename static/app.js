@@ -1059,7 +1059,7 @@ async function route(moved = false) {
   if (place !== 'users') $('user').close();
   $('news').textContent = '';
   if (place !== 'invite') $('notice').textContent = ''; // there it says why one is no longer signed in
-  if (moved) $('account').close();
+  if (moved) { $('account').close(); showLog(false); }
   setTitle();
   if (moved && !(from.name === at.name && from.id === at.id)) { // within a view, what has the focus keeps it
     scrollTo(0, scrolled.get(entryKey) ?? 0);
@@ -1118,7 +1118,9 @@ function tell(type, data, at = new Date()) {
   put($('latest'), sentence(type, data), ' ', time());
   if (ticker.children.length > 30) ticker.lastChild.remove();
 }
-$('live-more').onclick = () => { $('live-more').ariaExpanded = String(!($('log').hidden = !$('log').hidden)); };
+function showLog(open) { $('log').hidden = !open; $('live-more').ariaExpanded = String(open); }
+$('live-more').onclick = () => showLog($('log').hidden);
+addEventListener('keydown', ({ key }) => { if (key === 'Escape') showLog(false); });
 function heard(type, data) {
   if (type === 'book.deleted' && shown?.id === data.id) {
     show(bookView, problem({ detail: 'This book has just been deleted.' }));

@@ -74,7 +74,7 @@ def visit(browser: Browser) -> Iterator[Visit]:
 
         page.on("console", hear)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(server.url) or wrong.append(request.url))
+        page.on("request", lambda request: wrong.extend([request.url] * (not request.url.startswith(server.url))))
         page.on("dialog", lambda dialog: wrong.append(f"a dialog: {dialog.message}"))
         page.goto(f"{server.url}/{address}")
         expect(page.locator("#live")).to_have_text("connected")
@@ -816,7 +816,7 @@ def test_a_picture_comes_over_the_drawn_cover(server: Server, visit: Visit) -> N
     page.route("**/books/1/cover?*", lambda route: route.fulfill(body=png, content_type="image/png"))
     page.route("**/books/2/cover?*", lambda route: route.fulfill(status=204))
     asked: list[str] = []
-    page.on("request", lambda request: "/cover" in request.url and asked.append(request.url))
+    page.on("request", lambda request: asked.append(request.url))
     go(page, "Catalogue")
     expect(cards(page).nth(0).locator("img")).to_have_js_property("naturalWidth", 192)
     expect(page.locator("img")).to_have_count(1)
@@ -825,7 +825,7 @@ def test_a_picture_comes_over_the_drawn_cover(server: Server, visit: Visit) -> N
     queries = [
         f"{server.url}/books/{i}/cover?optional=true&v={isbn}" for i, isbn in ((1, 9780441172719), (2, 9780141439587))
     ]
-    assert asked == queries
+    assert [url for url in asked if "/cover" in url] == queries
 
 
 # --- adding books -------------------------------------------------------------------------------------------------
@@ -930,6 +930,13 @@ def test_the_ticker_is_small_and_opens(classics: Server, visit: Visit) -> None:
     assert header["height"] < 70, "of one line"
     page.get_by_role("button", name="Lately").click()
     expect(page.get_by_role("log", name="What happens").get_by_role("link")).to_have_text("The Epic of Gilgamesh")
+    page.keyboard.press("Escape")
+    expect(page.locator("#log")).to_be_hidden()
+    page.get_by_role("button", name="Lately").click()
+    page.locator("#log").get_by_role("link").click()
+    expect(page.locator("#log")).to_be_hidden()  # or it would cover the book
+    page.go_back()
+    page.get_by_role("button", name="Lately").click()
     page.get_by_label("Hold the ticker").check()
     Person(classics.client, "admin", "admin").add_book(title="Unheard of")
     expect(page.get_by_text("51", exact=True)).to_be_visible()
@@ -1205,6 +1212,7 @@ def test_axe_finds_no_accessibility_problems(server: Server, visit: Visit, schem
         faults += axe(page, f"visitor, {address}")
     page.get_by_role("button", name="Lately").click()
     faults += axe(page, "ticker")
+    page.goto(f"{server.url}/#/")
     page.locator("#sign-in").click()
     faults += axe(page, "sign in")
     page.keyboard.press("Escape")

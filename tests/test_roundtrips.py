@@ -62,6 +62,7 @@ ENTRY = st.fixed_dictionaries(
     optional={
         "rating": st.integers(1, 20).map(lambda quarters: quarters / 4),
         "review": ODD | TEXT | st.sampled_from(["<b>x</b>", "a & b &lt; c", "one\n\ntwo", "<br/>"]),
+        "page": st.none() | st.integers(0, 100_000),
         "tags": st.lists(st.sampled_from(["read", "to-read", "sf", "=x", "'", "a b", "é"]), max_size=4, unique=True),
         "started_at": MOMENTS,
         "finished_at": st.none() | MOMENTS,

@@ -350,6 +350,13 @@ def test_text_that_is_cut_off_is_in_the_warning(reader: Person) -> None:
     assert cut == {}
 
 
+def test_an_unreadable_page_is_left_out(reader: Person) -> None:
+    content = "Title,Author,My Rating,Exclusive Shelf,Current Page\nA,B,0,currently-reading,many\nC,D,0,read,12\n"
+    upload = reader.upload(content, path="/my-library/import")
+    assert [(error["field"], error["value"]) for error in upload["errors"]] == [("Current Page", "many")]
+    assert {entry["book"]["title"]: entry["page"] for entry in shelf_of(reader)} == {"A": None, "C": 12}
+
+
 def test_documented_columns_are_those_that_are_read() -> None:
     table = (ROOT / "docs" / "files.md").read_text().split("| | Goodreads |")[1].split("\n\n")[0]
     columns = [line.split("|")[2:6] for line in table.splitlines()[2:]]
