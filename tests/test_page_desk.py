@@ -380,7 +380,7 @@ def test_an_admin_keeps_the_users(server: Server, visit: Visit) -> None:
         sign_up(server.client, name)
     page = opened(server, visit, "admin", "#/users", expected=r"status of (409|422)")
     expect(rows(page)).to_have_count(4)
-    here(page).get_by_label("Search for").fill("r")
+    here(page).get_by_label("Search users for").fill("r")
     here(page).get_by_label("Role").select_option("reader")
     expect(rows(page).filter(has_text="Rolf")).to_be_visible()
     rows(page).filter(has_text="Rolf").locator("td").nth(2).click(force=True)  # anywhere on it
@@ -391,7 +391,7 @@ def test_an_admin_keeps_the_users(server: Server, visit: Visit) -> None:
     drawer.get_by_role("button", name="Save").click()
     expect(drawer).to_be_hidden()
     expect(page).to_have_url(re.compile("search=r"))
-    expect(here(page).get_by_label("Search for")).to_have_value("r")
+    expect(here(page).get_by_label("Search users for")).to_have_value("r")
     here(page).get_by_label("Role").select_option("librarian")
     expect(rows(page)).to_have_text(re.compile("Rolf Lindqvist"))
 
