@@ -797,7 +797,7 @@ def test_a_link_to_a_book_can_be_shared(server: Server, visit: Visit) -> None:
 def test_a_search_that_finds_nothing_suggests_others(classics: Server, visit: Visit) -> None:
     page = visit(classics)
     page.get_by_label("Search for").fill("gilgamsh")
-    page.get_by_role("link", name="gilgamesh").click()
+    page.get_by_role("link", name="gilgamesh", exact=True).click()
     expect(cards(page)).to_have_count(1)
     expect(page.get_by_label("Search for")).to_have_value("gilgamesh")
     page.get_by_label("Search for").fill("zzz")
