@@ -206,7 +206,8 @@ async def confirm_email(token: LinkToken, request: Request) -> Response:
     confirmed = await database.write(confirm_address, token)
     if "text/html" not in accepted_types(request):
         return json_response(confirmed.model_dump_json())
-    text = f"<p>The address {html.escape(confirmed.email)} is confirmed. You can close this page.</p>"
+    back = '<p><a class="button" href="../../#/account">Go on to the library</a></p>'
+    text = f"<p>The address {html.escape(confirmed.email)} is confirmed.</p>{back}"
     return HTMLResponse(PAGE.format(heading="Your e-mail address is confirmed", content=text))
 
 

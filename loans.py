@@ -80,9 +80,7 @@ def add_copies(session: Session, book_id: int, quantity: int) -> StockPublic:
     if stock.copies + quantity > MAX_COPIES:
         raise InvalidField("quantity", f"would make more than {MAX_COPIES} copies")
     if stock.available + quantity < 0:
-        raise Conflict(
-            "on_loan", f"Only {stock.available} of {stock.copies} copies can be removed: {stock.on_loan} on loan."
-        )
+        raise Conflict("on_loan", f"{stock.on_loan} of {stock.copies} are on loan: {stock.available} can be removed.")
     if quantity:
         move_stock(session, book_id, copies=quantity, available=quantity)
     return get_stock(session, book_id)

@@ -15,6 +15,11 @@ function fill(node, props, children) {
 const el = (tag, props = {}, ...children) => fill(document.createElement(tag), props, children);
 const svg = (tag, props, ...children) => fill(document.createElementNS('http://www.w3.org/2000/svg', tag), props, children);
 const put = (node, ...children) => { node.replaceChildren(); fill(node, {}, children); };
+function redraw(node, ...children) { // what had the focus in it has it again
+  const controls = () => [...node.querySelectorAll('a, button, select, input')], focused = controls().indexOf(document.activeElement);
+  put(node, ...children);
+  controls()[focused]?.focus();
+}
 const once = work => { let at = null; return ({ detail }) => { if (detail < 2) at ??= work().finally(() => { at = null; }); }; }; // not for a double click
 const button = (text, onclick, more = {}) => el('button', { type: 'button', onclick, ...more }, text);
 const link = (href, text, more = {}) => el('a', { href, ...more }, text);
@@ -102,7 +107,7 @@ async function attempt(where, work) { // what it gives; where it fails, the prob
 function onSubmit(form, work) {
   form.addEventListener('submit', event => {
     event.preventDefault();
-    if (form.ariaBusy !== 'true') attempt(form, () => work(Object.fromEntries(new FormData(form)))); // else Enter was pressed twice
+    if (form.ariaBusy !== 'true') attempt(form, () => work(Object.fromEntries(new FormData(form, event.submitter)))); // else Enter was pressed twice
   });
 }
 // --- lists, page by page -------------------------------------------------------------------------------------------
@@ -122,9 +127,7 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     const text = JSON.stringify(item), node = drawn.get(key(item)) ?? el(tag, { class: isNew && 'new' });
     drawn.set(key(item), node);
     if (node.shows === text) return node;
-    const controls = () => [...node.querySelectorAll('a, button, select, input')], focused = controls().indexOf(document.activeElement);
-    put(node, row(item, node));
-    controls()[focused]?.focus(); // what had the focus in it has it again
+    redraw(node, row(item, node));
     return Object.assign(node, { shows: text });
   }
   function drawAll(quiet) { // moves no node that stands right, so that none loses the focus
@@ -195,6 +198,25 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
   form?.addEventListener('submit', event => event.preventDefault());
   drawSkeleton();
   return self;
+}
+// A form made here: what its `work` returns is told in it.
+function formOf({ id, title, parts, verb, how, also, work }) {
+  const note = el('p', { class: 'note', role: 'status' });
+  const form = el('form', { class: 'panel', id }, title && el('h3', {}, title), parts, alertSlot(), note, el('p', { class: 'row' }, el('button', { class: how }, verb), also));
+  onSubmit(form, async fields => { note.textContent = ''; const told = await work(fields); form.reset(); note.textContent = told ?? ''; });
+  return form;
+}
+const field = (name, text, more = {}) => el('label', {}, `${text} `, el('input', { name, required: true, maxlength: 254, ...more }));
+const secret = (name, text, more = {}) => field(name, text, { type: 'password', autocomplete: 'current-password', maxlength: 1000, ...more });
+const newSecret = (name, text) => secret(name, `${text}, of at least 8 characters`, { autocomplete: 'new-password', minlength: 8, maxlength: 128 });
+const valuesOf = form => Object.fromEntries([...form.elements].filter(({ name }) => name).map(({ name, type, value, checked }) => // null where nothing is
+  [name, type === 'checkbox' ? checked : value.trim() === '' ? null : type === 'number' ? Number(value) : value]));
+function sure(question, text, verb) {
+  const dialog = $('sure'), [no, yes] = dialog.querySelectorAll('button');
+  [$('h-sure').textContent, $('sure-text').textContent, yes.textContent, dialog.returnValue] = [question, text, verb, ''];
+  dialog.showModal();
+  no.focus();
+  return new Promise(done => dialog.addEventListener('close', () => done(dialog.returnValue === 'yes'), { once: true }));
 }
 const to = (path, fields = {}) => { const query = new URLSearchParams(fields).toString(); return `#/${path}${query && `?${query}`}`; };
 const moveTo = address => { location.hash = address; };
@@ -294,9 +316,8 @@ async function addIsbn(isbn) {
   } catch (error) { return el('span', { class: 'bad' }, error.message); }
 }
 function byHand(isbn) { addForm.closest('details').open = true; addForm.elements.isbn.value = isbn; addForm.elements.title.focus(); }
-onSubmit(addForm, async fields => {
-  const given = Object.entries(fields).filter(([, value]) => value.trim()), isNumber = name => addForm.elements[name].type === 'number';
-  const book = await api('POST', 'books', Object.fromEntries(given.map(([name, value]) => [name, isNumber(name) ? Number(value) : value])));
+onSubmit(addForm, async () => {
+  const book = await api('POST', 'books', valuesOf(addForm));
   addForm.reset();
   refreshAll();
   moveTo(`#/book/${book.id}`);
@@ -310,9 +331,20 @@ const reviews = pages({
   row: ({ username, rating, review, updated_at }) => [
     el('p', { class: 'row' }, el('strong', {}, el('bdi', {}, username)), rating && stars(rating), el('span', { class: 'soft' }, day(updated_at))),
     review && el('p', { class: 'text', dir: 'auto' }, review),
+    button('Take it away', () => takeAway(username), { class: 'link danger', 'data-staff': '', 'aria-label': `Take away the review of ${username}` }),
   ],
   empty: () => 'Nobody has reviewed it yet.',
 });
+async function takeAway(username) {
+  const { id } = shown;
+  if (!await sure(`Take away the review of ${username}?`, 'Its stars go, too. The book stays on the shelf of its reader.', 'Take it away')) return;
+  await attempt(bookView, async () => {
+    await api('DELETE', `books/${id}/reviews/${encodeURIComponent(username)}`);
+    note('The review is gone.');
+    await Promise.all([readBook(id), reviews.load(true)]);
+  });
+  keepFocus($('h-reviews'));
+}
 async function openBook(id) {
   if (shown?.id !== id) {
     [shown, held] = [{ id }, null];
@@ -361,8 +393,14 @@ function drawDesk() {
   const { copies, available } = shown;
   $('stock-now').textContent = [held && `You have it until ${day(held.due_at)}.`,
     copies ? `${available} of ${plural(copies, 'copy', 'copies')} available.` : 'There is no copy to lend.'].filter(Boolean).join(' ');
-  [$('borrow').hidden, $('return').hidden] = [!(me && available && !held), !held];
+  [$('borrow').hidden, $('return').hidden, $('renew').hidden, $('edit').hidden] = [!(me && available && !held), !held, !mayRenew(held), !(isStaff() || me && shown.added_by === me.id)];
+  [$('edit').href, $('lend').href, $('lend').hidden] = [`#/edit/${shown.id}`, `#/desk?book=${shown.id}`, !available];
+  const field = $('stock').elements.copies;
+  field.min = copies - available; // those on loan
+  if (document.activeElement !== field) field.value = copies;
 }
+const MOST_RENEWALS = 2; // of the service
+const mayRenew = loan => Boolean(loan) && !loan.returned_at && loan.renewals < MOST_RENEWALS && new Date(loan.due_at) > new Date();
 const changeLoan = (path, json, told) => once(() => attempt(bookView, async () => {
   const { id } = shown, loan = await api('POST', path(), json?.());
   note(told(loan));
@@ -371,15 +409,15 @@ const changeLoan = (path, json, told) => once(() => attempt(bookView, async () =
 }));
 $('borrow').onclick = changeLoan(() => 'loans', () => ({ book_id: shown.id }), ({ due_at }) => `Yours until ${day(due_at)}.`);
 $('return').onclick = changeLoan(() => `loans/${held.id}/return`, null, () => 'You brought it back.');
+$('renew').onclick = changeLoan(() => `loans/${held.id}/renew`, null, ({ due_at }) => `You may keep it until ${day(due_at)}.`);
 $('share').onclick = async event => { // without a clipboard it is a link like others
   if (!navigator.clipboard) return;
   event.preventDefault();
   await navigator.clipboard.writeText($('share').href).then(() => note('The link is copied.'), () => note($('share').href));
 };
-onSubmit($('stock'), async ({ quantity }) => {
-  const { id } = shown;
-  await api('POST', `books/${id}/stock`, { quantity: Number(quantity) });
-  note('The stock is changed.');
+onSubmit($('stock'), async ({ copies }) => {
+  const { id } = shown, now = await api('PUT', `books/${id}/stock`, { copies: Number(copies) });
+  note(`The library has ${plural(now.copies, 'copy', 'copies')} of it.`);
   await readBook(id);
 });
 mine.elements.status.append(...options(STATUSES));
@@ -542,27 +580,39 @@ const loadStats = () => attempt($('view-stats'), async () => {
     bars('Top authors', 'books', top_authors.map(({ author, count }) => [author, count, to('shelf/completed', { search: author })])),
     bars('Top tags', 'books', top_tags.map(({ tag, count }) => [tag, count, to('shelf/completed', { tag })])))]);
 });
-// --- the lending desk ----------------------------------------------------------------------------------------------
+// --- lending -------------------------------------------------------------------------------------------------------
+const LOANS = { overdue: 'Overdue', active: 'On loan', returned: 'Returned', all: 'All' };
 const loans = pages({
-  root: $('view-lending'), path: () => 'loans', address: fields => to('lending', fields), key: loan => loan.id,
+  root: $('view-lending'), path: () => 'loans', address: ({ status, ...fields }) => to(`lending/${status}`, fields), key: loan => loan.id,
   params: ({ status, ...fields }) => ({ ...fields, ...(status !== 'all' && { status }) }),
-  row({ id, book_id, title, username, quantity, borrowed_at, due_at, returned_at, renewals }, node) {
-    const late = new Date(due_at) < new Date();
-    const change = what => button(what, once(() => attempt(node, async () => {
-      await api('POST', `loans/${id}/${what.toLowerCase()}`);
-      loans.load(true);
-    })));
+  row(loan, node) {
+    const { id, book_id, user_id, title, username, quantity, borrowed_at, due_at, returned_at, renewals } = loan, late = new Date(due_at) < new Date();
+    const send = what => attempt(node, async () => { await api('POST', `loans/${id}/${what.toLowerCase()}`); await refreshLoans(); });
+    const change = what => button(what, once(() => send(what)), { 'aria-label': `${what} ${title}` });
     return [
-      el('h3', {}, book_id ? linkTo(book_id, title) : title), isStaff() && username && el('p', {}, 'lent to ', el('bdi', {}, username)),
-      facts(quantity > 1 && plural(quantity, 'copy', 'copies'), `since ${day(borrowed_at)}`,
-        returned_at ? el('span', { class: 'good' }, `returned ${day(returned_at)}`)
-          : el('span', { class: late && 'bad' }, `${late ? 'overdue since' : 'due'} ${day(due_at)}`),
-        renewals > 0 && `renewed ${plural(renewals, 'time')}`),
-      !returned_at && el('p', { class: 'row' }, change('Return'), change('Renew')), alertSlot(),
+      el('div', { class: 'grow' }, el('h3', {}, book_id ? linkTo(book_id, title) : title),
+        isStaff() && username && el('p', {}, 'lent to ', link(to('lending/all', { user_id }), el('bdi', {}, username)), el('span', { class: 'soft' }, ` · card ${user_id}`)),
+        facts(quantity > 1 && plural(quantity, 'copy', 'copies'), `since ${day(borrowed_at)}`,
+          returned_at ? el('span', { class: 'good' }, `returned ${day(returned_at)}`) : el('span', { class: late && 'bad' }, `${late ? 'overdue since' : 'due'} ${day(due_at)}`),
+          renewals > 0 && `renewed ${plural(renewals, 'time')}`), alertSlot()),
+      !returned_at && el('div', { class: 'row' }, mayRenew(loan) && change('Renew'), change('Return')),
     ];
   },
-  empty: () => [el('h3', {}, 'No loans here.'), el('p', {}, 'Books with a copy to lend have a “Borrow it” button.'), link('#/', 'To the catalogue')],
+  empty: (_, { status }) => [el('h3', {}, status === 'overdue' ? 'Nothing is overdue.' : 'No loans here.'),
+    el('p', {}, 'Books with a copy to lend have a “Borrow it” button.'), el('p', { class: 'row' }, link('#/', 'To the catalogue', { class: 'button' }))],
 });
+const countLoans = (query = {}) => Promise.all(['overdue', 'active'].map(async status => (await get(`loans?${new URLSearchParams({ ...query, status, limit: 1 })}`)).total));
+async function drawTabs(chosen, user_id) { // the overdue first, if there are any
+  const card = user_id && { user_id }, [overdue, active] = await countLoans(card), counts = { overdue, active };
+  const now = Object.hasOwn(LOANS, chosen) ? chosen : overdue ? 'overdue' : 'active';
+  redraw($('loan-tabs'), Object.entries(LOANS).map(([status, name]) => link(to(`lending/${status}`, card || {}),
+    [name, counts[status] > 0 && el('b', { class: status === 'overdue' && 'bad' }, ` ${counts[status].toLocaleString('en')}`)], { 'aria-current': status === now ? 'page' : 'false' })));
+  return now;
+}
+const card = $('view-lending').querySelector('form').elements; // whose loans, and which
+const openLending = ({ id, query }) => attempt($('view-lending'), async () => loans.open({ ...query, status: await drawTabs(id || query.status, query.user_id) }));
+const refreshLoans = () => Promise.all([loans.load(true), drawTabs(card.status.value, card.user_id.value)]);
+card.user_id.addEventListener('input', () => drawTabs(card.status.value, card.user_id.value).catch(() => {}));
 // --- files ---------------------------------------------------------------------------------------------------------
 const uploadForm = $('upload');
 let job = null;
@@ -691,7 +741,7 @@ const uploads = pages({
 });
 // --- who is signed in ----------------------------------------------------------------------------------------------
 const isStaff = () => ['librarian', 'admin'].includes(me?.role);
-const sign = $('sign');
+const sign = $('sign'), forgot = $('forgot');
 let signingUp = false;
 function openAccount(way) {
   const { username, password } = sign.elements;
@@ -701,35 +751,53 @@ function openAccount(way) {
   $('other-way').textContent = signingUp ? 'I have an account' : 'I have no account yet';
   $('about-password').textContent = signingUp ? 'A password has at least 8 characters.' : document.body.dataset.hint ?? '';
   $('more').hidden = $('more').disabled = !signingUp;
-  $('confirm').hidden = true;
+  [sign.hidden, forgot.hidden, $('forgotten').hidden, $('confirm').hidden] = [false, true, signingUp, true];
   $('confirm').querySelector('.note').textContent = '';
   username.previousSibling.textContent = signingUp ? 'User name ' : 'User name or e-mail address ';
   [password.autocomplete, password.minLength] = signingUp ? ['new-password', 8] : ['current-password', 0];
   if (!$('account').open) $('account').showModal();
   username.focus();
 }
+function openForgot(form) { // a new password with a code that is mailed
+  $('h-account').textContent = 'A new password';
+  [sign.hidden, forgot.hidden, $('confirm').hidden] = [true, false, true];
+  put(forgot, formOf({ how: 'strong', also: button('Back to signing in', () => openAccount('in'), { class: 'link' }), ...form }));
+  forgot.querySelector('input').focus();
+}
+const askForCode = () => openForgot({
+  verb: 'Mail me a code', parts: field('email', 'E-mail address', { type: 'email', autocomplete: 'email', value: sign.elements.username.value.includes('@') ? sign.elements.username.value : '' }),
+  async work({ email }) { await api('POST', 'auth/forgot-password', { email }); useCode(email); },
+});
+const useCode = email => openForgot({
+  verb: 'Set the new password', parts: [el('p', { class: 'note', role: 'status' }, `If an account has the address ${email}, a code of six digits is on its way to it. It is valid for ten minutes.`),
+    field('otp', 'Code', { inputmode: 'numeric', autocomplete: 'one-time-code', pattern: '[0-9]{6}', maxlength: 6 }), newSecret('new_password', 'New password')],
+  async work(fields) { await api('POST', 'auth/reset-password', { email, ...fields }); await logIn(email, fields.new_password); $('news').textContent = 'Your new password is set.'; },
+});
 $('other-way').onclick = () => openAccount(signingUp ? 'in' : 'up');
-$('account').addEventListener('close', () => sign.reset());
+$('forgotten').onclick = askForCode;
+$('account').addEventListener('close', () => { sign.reset(); put(forgot); });
 onSubmit($('confirm'), async ({ email }) => {
   await api('POST', 'auth/verify-email', { email });
   $('confirm').querySelector('.note').textContent = 'It is on its way.';
 });
 for (const node of all('[data-open]')) node.onclick = () => openAccount(node.dataset.open);
-onSubmit(sign, async fields => {
-  const isNew = signingUp;
-  if (isNew) { await api('POST', 'auth/register', fields); openAccount('in'); } // where signing in fails now, the account is there already
-  const login = await api('POST', 'login?cookie=true', { username: fields.username, password: fields.password }).catch(error => {
-    if (error.status !== 403) throw error;
-    $('confirm').hidden = false; // the address must be confirmed first
-    $('confirm').elements.email.value = fields.email ?? (fields.username.includes('@') ? fields.username : '');
-  });
-  if (!login) return;
-  token = login.access_token;
+async function logIn(username, password) {
+  token = (await api('POST', 'login?cookie=true', { username, password })).access_token;
   await signedIn();
-  if (isNew) $('news').textContent = `Welcome! A mail is on its way to ${fields.email}: its link confirms your address.`;
   otherTabs.postMessage('in');
   $('account').close();
   keepFocus();
+}
+onSubmit(sign, async fields => {
+  const isNew = signingUp;
+  if (isNew) { await api('POST', 'auth/register', fields); openAccount('in'); } // where signing in fails now, the account is there already
+  try { await logIn(fields.username, fields.password); } catch (error) {
+    if (error.status !== 403) throw error;
+    $('confirm').hidden = false; // the address must be confirmed first
+    $('confirm').elements.email.value = fields.email ?? (fields.username.includes('@') ? fields.username : '');
+    return;
+  }
+  if (isNew) $('news').textContent = `Welcome! A mail is on its way to ${fields.email}: its link confirms your address.`;
 });
 $('sign-out').onclick = async () => { await api('POST', 'auth/logout').catch(() => {}); otherTabs.postMessage('out'); signedOut(); };
 function keepFocus(wanted = $('main')) { // where what had it is gone
@@ -745,8 +813,10 @@ async function signedIn() {
 }
 async function signedOut(why = '') {
   token = me = job = entry = held = null;
-  for (const list of [shelf, reading, uploads, loans, refused, warned]) list.forget(); // the next at this machine may be somebody else
-  for (const node of all('#charts, #shelf-tabs, .ticker, #latest')) put(node);
+  for (const list of [shelf, reading, uploads, loans, refused, warned, sessions, users]) list.forget(); // the next at this machine may be somebody else
+  for (const node of all('#charts, #shelf-tabs, #loan-tabs, #my-address, #figures, #user > :last-child, .ticker, #latest')) put(node);
+  for (const field of [myForms.name.elements.full_name, desk.elements.reader]) field.defaultValue = '';
+  for (const form of [...Object.values(myForms), desk]) form.reset();
   $('job').hidden = true;
   changedUser();
   $('notice').textContent = why;
@@ -759,11 +829,187 @@ function drawRole(role) { // kept for the next start, which then draws the right
   document.body.classList.toggle('staff', ['librarian', 'admin'].includes(role));
   document.body.classList.toggle('admin', role === 'admin');
 }
+const drawWho = () => put($('who'), me && [el('bdi', {}, me.full_name ?? me.username), el('span', {}, `, ${me.role}`)]);
 function changedUser() {
   drawRole(me?.role);
-  put($('who'), me && [el('bdi', {}, me.full_name ?? me.username), el('span', {}, `, ${me.role}`)]);
+  drawWho();
   route();
   reconnect();
+}
+// --- my account ----------------------------------------------------------------------------------------------------
+const myCard = el('p', { class: 'facts' }), myAddress = el('div', { id: 'my-address' });
+const myForms = Object.fromEntries(Object.entries({
+  name: { title: 'Who I am', verb: 'Save the name', parts: [myCard, field('full_name', 'Full name, shown to staff and to you', { required: false, autocomplete: 'name', maxlength: 100 })],
+    work: ({ full_name }) => changeMe({ full_name: full_name.trim() || null }, 'Saved.') },
+  email: { title: 'E-mail address', verb: 'Change the address', parts: [myAddress, field('email', 'New address', { type: 'email', autocomplete: 'email' }), secret('current_password', 'My password')],
+    work: fields => changeMe(fields, `A mail is on its way to ${fields.email}.`) },
+  password: { title: 'Password', verb: 'Change the password', parts: [secret('current_password', 'Present password'), newSecret('new_password', 'New password')],
+    async work(fields) { await api('POST', 'auth/change-password', fields); sessions.load(true); return 'Your new password is set. All other sessions have ended.'; } },
+  sessions: { title: 'Where I am signed in', verb: 'Sign out everywhere else', parts: el('ul', { class: 'rows', tabindex: -1, 'aria-label': 'My sessions' }), 
+    async work() {
+      for (const { id, current } of (await get('auth/sessions?limit=100')).items) if (!current) await api('DELETE', `auth/sessions/${id}`);
+      await sessions.load(true);
+    } },
+  data: { title: 'All about me', verb: 'Download it', parts: el('p', {}, 'Account, shelf, reviews, loans, uploads and sessions: all that is stored about you, in one file.'),
+    work: () => saveFile('users/me/export', `books-${me.username}.json`) },
+  deletion: { title: 'Delete my account', verb: 'Delete my account', how: 'danger', 
+    parts: [el('p', {}, 'Your shelf, reviews, uploads and past loans go with it, for good. Books that you added stay.'), secret('password', 'My password')],
+    async work(fields) { await api('DELETE', 'users/me', fields); otherTabs.postMessage('out'); await signedOut('Your account is deleted.'); } },
+}).map(([name, form]) => [name, formOf(form)]));
+$('view-account').append(el('div', { class: 'columns' }, Object.values(myForms)));
+const device = agent => [/Firefox|Chrome|Safari/, /Android|iPhone|iPad|Windows|Mac OS|Linux(?!; Android)/].map(known => agent?.match(known)?.[0]).filter(Boolean).join(' on ')
+  || agent || 'An unknown program';
+const moment = when => new Date(when).toLocaleString('en', { dateStyle: 'medium', timeStyle: 'short' });
+const sessions = pages({
+  root: myForms.sessions, path: () => 'auth/sessions', limit: 10, key: session => session.id,
+  row: ({ id, user_agent, created_at, last_used_at, current }, node) => [
+    el('div', { class: 'grow' }, el('strong', {}, device(user_agent)), ' ', current && chip('this one'), facts(`since ${day(created_at)}`, `last used ${moment(last_used_at)}`), alertSlot()),
+    !current && button('End', once(() => attempt(node, async () => { await api('DELETE', `auth/sessions/${id}`); await sessions.load(true); })),
+      { 'aria-label': `End the session of ${device(user_agent)}` })],
+});
+const openMe = () => attempt($('view-account'), async () => { [me] = await Promise.all([get('users/me'), sessions.load(true)]); drawMe(); });
+async function changeMe(change, told) { me = await api('PATCH', 'users/me', change); drawMe(); return told; }
+function drawMe() {
+  const { id, username, role, full_name, email, email_verified_at, pending_email, created_at } = me, { name, email: form } = myForms;
+  const waits = pending_email ? `${pending_email} takes its place when you follow the link that was mailed there.` : 'Follow the link that was mailed to you.';
+  const press = (text, work) => button(text, once(() => attempt(form, async () => { form.querySelector('.note').textContent = await work(); })), { class: 'link' });
+  drawWho();
+  put(myCard, el('b', {}, el('bdi', {}, username)), el('b', {}, `Card number ${id}`), el('span', {}, role), el('span', {}, `since ${day(created_at)}`));
+  name.elements.full_name.defaultValue = full_name ?? '';
+  put(myAddress, el('p', {}, el('strong', {}, email), ' ', email_verified_at ? el('span', { class: 'good' }, '✓ confirmed') : el('span', { class: 'bad' }, 'not confirmed yet')),
+    (pending_email || !email_verified_at) && el('p', { class: 'row' }, el('span', { class: 'soft' }, waits),
+      press('Send the mail again', async () => { await api('POST', 'auth/verify-email', { email: pending_email ?? email }); return 'It is on its way.'; }),
+      pending_email && press('Keep the old one', () => changeMe({ email }, 'Your address stays as it is.'))));
+}
+// --- editing a book ------------------------------------------------------------------------------------------------
+const editForm = $('view-edit').appendChild(fill(addForm.cloneNode(true), { id: 'edit-form' }, []));
+let edited = null; // as it was read: what is sent is what differs
+const openEdit = id => attempt(editForm, async () => { edited = null; editForm.reset(); drawEdited(await get(`books/${id}`)); });
+function drawEdited(book) {
+  edited = book;
+  for (const field of editForm.elements) if (field.name) field.value = book[field.name] ?? '';
+  $('delete-book').hidden = !(isStaff() || book.added_by === me?.id);
+}
+const changeEdited = (method, json) => send(`books/${edited.id}`, { method, json, headers: { 'If-Match': `"${edited.version}"` } });
+async function saveEdited() { // where somebody else was faster: what they changed is kept, but for what both did, which is asked
+  const change = Object.fromEntries(Object.entries(valuesOf(editForm)).filter(([name, value]) => value !== (edited[name] ?? null)));
+  try { await changeEdited('PATCH', change); } catch (error) {
+    if (error.status !== 412) throw error;
+    const theirs = await get(`books/${edited.id}`), both = Object.keys(change).filter(name => theirs[name] !== edited[name] && theirs[name] !== change[name]);
+    drawEdited(theirs);
+    for (const name of Object.keys(change)) editForm.elements[name].value = change[name] ?? '';
+    if (!both.length) return saveEdited();
+    const now = both.map(name => `${editForm.elements[name].labels[0].textContent.trim()} is now “${theirs[name] ?? ''}”`).join('; ');
+    throw problem({ detail: `Somebody else has just changed it, too. ${now}. Save again to put yours in its place.`, errors: [] });
+  }
+}
+onSubmit(editForm, async () => { const { id } = edited; await saveEdited(); leave(`#/book/${id}`); });
+$('delete-book').onclick = once(async () => {
+  if (!edited || !await sure(`Delete “${edited.title}”?`, 'Its reviews and its place on shelves go with it. This can’t be undone.', 'Delete it')) return;
+  await attempt(editForm, async () => {
+    try { await changeEdited('DELETE'); leave('#/'); } catch (error) {
+      if (error.status !== 412) throw error;
+      drawEdited(await get(`books/${edited.id}`));
+      throw problem({ detail: 'Somebody has changed it meanwhile: this is how it is now. Delete it again if that is still right.', errors: [] });
+    }
+  });
+});
+const leave = address => { history.replaceState(null, '', `${base}/${address}`); route(true); }; // Back does not lead to what was left
+// --- users ---------------------------------------------------------------------------------------------------------
+const ROLES = { reader: 'Reader', librarian: 'Librarian', admin: 'Admin' };
+$('view-users').querySelector('[name=role]').append(...options(ROLES));
+const users = pages({
+  root: $('view-users'), path: () => 'users', address: fields => to('users', fields), tag: 'tr', limit: 50, key: user => user.id,
+  row: ({ id, username, email, full_name, role, is_active, email_verified_at, created_at }) => [
+    [link(`#/users/${id}`, el('bdi', {}, username)), full_name && el('div', { class: 'soft' }, el('bdi', {}, full_name))], role === 'reader' ? ROLES[role] : chip(ROLES[role]),
+    el('span', { class: is_active ? 'good' : 'bad' }, is_active ? 'Active' : 'Deactivated'),
+    [email, !email_verified_at && el('div', { class: 'soft' }, 'not confirmed')], day(created_at)].map(cell => el('td', {}, cell)),
+  empty: () => 'Nobody here is like that.',
+});
+let opened = null; // the id in the form, 'new', or none
+async function openUsers({ id, query }) {
+  const was = opened, tbody = $('view-users').querySelector('tbody');
+  opened = id;
+  if (!id) $('user').close();
+  if (!id || !tbody.children.length) await users.open(query);
+  if (id) await attempt($('view-users'), async () => drawUser(id === 'new' ? {} : await get(`users/${Number(id) || 0}`)));
+  else if (was) (tbody.querySelector(`a[href="#/users/${was}"]`) ?? $('h-users')).focus();
+}
+function drawUser({ id, username, email, full_name, role = 'reader', is_active, pending_email, created_at }) {
+  const shut = async () => { $('user').close(); await users.load(true); };
+  const form = formOf({
+    verb: id ? 'Save' : 'Create the account', how: 'strong', parts: [
+      id ? facts(`Card number ${id}`, `since ${day(created_at)}`, pending_email && `${pending_email} waits to be confirmed`, link(to('lending/all', { user_id: id }), 'Loans'))
+        : field('username', 'User name', { maxlength: 50, autocomplete: 'off', autocapitalize: 'none', spellcheck: 'false' }),
+      field('email', 'E-mail address', { type: 'email', autocomplete: 'off', value: email }),
+      field('full_name', 'Full name', { required: false, autocomplete: 'off', maxlength: 100, value: full_name }),
+      !id && newSecret('password', 'Password, to be told to its owner'), el('label', {}, 'Role ', el('select', { name: 'role' }, options(ROLES, role))),
+      id && el('label', {}, el('input', { type: 'checkbox', name: 'is_active', checked: is_active }), ' Active: may sign in')],
+    also: id && button('Delete the account', once(async () => {
+      if (await sure(`Delete the account of ${username}?`, 'Its shelf, reviews, uploads and past loans go with it, for good. Books that it added stay.', 'Delete it'))
+        await attempt(form, async () => { await api('DELETE', `users/${id}`); await shut(); });
+    }), { class: 'danger' }),
+    async work() { await api(id ? 'PATCH' : 'POST', id ? `users/${id}` : 'users', valuesOf(form)); await shut(); },
+  });
+  put($('h-user'), id ? el('bdi', {}, username) : 'New user');
+  $('user').lastElementChild.replaceChildren(form);
+  if (!$('user').open) $('user').showModal();
+}
+$('user').addEventListener('close', () => { if (at.name === 'users' && at.id) /^#\/users(\?|$)/.test(history.state?.from) ? history.back() : leave('#/users'); });
+// --- the desk ------------------------------------------------------------------------------------------------------
+const desk = formOf({
+  title: 'Lend and take back', verb: 'Lend', how: 'strong', also: el('button', { name: 'back', value: 'true' }, 'Take back'), work: handOver, parts: [
+    el('div', { class: 'fields' }, field('book', 'Book: ISBN or title', { autocomplete: 'off', list: 'found-books', maxlength: 500 }),
+      field('reader', 'Reader: card number (admins: or name)', { autocomplete: 'off', list: 'found-users' }),
+      field('until', 'Until, if not the usual time', { type: 'date', required: false })),
+    el('datalist', { id: 'found-books' }), el('datalist', { id: 'found-users' }), el('p', { class: 'soft' }, 'Readers find their card number under “My account”.')],
+});
+$('figures').after(desk);
+desk.after(fill(formOf({ title: 'Backup', verb: 'Download a backup', parts: el('p', {}, 'A consistent copy of the whole database, made while everybody goes on working.'),
+  work: () => saveFile('admin/backup', `books-${new Date().toISOString().slice(0, 10)}.db`) }), { 'data-admin': '' }, []));
+async function drawFigures() {
+  const [[overdue, active], files, users] = await Promise.all([countLoans(), get('books/upload?limit=1'), me.role === 'admin' && get('users?limit=1')]);
+  const tile = (address, n, text) => link(address, figure(n.toLocaleString('en'), text), { class: text === 'overdue' && n > 0 && 'bad' });
+  redraw($('figures'), tile('#/lending/overdue', overdue, 'overdue'), tile('#/lending/active', active, 'on loan'),
+    tile('#/import', files.total, 'files that came in'), users && tile('#/users', users.total, 'users'));
+}
+async function openDesk({ query }) {
+  const book = query.book && await get(`books/${Number(query.book) || 0}`).catch(() => null);
+  if (book) { desk.elements.book.value = `${book.title}, ${book.author} #${book.id}`; desk.elements.reader.focus(); }
+  await attempt($('view-desk'), drawFigures); // a form that is busy takes no other Enter
+}
+const search = (path, words, limit) => get(`${path}?${new URLSearchParams({ [path === 'books' && /^[\dx\s-]{10,17}$/i.test(words) ? 'isbn' : 'search']: words, limit })}`);
+const searchable = path => path === 'books' || me.role === 'admin'; // librarians see no list of users
+function lookAhead(field, path, name) { // choices for a field, each ending in its #id
+  let typing;
+  field.addEventListener('input', () => {
+    clearTimeout(typing);
+    if (!searchable(path) || !/[^\d\s-]/.test(field.value) || /#\d+$/.test(field.value)) return;
+    typing = setTimeout(async () => put(field.list, (await search(path, field.value, 8)).items.map(item => el('option', { value: `${name(item)} #${item.id}` }))), 150);
+  });
+}
+lookAhead(desk.elements.book, 'books', ({ title, author }) => `${title}, ${author}`);
+lookAhead(desk.elements.reader, 'users', ({ username }) => username);
+async function idOf(text, path) {
+  const chosen = Number(text.match(path === 'users' ? /(?:^|#)(\d+)$/ : /#(\d+)$/)?.[1]);
+  if (chosen) return chosen;
+  const { items: [found], total } = searchable(path) ? await search(path, text, 1) : { items: [], total: 0 };
+  if (total !== 1) throw problem({ detail: total ? `“${text}” is found ${total.toLocaleString('en')} times: choose one.` : `“${text}” is not found.`, errors: [] });
+  return found.id;
+}
+async function handOver({ book, reader, until, back }) { // the reader stays, for the next book
+  const book_id = await idOf(book.trim(), 'books'), user_id = await idOf(reader.trim(), 'users');
+  const { title, username, due_at } = back ? await takeBack(book_id, user_id) : await api('POST', 'loans', { book_id, user_id, ...(until && { due_at: `${until}T23:59:59Z` }) });
+  desk.elements.reader.defaultValue = reader;
+  desk.elements.book.focus();
+  drawFigures().catch(() => {});
+  return back ? `${title} is back from ${username}.` : `${title} is lent to ${username} until ${day(due_at)}.`;
+}
+async function takeBack(book_id, user_id) {
+  const lent = await Promise.all(['overdue', 'active'].map(status => get(`loans?${new URLSearchParams({ user_id, status, limit: 100 })}`)));
+  const loan = lent.flatMap(({ items }) => items).find(loan => loan.book_id === book_id);
+  if (!loan) throw problem({ detail: 'This card has no loan of this book.', errors: [] });
+  return api('POST', `loans/${loan.id}/return`);
 }
 // --- views, each with an address -----------------------------------------------------------------------------------
 // A view is `#/name/id?query`: its title, `who` may see it, what opens it there, and what draws it anew after a change.
@@ -776,13 +1022,13 @@ const VIEWS = {
   shelf: { title: 'My shelf', who: 'member', open: ({ id, query }) => Promise.all([shelf.open({ status: id, ...query }), loadTabs()]),
     refresh: () => Promise.all([shelf.load(true), loadTabs()]) },
   stats: { title: 'Statistics', who: 'member', open: loadStats, refresh: loadStats },
-  lending: { title: 'Lending', who: 'member', open: ({ query }) => loans.open(query), refresh: () => loans.load(true) },
+  lending: { title: 'Lending', who: 'member', open: openLending, refresh: refreshLoans },
   import: { title: 'Import', who: 'member', open: openImport, refresh: () => at.id || uploads.load(true) },
-  account: { title: 'My account', who: 'member', open: () => stub('account') },
-  users: { title: 'Users', who: 'admin', open: () => stub('users') },
-  desk: { title: 'Desk', who: 'staff', open: () => stub('desk') },
+  edit: { title: 'Edit a book', who: 'member', open: ({ id }) => openEdit(Number(id) || 0) },
+  account: { title: 'My account', who: 'member', open: openMe },
+  users: { title: 'Users', who: 'admin', open: openUsers, refresh: () => users.load(true) },
+  desk: { title: 'Desk', who: 'staff', open: openDesk, refresh: () => drawFigures() },
 };
-const stub = name => { if (!sectionOf(name).querySelector('p')) sectionOf(name).append(el('p', {}, 'Nothing here yet.')); };
 const sectionOf = name => $(`view-${name}`) ?? $('main').appendChild(el('section', { id: `view-${name}`, 'aria-labelledby': `h-${name}` },
   el('h2', { id: `h-${name}`, tabindex: -1 }, VIEWS[name].title)));
 const allowed = who => !who || document.body.classList.contains(who);
@@ -810,6 +1056,7 @@ async function route(moved = false) {
   for (const other of all('main > section')) other.hidden = other !== section;
   for (const link of all('header nav a')) link.setAttribute('aria-current', parse(link.hash).name === at.name ? 'page' : 'false');
   if (at.name !== 'book') shown = held = null;
+  if (place !== 'users') $('user').close();
   $('news').textContent = '';
   if (place !== 'invite') $('notice').textContent = ''; // there it says why one is no longer signed in
   if (moved) { $('account').close(); showLog(false); }

@@ -15,6 +15,7 @@ NEEDS = {
     "test_schema.py": "schemathesis",
     "data/schema_hooks.py": "schemathesis",
     "test_page.py": "axe_playwright_python",
+    "test_page_desk.py": "axe_playwright_python",
     "test_page_shelf.py": "axe_playwright_python",
     "test_docs_page.py": "playwright",
     "test_other_sites.py": "playwright",

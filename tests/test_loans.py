@@ -91,7 +91,7 @@ def test_invalid_changes_of_stock_are_refused(librarian: Person, book: int, quan
     if status == 422:
         assert answer.json()["errors"][0]["loc"][-1] == "quantity"
     else:
-        assert answer.json()["detail"] == "Only 2 of 3 copies can be removed: 1 on loan."
+        assert answer.json()["detail"] == "1 of 3 are on loan: 2 can be removed."
     assert stock_of(librarian, book) == (3, 2, 1)
 
 
