@@ -206,8 +206,7 @@ async def confirm_email(token: LinkToken, request: Request) -> Response:
     confirmed = await database.write(confirm_address, token)
     if "text/html" not in accepted_types(request):
         return json_response(confirmed.model_dump_json())
-    back = '<p><a class="button" href="../../#/account">Go on to the library</a></p>'
-    text = f"<p>The address {html.escape(confirmed.email)} is confirmed.</p>{back}"
+    text = f"<p>The address {html.escape(confirmed.email)} is confirmed.</p>"
     return HTMLResponse(PAGE.format(heading="Your e-mail address is confirmed", content=text))
 
 

@@ -31,7 +31,7 @@ from tests.test_page import (  # noqa: F401  # two of them are fixtures
     visit,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sqlite]  # to the browser, both databases are the same
 
 SIZES = pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 NEW = "a short way home"
