@@ -143,7 +143,7 @@ TYPES: dict[str, tuple[str, list[str]]] = {
     "a longer prefix": ("books.*", ["books.imported"]),
     "one type": ("book.updated", ["book.updated"]),
     "two types": ("shelf.*,book.deleted", ["shelf.created", "book.deleted"]),
-    "a beginning": ("book*", ["book.created", "book.updated", "book.deleted", "books.imported"]),
+    "both": ("book.created,books.imported", ["book.created", "books.imported"]),
 }
 
 
