@@ -497,39 +497,30 @@ class RequestMiddleware:
                     access_log.info("%s %s %d %.1f ms %s", scope["method"], address, status, milliseconds, request_id)
             await send(message)
 
-        app: ASGIApp = self.app
-        if (name := repeated_parameter(scope)) is not None:
-            error = field_error(name, "is given twice", "value_error", "query")
-            app = problem(422, f"{name}: is given twice", errors=[error])
         try:
-            if not settings.public_catalogue:
-                app = await refuse_visitor(scope, path) or app
-            await app(inner, receive, send_response)
+            await self.app(inner, receive, send_response)
         except Exception:  # a bug, or the connection is lost
             if not status:
                 await problem(500, INTERNAL_ERROR)(scope, receive, send_response)
             raise  # the server logs it
 
 
-async def refuse_visitor(scope: Scope, path: str) -> Response | None:
-    """With PUBLIC_CATALOGUE=false: the error for a request that needs a valid token and has none."""
-    if path == "/" or path.startswith(OPEN_PATHS) or scope["method"] == "OPTIONS":  # a CORS preflight has no token
-        return None
-    try:
-        await security.get_current_user(await security.get_principal(_token(scope)))
-    except HTTPException as error:
-        return await on_http_error(Request(scope), error)
-    except DatabaseError as error:
-        return await on_unavailable(Request(scope), error)
-    return None
+def checked(router: Any) -> Any:
+    """What holds for every path, before it is routed: no parameter is given twice, of which FastAPI would take the
+    last; with PUBLIC_CATALOGUE=false, a valid token."""
 
+    async def check(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            if b"&" in scope["query_string"]:
+                names = [n for n, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)]
+                for name in Counter(names) - Counter({*names}):
+                    raise InvalidField(name, "is given twice", "query")
+            path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
+            if not (settings.public_catalogue or path == "/" or path.startswith(OPEN_PATHS)):
+                await security.get_current_user(await security.get_principal(_token(scope)))
+        await router(scope, receive, send)
 
-def repeated_parameter(scope: Scope) -> str | None:
-    """A parameter that is given twice. FastAPI would take the last one."""
-    if b"&" not in scope["query_string"]:
-        return None
-    names = [name for name, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)]
-    return next(iter(Counter(names) - Counter({*names})), None)
+    return check
 
 
 def common_headers(scope: Scope, path: str, has_etag: bool) -> Iterator[tuple[bytes, bytes]]:

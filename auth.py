@@ -215,7 +215,7 @@ async def refresh(request: Request, response: Response, body: RefreshRequest | N
     token = read_cookie(request) if body is None else body.refresh_token
     claims = security.verify_token("refresh", token) if token else None
     await security.check_rate_limit("refresh", request, claims and claims.sid)
-    pair = None if claims is None else await database.write(rotate_session, claims, body is None)
+    pair = None if claims is None else await database.write(rotate_session, claims)
     if pair is not None:
         return move_to_cookie(pair, request, response) if body is None else pair
     refusal = unauthorized()
@@ -225,7 +225,7 @@ async def refresh(request: Request, response: Response, body: RefreshRequest | N
     raise refusal
 
 
-def rotate_session(session: Session, claims: security.Claims, from_cookie: bool) -> TokenPair | None:
+def rotate_session(session: Session, claims: security.Claims) -> TokenPair | None:
     login = session.get(LoginSession, claims.sid)
     if login is None or login.revoked_at is not None or login.user_id != claims.sub:
         return None
@@ -235,11 +235,8 @@ def rotate_session(session: Session, claims: security.Claims, from_cookie: bool)
     jti_hash = security.sha256(claims.jti)
     if secrets.compare_digest(login.refresh_hash, jti_hash):
         return rotate_tokens(login, claims.jti)
-    if login.previous_hash == jti_hash:
-        if models.utcnow() - login.last_used_at <= REFRESH_RETRY:
-            return create_pair(login, claims.jti)
-        if from_cookie:  # a tab was closed before the answer came; whoever uses its token after this is detected below
-            return rotate_tokens(login, claims.jti)
+    if login.previous_hash == jti_hash and models.utcnow() - login.last_used_at <= REFRESH_RETRY:
+        return create_pair(login, claims.jti)
     # Reuse, by its owner or a thief (RFC 9700, 4.14.2).
     login.revoked_at = models.utcnow()
     record_account_event(session, login.user_id, "token_reused", session_id=login.id)

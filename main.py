@@ -347,6 +347,7 @@ NOUNS = (books, covers, library, auth, accounts, users, uploads, external, loans
 # The most frequent first, even before /docs: Starlette tries routes in turn.
 ROUTERS = (books.hot, library.hot, *(noun.router for noun in NOUNS), library.reviews_router, books.exports, router)
 app.router.routes[:0] = [route for each in ROUTERS for route in each.routes]
+app.router.middleware_stack = api.checked(app.router.middleware_stack)
 
 
 plain_openapi = app.openapi

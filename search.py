@@ -179,7 +179,7 @@ def suggest(connection: Connection, text: str, find: Callable[[str], str | None]
 
     `find` gives the first book that a query finds, as JSON. Its spelling is shown: `word_key` has no marks.
     """
-    found = whole(text)
+    found = list(dict.fromkeys(whole(text)))
     known = set(connection.scalars(sa.select(TERM).where(TERM.in_(found))))
     words_to_vary = {word for word in found if 3 <= len(word) <= 40 and not word[0].isdigit()}
     words_to_vary = words_to_vary - known or words_to_vary  # where all are known, one may be another's misspelling

@@ -51,7 +51,8 @@ UPLOADS = Listing(
 ERRORS, REFUSED = (
     Listing(
         sa.select(JsonObject({name: getattr(UploadError, name) for name in names})),
-        filters={name: getattr(UploadError, name) == sa.bindparam(name) for name in ("upload_id", "severity")},
+        filters={name: getattr(UploadError, name) == sa.bindparam(name) for name in ("upload_id", "severity")}
+        | {"refused": col(UploadError.cells).is_not(None)},  # once a row; several errors of one are older than this
         orders={"id": (col(UploadError.id),)},
     )
     for names in (UploadErrorPublic.model_fields, ("cells", "field", "message"))
@@ -491,7 +492,7 @@ def list_upload_errors(
         filters = {"upload_id": upload_id, **query.model_dump(include={"severity"}, exclude_none=True)}
         return page_response(request, ERRORS.page(connection, filters, "id", query))
     header = connection.execute(sa.select(col(Upload.header)).where(col(Upload.id) == upload_id)).scalar_one() or []
-    batches = REFUSED.row_batches({"upload_id": upload_id, "severity": "error"}, "id")
+    batches = REFUSED.row_batches({"upload_id": upload_id, "refused": True}, "id")
     return file_response(as_csv([*header, csv_files.REASON], batches, refused_cells), f"upload-{upload_id}-refused.csv")
 
 

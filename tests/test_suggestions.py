@@ -228,3 +228,9 @@ def test_no_path_takes_a_parameter_twice(reader: Person, path: str) -> None:
     assert answer.status_code == 422
     name = path.rpartition("&")[2].partition("=")[0]
     assert answer.json()["errors"] == [{"loc": ["query", name], "msg": "is given twice", "type": "value_error"}]
+
+
+def test_a_repeated_word_costs_as_much_as_one(catalogue: TestClient) -> None:
+    """80 times a word with two choices would be 2^80 queries."""
+    answer = catalogue.get("/books", params={"search": " ".join(["worlb"] * 80)}).json()
+    assert answer["suggestions"] == catalogue.get("/books", params={"search": "worlb"}).json()["suggestions"]

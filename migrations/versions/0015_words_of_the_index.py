@@ -1,6 +1,7 @@
 """List the words of the search index, in which `suggestions` are found: `word.term`.
 
-SQLite reads them from the index itself. On PostgreSQL, which can't list what a GIN index holds, triggers keep a table.
+SQLite reads them from the index itself. On PostgreSQL, which can't list what a GIN index holds, triggers add to a table. Words that no
+book has any more stay: to look for other books with each word of an old title took 0.2 s at 100,000 books.
 """
 
 from alembic import op
@@ -20,19 +21,14 @@ POSTGRESQL = (
        INSERT INTO word SELECT DISTINCT plain_words(words) FROM added ON CONFLICT DO NOTHING;
        RETURN NULL;
        END $$""",
-    """CREATE FUNCTION remove_words() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-       IF TG_OP = 'UPDATE' THEN
-         INSERT INTO word SELECT plain_words(new.words) ON CONFLICT DO NOTHING;
-       END IF;
-       DELETE FROM word USING (SELECT plain_words(old.words) AS gone) AS words WHERE term = gone
-         AND NOT EXISTS (SELECT FROM book WHERE book.words @@ ('''' || gone || '''')::tsquery);
+    """CREATE FUNCTION add_words_of_row() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+       INSERT INTO word SELECT plain_words(new.words) ON CONFLICT DO NOTHING;
        RETURN NULL;
        END $$""",
     """CREATE TRIGGER word_insert AFTER INSERT ON book REFERENCING NEW TABLE AS added
        FOR EACH STATEMENT EXECUTE FUNCTION add_words()""",
     """CREATE TRIGGER word_update AFTER UPDATE OF title_key, author_key, isbn, publisher_key ON book
-       FOR EACH ROW WHEN (old.words IS DISTINCT FROM new.words) EXECUTE FUNCTION remove_words()""",
-    "CREATE TRIGGER word_delete AFTER DELETE ON book FOR EACH ROW EXECUTE FUNCTION remove_words()",
+       FOR EACH ROW WHEN (old.words IS DISTINCT FROM new.words) EXECUTE FUNCTION add_words_of_row()""",
 )
 
 
