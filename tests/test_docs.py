@@ -1,12 +1,8 @@
 """The OpenAPI schema: complete, correct, and sufficient to generate a client from."""
 
-import importlib
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -14,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from main import app
-from tests.fixtures import DUNE, Person, Server
+from tests.fixtures import Person
 
 Json = dict[str, Any]
 SCHEMA: Json = app.openapi()
@@ -308,48 +304,3 @@ def test_other_operations_with_a_token_require_it(client: TestClient) -> None:
         if "security" in operation and name not in OPTIONAL_TOKEN and "requestBody" not in operation:
             address = re.sub(r"\{\w+_id\}", "1", path).replace("{username}", "rita")
             assert client.request(method, address).status_code == 401, name
-
-
-@pytest.mark.slow
-def test_a_generated_client_works(
-    serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = serve()
-    (tmp_path / "openapi.json").write_text(server.client.get("/openapi.json").text)
-    # The generator knows no type for a database file, and formatting its code takes long.
-    (tmp_path / "config.yaml").write_text(
-        "content_type_overrides: {application/vnd.sqlite3: application/octet-stream}\npost_hooks: []\n"
-    )
-    generate = [sys.executable, "-m", "openapi_python_client", "generate", "--path", "openapi.json", "--meta", "none"]
-    generated = subprocess.run(
-        [*generate, "--config", "config.yaml", "--output-path", "generated_client", "--fail-on-warning"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert generated.returncode == 0, generated.stdout + generated.stderr
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def api(tag: str, name: str) -> Any:
-        return importlib.import_module(f"generated_client.api.{tag}.{name}")
-
-    models, generated_client = (
-        importlib.import_module("generated_client.models"),
-        importlib.import_module("generated_client"),
-    )
-    base = str(server.client.base_url)
-    with generated_client.Client(base_url=base) as visitor:
-        rita = models.UserCreate(username="rita", email="rita@example.com", password="a long way to Arrakis")
-        assert api("accounts", "register").sync(client=visitor, body=rita).username == "rita"
-        given = models.LoginCredentials(username="rita", password="a long way to Arrakis")
-        tokens = api("accounts", "login").sync(client=visitor, body=given)
-    with generated_client.AuthenticatedClient(base_url=base, token=tokens.access_token) as signed_in:
-        book = api("catalogue", "create_book").sync(client=signed_in, body=models.BookCreate(**DUNE))
-        assert (book.title, book.isbn) == ("Dune", "9780441172719")
-        found = api("catalogue", "list_books").sync(client=signed_in, search="dune")
-        assert [one.id for one in found.items] == [book.id]
-        shelved = api("my_library", "shelve_book").sync(book.id, client=signed_in, body=models.EntryCreate())
-        assert shelved.status == models.ShelfStatus.WISHLIST
-        refused = api("my_library", "shelve_book").sync(book.id, client=signed_in, body=models.EntryCreate())
-        assert (refused.status, refused.title) == (409, "Conflict")
