@@ -319,7 +319,9 @@ class EventPublic(BaseModel, from_attributes=True):
     id: int = Field(examples=[1795254571301])
     at: Moment
     type: str = Field(examples=["book.deleted"])
-    data: dict[str, Any] = Field(examples=[{"id": 1, "title": "Dune", "author": "Frank Herbert"}])
+    data: dict[str, Any] = Field(
+        description="By `type`, as in `EventData`.", examples=[{"id": 1, "title": "Dune", "author": "Frank Herbert"}]
+    )
 
 
 # --- books --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import io
 import sys
 import time
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from books_client import AuthenticatedClient, Client
 from books_client.api.accounts import login, register
@@ -29,6 +29,7 @@ from books_client.models import (
     Problem,
     ShelfStatus,
     StockChange,
+    StockEvent,
     StockPublic,
     TokenPair,
     UploadForm,
@@ -93,12 +94,15 @@ stock = expect(StockPublic, change_stock.sync(book.id, client=admin, body=StockC
 loan = expect(LoanPublic, borrow.sync(client=reader, body=LoanCreate(book_id=book.id)))
 assert (stock.available, loan.username, loan.returned_at) == (1, NAME, None)
 
-position, types = 0, []
-while "loan.created" not in types:
+position = 0
+last: dict[str, dict[str, Any]] = {}
+while "loan.created" not in last:
     events = expect(EventPage, list_events.sync(client=reader, after=position, limit=5, types="book.*,shelf.*,loan.*"))
-    types += [event.type_ for event in events.items]
+    last |= {event.type_: event.data.to_dict() for event in events.items}
     position = events.next_
-assert {"book.updated", "books.imported", "shelf.created", "shelf.updated", "book.stock"} < {*types}
+assert {"book.updated", "books.imported", "shelf.created", "shelf.updated", "book.stock"} < last.keys()
+assert LoanPublic.from_dict(last["loan.created"]) == loan
+assert StockEvent.from_dict(last["book.stock"]).on_loan == 1
 
 # A suspended account stays suspended, whatever else is patched.
 expect(UserPublic, update_user.sync(user.id, client=admin, body=AccountUpdate(is_active=False)))

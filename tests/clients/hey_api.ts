@@ -59,13 +59,15 @@ const stock = expect(await api.changeStock({ client: admin, path, body: { quanti
 const loan = expect(await api.borrow({ client: reader, body: { book_id: book.id } }));
 assert.deepEqual([stock.available, loan.username, loan.returned_at], [1, name, null]);
 
-const types: string[] = [];
-for (let after = 0; !types.includes('loan.created'); ) {
+const last: Record<string, unknown> = {};
+for (let after = 0; !('loan.created' in last); ) {
   const events = expect(await api.listEvents({ client: reader, query: { after, limit: 5, types: 'book.*,shelf.*,loan.*' } }));
-  types.push(...events.items.map((event) => event.type));
+  for (const event of events.items) last[event.type] = event.data;
   after = events.next;
 }
-for (const type of ['book.updated', 'books.imported', 'shelf.created', 'shelf.updated', 'book.stock']) assert(types.includes(type), type);
+for (const type of ['book.updated', 'books.imported', 'shelf.created', 'shelf.updated', 'book.stock']) assert(type in last, type);
+assert.deepEqual(last['loan.created'] as api.EventData['loan.created'], loan);
+assert.equal((last['book.stock'] as api.EventData['book.stock']).on_loan, 1);
 
 // A suspended account stays suspended, whatever else is patched.
 const whose = { user_id: user.id };

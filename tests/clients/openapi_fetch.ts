@@ -60,14 +60,16 @@ const stock = expect(await admin.POST('/books/{book_id}/stock', { params: { path
 const loan = expect(await reader.POST('/loans', { body: { book_id: book.id } }));
 assert.deepEqual([stock.available, loan.username, loan.returned_at], [1, name, null]);
 
-const types: string[] = [];
-for (let after = 0; !types.includes('loan.created'); ) {
+const last: Record<string, unknown> = {};
+for (let after = 0; !('loan.created' in last); ) {
   const query = { after, limit: 5, types: 'book.*,shelf.*,loan.*' };
   const events = expect(await reader.GET('/events', { params: { query } }));
-  types.push(...events.items.map((event) => event.type));
+  for (const event of events.items) last[event.type] = event.data;
   after = events.next;
 }
-for (const type of ['book.updated', 'books.imported', 'shelf.created', 'shelf.updated', 'book.stock']) assert(types.includes(type), type);
+for (const type of ['book.updated', 'books.imported', 'shelf.created', 'shelf.updated', 'book.stock']) assert(type in last, type);
+assert.deepEqual(last['loan.created'] as components['schemas']['EventData']['loan.created'], loan);
+assert.equal((last['book.stock'] as components['schemas']['EventData']['book.stock']).on_loan, 1);
 
 // A suspended account stays suspended, whatever else is patched.
 const whose = { path: { user_id: user.id } };
