@@ -36,7 +36,7 @@ import security
 from database import P, T
 from models import ANSWER_LIFETIME, InvalidField, Principal, StoredAnswer
 from schemas import Problem, describe_error
-from settings import settings
+from settings import STATIC, settings
 
 log = logging.getLogger("books")
 access_log = logging.getLogger("books.access")
@@ -198,6 +198,7 @@ def errors(*statuses: int, sends: dict[int, str] | None = None) -> dict[int | st
 
 
 PAGE = errors(sends={200: "Link X-Event-Cursor"})
+EVENT_DATA = json.loads((STATIC / "event_data.json").read_text("utf-8"))  # `EventData`, and what it refers to
 
 
 def complete_openapi(schema: dict[str, Any]) -> None:
@@ -205,7 +206,7 @@ def complete_openapi(schema: dict[str, Any]) -> None:
     components = schema["components"]
     shape = Problem.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
     shape["properties"]["errors"].pop("default")
-    components["schemas"] |= {**shape.pop("$defs"), "Problem": shape}
+    components["schemas"] |= EVENT_DATA | shape.pop("$defs") | {"Problem": shape}
     components["headers"] = {
         name: {"description": text, "required": always, "schema": {"type": "string"}, "example": example}
         for name, (always, text, example) in HEADERS.items()

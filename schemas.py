@@ -21,13 +21,18 @@ INVALID_CHARACTERS = re.compile("[\x00\ud800-\udfff]")
 CSV_CONTEXT = {"cells": True}  # the validation context of CSV cells, which are all text
 
 
-def _refuse(is_invalid: Callable[[Any], object], message: str) -> AfterValidator:
+def _refuse(is_invalid: Callable[[Any], object], message: str, **refused: Any) -> pydantic.GetPydanticSchema:
+    """Refuse values with this message. In the document they are `not` what the keywords say."""
+
     def check(value: Any) -> Any:
         if is_invalid(value):
             raise ValueError(message)
         return value
 
-    return AfterValidator(check)
+    return pydantic.GetPydanticSchema(
+        lambda source, handler: core_schema.no_info_after_validator_function(check, handler(source)),
+        lambda schema, handler: {"not": refused} | handler(schema),
+    )
 
 
 def _blank_is_null(value: object) -> object:
@@ -126,7 +131,8 @@ class BlankIsNull:
 
 # By Python's definition of white space, not pydantic's, so that models, CSV cells and sort keys agree on what is blank.
 Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
-Storable = _refuse(INVALID_CHARACTERS.search, "must not contain NUL characters or halves of surrogate pairs")
+INVALID_TEXT = "must not contain NUL characters or halves of surrogate pairs"
+Storable = _refuse(INVALID_CHARACTERS.search, INVALID_TEXT, pattern=r"\x00")
 NOT_BLANK = r"\S"
 NotBlank = Field(json_schema_extra={"pattern": NOT_BLANK})  # documents that a stripped text must not be empty
 Title = Annotated[str, length(500), Stripped, Storable, NotBlank]
@@ -134,8 +140,8 @@ Author = Annotated[str, length(1000), Stripped, Storable, NotBlank]
 Language = Annotated[str, length(35), Stripped, Storable, NotBlank]
 Word = Annotated[str, length(100), Stripped, Storable, NotBlank]
 Name = Annotated[str, length(300), Stripped, Storable, NotBlank]
-NoComma = _refuse(lambda text: "," in text, "must not contain a comma, which separates tags in files")
-Tag = Annotated[str, length(50), Stripped, Storable, NoComma]
+NoComma = _refuse(lambda t: "," in t, "must not contain a comma, which separates tags in files", pattern=r"[,\x00]")
+Tag = Annotated[str, length(50), Stripped, NoComma, Storable, NotBlank]
 LongText = Annotated[str, length(20_000), Stripped, Storable, NotBlank]
 URL_PATTERN = pattern(
     r'^[Hh][Tt][Tt][Pp][Ss]?://[^\s<>"\\^`{|}]+$', "must be an address that begins with http:// or https://"
@@ -152,6 +158,7 @@ Price = Annotated[
 ]
 # The last annotation: before `Field`, its bounds would be `ge` and `le` in the document (pydantic #11576).
 Number = BeforeValidator(_check_number)
+NotZero = _refuse(lambda number: number == 0, "must not be 0", const=0)
 Year = Annotated[int, Field(ge=MIN_YEAR, le=9999), AfterValidator(_check_year), Number]
 PublishedDate = Annotated[date, BeforeValidator(_check_iso), AfterValidator(_check_year)]
 Timestamp = Annotated[datetime, BeforeValidator(_check_iso), AfterValidator(_to_utc)]
@@ -179,7 +186,7 @@ EmailAddress = Annotated[
         ),
     ),
     # Mail headers would decode it (RFC 2047): one mailbox would have endlessly many addresses.
-    _refuse(lambda email: "=?" in email, "must not contain =?"),
+    _refuse(lambda email: "=?" in email, "must not contain =?", pattern=r"=\?"),
 ]
 Password = Annotated[str, StringConstraints(min_length=8, max_length=128), Storable]
 
@@ -319,7 +326,9 @@ class EventPublic(BaseModel, from_attributes=True):
     id: int = Field(examples=[1795254571301])
     at: Moment
     type: str = Field(examples=["book.deleted"])
-    data: dict[str, Any] = Field(examples=[{"id": 1, "title": "Dune", "author": "Frank Herbert"}])
+    data: dict[str, Any] = Field(
+        description="By `type`, as in `EventData`.", examples=[{"id": 1, "title": "Dune", "author": "Frank Herbert"}]
+    )
 
 
 # --- books --------------------------------------------------------------------------------------------------------
@@ -391,9 +400,9 @@ class GenreCount(BaseModel):
 
 
 class StockChange(RequestModel):
-    quantity: Annotated[
-        int, Field(ge=-MAX_COPIES, le=MAX_COPIES), _refuse(lambda quantity: quantity == 0, "must not be 0"), Number
-    ] = Field(description="How many copies to add; negative: to remove.", examples=[3])
+    quantity: Annotated[int, Field(ge=-MAX_COPIES, le=MAX_COPIES), NotZero, Number] = Field(
+        description="How many copies to add; negative: to remove.", examples=[3]
+    )
 
 
 class StockUpdate(RequestModel):

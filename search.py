@@ -199,12 +199,9 @@ def suggest(connection: Connection, text: str, find: Callable[[str], str | None]
 
 
 def _nearest_words(connection: Connection, word: str) -> list[tuple[str, float]]:
-    """Words of the index, or two for one, and how near they are: 1 is the same. They begin with the same two letters
+    """Words of the index, and how near they are: 1 is the same. They begin with the same two letters
     or, where none does, with the same letter, as most misspelled words do."""
     nearest = [(word, 1.0)] if connection.execute(_beginning_with(word).limit(1)).first() else []
-    halves = [(word[:i], word[i:]) for i in range(2, len(word) - 1)]
-    parts = set(connection.scalars(sa.select(TERM).where(TERM.in_({part for pair in halves for part in pair}))))
-    nearest += [(f"{first} {second}", 0.99) for first, second in halves if {first, second} <= parts]
     for length in (2, 1):
         similar = [(other, _ratio(word, other)) for other in _similar_words(connection, word, word[:length])]
         if close := [pair for pair in similar if pair[0] != word and pair[1] >= MIN_RATIO]:

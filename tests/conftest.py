@@ -12,6 +12,7 @@ NEEDS = {
     "test_writes.py": "hypothesis",
     "test_mail.py": "aiosmtpd",
     "test_docs.py": "jsonschema_rs",
+    "test_event_data.py": "jsonschema_rs",
     "test_schema.py": "schemathesis",
     "data/schema_hooks.py": "schemathesis",
     "test_page.py": "axe_playwright_python",

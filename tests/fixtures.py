@@ -1,6 +1,8 @@
 """The cast and the stage: a fresh database file per test, in this process or behind a real server."""
 
 import asyncio
+import functools
+import importlib.util
 import json
 import os
 import re
@@ -17,7 +19,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import httpx2 as httpx
@@ -30,6 +32,7 @@ import accounts
 import auth
 import covers
 import database
+import events
 import external
 import main
 import models
@@ -251,6 +254,54 @@ def client(first_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(main, "recurring_jobs", nullcontext)
     with TestClient(app) as visitor:
         yield visitor
+
+
+class Recorded(NamedTuple):
+    type: str
+    data: dict[str, Any]
+    owner: int | None
+    private: bool
+
+
+@functools.cache
+def event_validators() -> dict[str, Callable[[dict[str, Any]], Iterator[Any]]]:
+    jsonschema = importlib.import_module("jsonschema_rs")
+    components = app.openapi()["components"]
+    schemas = components["schemas"]
+    return {
+        event_type: jsonschema.Draft202012Validator(
+            # All fields are required, and nothing else is sent.
+            {**schemas[schema["$ref"].rpartition("/")[2]], "unevaluatedProperties": False, "components": components},
+            validate_formats=True,
+        ).iter_errors
+        for event_type, schema in schemas["EventData"]["properties"].items()
+    }
+
+
+@pytest.fixture(autouse=True)
+def recorded_events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
+    """The events that this process records. Each must be as its schema says, where the validator is installed."""
+    recorded: list[Recorded] = []
+    record = events.record
+
+    def record_and_keep(
+        session: Session,
+        event_type: str,
+        data: dict[str, Any],
+        owner: int | None = None,
+        *,
+        private: bool | None = None,
+    ) -> None:
+        record(session, event_type, data, owner, private=private)
+        if not sys._getframe(1).f_globals["__name__"].startswith("tests."):  # tests also record what suits them
+            stored = json.loads(json.dumps(data))
+            recorded.append(Recorded(event_type, stored, owner, owner is not None if private is None else private))
+
+    monkeypatch.setattr(events, "record", record_and_keep)
+    yield recorded
+    if recorded and importlib.util.find_spec("jsonschema_rs"):
+        errors = [(one, str(error)) for one in recorded for error in event_validators()[one.type](one.data)]
+        assert errors == []
 
 
 def recurring_work(client: httpx.Client, running: Any = main.recurring_jobs) -> AbstractContextManager[None]:

@@ -1,7 +1,8 @@
 """List the words of the search index, in which `suggestions` are found: `word.term`.
 
-SQLite reads them from the index itself. On PostgreSQL, which can't list what a GIN index holds, triggers add to a table. Words that no
-book has any more stay: to look for other books with each word of an old title took 0.2 s at 100,000 books.
+SQLite reads them from the index itself. On PostgreSQL, which can't list what a GIN index holds, triggers add to a
+table. Words that no book has any more stay: to look for other books with each word of an old title took 0.2 s at
+100,000 books.
 """
 
 from alembic import op
