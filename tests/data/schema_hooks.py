@@ -28,12 +28,6 @@ def before_load_schema(_context: Any, raw_schema: dict[str, Any]) -> None:
 
 
 @schemathesis.hook
-def before_load_schema(_context: Any, schema: dict[str, Any]) -> None:
-    """schemathesis would compare each event with the schema of the whole text."""
-    del schema["paths"]["/stream"]["get"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
-
-
-@schemathesis.hook
 def filter_case(_context: Any, case: Any) -> bool:
     return not (_ends_the_run(case) or _is_valid_after_all(case))
 
