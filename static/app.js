@@ -13,7 +13,6 @@ function fill(node, props, children) {
   return node;
 }
 const el = (tag, props = {}, ...children) => fill(document.createElement(tag), props, children);
-const svg = (tag, props, ...children) => fill(document.createElementNS('http://www.w3.org/2000/svg', tag), props, children);
 const put = (node, ...children) => { node.replaceChildren(); fill(node, {}, children); };
 function redraw(node, ...children) { // what had the focus in it has it again
   const controls = () => [...node.querySelectorAll('a, button, select, input')], focused = controls().indexOf(document.activeElement);
@@ -23,7 +22,11 @@ function redraw(node, ...children) { // what had the focus in it has it again
 const once = work => { let at = null; return ({ detail }) => { if (detail < 2) at ??= work().finally(() => { at = null; }); }; }; // not for a double click
 const button = (text, onclick, more = {}) => el('button', { type: 'button', onclick, ...more }, text);
 const link = (href, text, more = {}) => el('a', { href, ...more }, text);
-const options = (choices, chosen) => Object.entries(choices).map(([value, text]) => el('option', { value, selected: value === chosen }, text));
+const options = (choices, chosen) => choices.map(([value, text]) => el('option', { value, selected: value === chosen }, text));
+function choose(select, first, choices) { // what is chosen stays, even where it is gone
+  const was = select.value, gone = was && !choices.some(([value]) => value === was);
+  put(select, options([['', first], ...choices, ...(gone ? [[was, was]] : [])], was));
+}
 const facts = (...all) => el('p', { class: 'facts' }, all.filter(Boolean).map(fact => el('span', {}, fact)));
 const chip = text => el('span', { class: 'chip' }, text);
 const alertSlot = () => el('p', { class: 'problem', role: 'alert' });
@@ -35,6 +38,7 @@ const stars = n => star('★'.repeat(n) + ['', '¼', '½', '¾'][n % 1 * 4] + '�
 const rating = ({ rating_count: n, rating }) => n > 0 && star('★ ', 'rated ', `${rating.toFixed(1)} (${n.toLocaleString('en')})`);
 const languages = new Intl.DisplayNames('en', { type: 'language' });
 const languageName = code => { try { return code && languages.of(code); } catch { return code; } }; // a word is no code
+const isIsbn = text => /^[\dx\s-]{10,17}$/i.test(text);
 const say = text => { $('say').textContent = text; };
 const number = text => [...text].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) % 9973, 7);
 function hued(node, author, tall = 0) {
@@ -207,10 +211,19 @@ function formOf({ id, title, parts, verb, how, also, work }) {
   return form;
 }
 const field = (name, text, more = {}) => el('label', {}, `${text} `, el('input', { name, required: true, maxlength: 254, ...more }));
+const emailField = (text, value) => field('email', text, { type: 'email', autocomplete: 'email', value });
+const userName = (text, more) => field('username', text, { autocomplete: 'username', autocapitalize: 'none', spellcheck: 'false', ...more });
 const secret = (name, text, more = {}) => field(name, text, { type: 'password', autocomplete: 'current-password', maxlength: 1000, ...more });
 const newSecret = (name, text) => secret(name, `${text}, of at least 8 characters`, { autocomplete: 'new-password', minlength: 8, maxlength: 128 });
 const valuesOf = form => Object.fromEntries([...form.elements].filter(({ name }) => name).map(({ name, type, value, checked }) => // null where nothing is
   [name, type === 'checkbox' ? checked : value.trim() === '' ? null : type === 'number' ? Number(value) : value]));
+function openDialog(dialog, title, form) { // with one form in it
+  put(dialog.querySelector('h2'), title);
+  put(dialog.lastElementChild, form);
+  if (!dialog.open) dialog.showModal();
+  form.querySelector('input').focus();
+  return form;
+}
 function sure(question, text, verb) {
   const dialog = $('sure'), [no, yes] = dialog.querySelectorAll('button');
   [$('h-sure').textContent, $('sure-text').textContent, yes.textContent, dialog.returnValue] = [question, text, verb, ''];
@@ -218,6 +231,7 @@ function sure(question, text, verb) {
   no.focus();
   return new Promise(done => dialog.addEventListener('close', () => done(dialog.returnValue === 'yes'), { once: true }));
 }
+const ifSure = (where, question, text, verb, work) => once(async () => { if (await sure(question, text, verb)) await attempt(where, work); });
 const to = (path, fields = {}) => { const query = new URLSearchParams(fields).toString(); return `#/${path}${query && `?${query}`}`; };
 const moveTo = address => { location.hash = address; };
 // --- the catalogue -------------------------------------------------------------------------------------------------
@@ -248,7 +262,7 @@ function nothingFound(suggestions, { search = '', ...others }) {
 }
 function emptyCatalogue() {
   return [el('h3', {}, 'The catalogue is empty.'), el('p', {}, me ? 'Be the first to add a book, or bring in a file.' : 'Sign in and add the first book.'),
-    el('p', { class: 'row' }, me ? link('#/add', 'Add the first book', { class: 'button' }) : button('Sign in', () => openAccount('in'), { class: 'strong' }),
+    el('p', { class: 'row' }, me ? link('#/add', 'Add the first book', { class: 'button' }) : button('Sign in', () => openSignIn(), { class: 'strong' }),
       me?.role === 'admin' && button('Load fifty classics', once(() => attempt($('catalogue'), loadSample)), { class: 'strong' }))];
 }
 async function loadSample() {
@@ -256,20 +270,15 @@ async function loadSample() {
   body.append('file', await (await send('static/sample_books.csv')).blob(), 'sample_books.csv');
   await startUpload(body);
 }
-async function loadGenres() {
-  const select = filters.elements.genre, genres = await get('books/genres').catch(() => null), was = select.value;
-  if (!genres) return;
-  const gone = was && !genres.some(({ genre }) => genre === was);
-  put(select, el('option', { value: '' }, 'All genres'), gone && el('option', { value: was, selected: true }, was),
-    genres.map(({ genre: value, count }) => el('option', { value, selected: value === was }, `${value} (${count})`)));
-}
+const loadGenres = () => get('books/genres').then(genres => choose(filters.elements.genre, 'All genres',
+  genres.map(({ genre, count }) => [genre, `${genre} (${count})`])), () => {});
 // --- adding books --------------------------------------------------------------------------------------------------
 const findForm = $('find');
 let scanning = Promise.resolve(); // one line after the other, however fast they are typed
 findForm.addEventListener('submit', event => {
   event.preventDefault();
   const field = findForm.elements.search, words = field.value.trim();
-  if (!/^[\dx\s-]{10,17}$/i.test(words)) { history.replaceState(history.state, '', `${base}/${to('add', { search: words })}`); findCandidates(words); return; }
+  if (!isIsbn(words)) { history.replaceState(history.state, '', `${base}/${to('add', { search: words })}`); findCandidates(words); return; }
   const line = el('li', {}, el('span', {}, words), el('span', { class: 'soft' }, 'Looking it up…'));
   field.value = '';
   clear(findForm);
@@ -331,20 +340,16 @@ const reviews = pages({
   row: ({ username, rating, review, updated_at }) => [
     el('p', { class: 'row' }, el('strong', {}, el('bdi', {}, username)), rating && stars(rating), el('span', { class: 'soft' }, day(updated_at))),
     review && el('p', { class: 'text', dir: 'auto' }, review),
-    button('Take it away', () => takeAway(username), { class: 'link danger', 'data-staff': '', 'aria-label': `Take away the review of ${username}` }),
+    button('Take it away', takeAway(shown.id, username), { class: 'link danger', 'data-staff': '', 'aria-label': `Take away the review of ${username}` }),
   ],
   empty: () => 'Nobody has reviewed it yet.',
 });
-async function takeAway(username) {
-  const { id } = shown;
-  if (!await sure(`Take away the review of ${username}?`, 'Its stars go, too. The book stays on the shelf of its reader.', 'Take it away')) return;
-  await attempt(bookView, async () => {
+const takeAway = (id, username) => ifSure(bookView, `Take away the review of ${username}?`,
+  'Its stars go, too. The book stays on the shelf of its reader.', 'Take it away', async () => {
     await api('DELETE', `books/${id}/reviews/${encodeURIComponent(username)}`);
     note('The review is gone.');
     await Promise.all([readBook(id), reviews.load(true)]);
   });
-  keepFocus($('h-reviews'));
-}
 async function openBook(id) {
   if (shown?.id !== id) {
     [shown, held] = [{ id }, null];
@@ -420,7 +425,7 @@ onSubmit($('stock'), async ({ copies }) => {
   note(`The library has ${plural(now.copies, 'copy', 'copies')} of it.`);
   await readBook(id);
 });
-mine.elements.status.append(...options(STATUSES));
+mine.elements.status.append(...options(Object.entries(STATUSES)));
 function drawStars(rating) { // a rating between whole stars is kept, and is one choice more
   put($('stars'), el('legend', {}, 'My rating, for everybody to see'), [...new Set([0, 1, 2, 3, 4, 5, rating ?? 0])].sort().map(n => el('label', {},
     el('input', { class: 'unseen', type: 'radio', name: 'rating', value: n || '', checked: n === (rating ?? 0), 'aria-label': n ? plural(n, 'star') : 'no rating' }),
@@ -463,7 +468,7 @@ const shelf = pages({
 const heading = ({ book_id, book: { title, author } }) => [el('h3', {}, linkTo(book_id, title)), el('p', { class: 'by' }, el('bdi', {}, author))];
 function drawEntry(item, node) {
   const { book_id, book, status, rating, tags, review } = item;
-  const choice = el('select', { 'aria-label': `Status of ${book.title}`, onchange: () => move(node, item, choice.value) }, options(STATUSES, status));
+  const choice = el('select', { 'aria-label': `Status of ${book.title}`, onchange: () => move(node, item, choice.value) }, options(Object.entries(STATUSES), status));
   return [thumbnail(book), el('div', { class: 'grow' }, heading(item), facts(rating && stars(rating), ...milestones(item)),
     tags.length > 0 && el('p', { class: 'row tags' }, tags.map(tag => link(to('shelf', { tag }), el('bdi', {}, tag), { class: 'chip' }))),
     review && el('p', { class: 'text soft', dir: 'auto' }, review.length > 200 ? `${review.slice(0, 200)}…` : review),
@@ -500,20 +505,18 @@ async function move(where, { book_id, book, status: was }, status) {
   await VIEWS[at.name].refresh();
   keepFocus(sectionOf(at.name).querySelector('.rows, .covers'));
 }
-function tabAddress(status) { // with what else the address asks for now
-  const { page, ...query } = parse(location.hash).query;
-  return shelfAddress({ status, ...query });
+function drawTabs(nav, path, names, counts, chosen) { // each keeps what else the address asks for as it is clicked
+  const address = name => { const { page, ...query } = parse(location.hash).query; return to(name ? `${path}/${name}` : path, query); };
+  redraw(nav, Object.entries(names).map(([name, text]) => link(address(name),
+    [text, counts[name] != null && el('span', { class: 'soft' }, ` ${counts[name].toLocaleString('en')}`)],
+    { 'aria-current': name === chosen ? 'page' : 'false', onclick: event => { event.currentTarget.href = address(name); } })));
+  nav.scrollLeft = (nav.querySelector('[aria-current=page]')?.offsetLeft ?? 0) - nav.offsetLeft - 40;
 }
 async function loadTabs() { // the counts are of the whole shelf
-  const stats = await get('my-library/stats').catch(() => null), list = $('shelf-tabs'), { tag } = $('view-shelf').querySelector('form').elements;
+  const stats = await get('my-library/stats').catch(() => null);
   if (!stats || at.name !== 'shelf') return;
-  const tabs = [['', 'All', stats.total], ...Object.entries(STATUSES).map(([status, name]) => [status, name, stats.by_status[status]])];
-  const had = [...list.children].indexOf(document.activeElement), was = tag.value, tags = new Set([...stats.top_tags.map(({ tag }) => tag), was]);
-  put(list, tabs.map(([status, name, count]) => link(tabAddress(status), [name, ' ', el('span', { class: 'soft' }, count.toLocaleString('en'))],
-    { 'aria-current': status === at.id ? 'page' : 'false', onclick: event => { event.currentTarget.href = tabAddress(status); } })));
-  list.children[had]?.focus();
-  list.scrollLeft = (list.querySelector('[aria-current=page]')?.offsetLeft ?? 0) - list.offsetLeft - 40;
-  put(tag, el('option', { value: '' }, 'All tags'), options(Object.fromEntries([...tags].filter(Boolean).sort().map(name => [name, name])), was));
+  drawTabs($('shelf-tabs'), 'shelf', { '': 'All', ...STATUSES }, { '': stats.total, ...stats.by_status }, at.id);
+  choose($('view-shelf').querySelector('[name=tag]'), 'All tags', stats.top_tags.map(({ tag }) => [tag, tag]).sort());
 }
 $('shelf-export').onclick = once(() => attempt($('view-shelf'), () => saveFile('my-library/export', 'my-library.csv')));
 async function saveFile(path, name) { // which needs the token
@@ -601,18 +604,17 @@ const loans = pages({
   empty: (_, { status }) => [el('h3', {}, status === 'overdue' ? 'Nothing is overdue.' : 'No loans here.'),
     el('p', {}, 'Books with a copy to lend have a “Borrow it” button.'), el('p', { class: 'row' }, link('#/', 'To the catalogue', { class: 'button' }))],
 });
-const countLoans = (query = {}) => Promise.all(['overdue', 'active'].map(async status => (await get(`loans?${new URLSearchParams({ ...query, status, limit: 1 })}`)).total));
-async function drawTabs(chosen, user_id) { // the overdue first, if there are any
-  const card = user_id && { user_id }, [overdue, active] = await countLoans(card), counts = { overdue, active };
+const card = $('view-lending').querySelector('form').elements; // whose loans, and which
+async function loadLoanTabs(chosen, user_id) { // the overdue first, if there are any
+  const count = status => get(`loans?${new URLSearchParams({ ...(user_id && { user_id }), status, limit: 1 })}`);
+  const [{ total: overdue }, { total: active }] = await Promise.all([count('overdue'), count('active')]);
   const now = Object.hasOwn(LOANS, chosen) ? chosen : overdue ? 'overdue' : 'active';
-  redraw($('loan-tabs'), Object.entries(LOANS).map(([status, name]) => link(to(`lending/${status}`, card || {}),
-    [name, counts[status] > 0 && el('b', { class: status === 'overdue' && 'bad' }, ` ${counts[status].toLocaleString('en')}`)], { 'aria-current': status === now ? 'page' : 'false' })));
+  drawTabs($('loan-tabs'), 'lending', LOANS, { overdue, active }, now);
   return now;
 }
-const card = $('view-lending').querySelector('form').elements; // whose loans, and which
-const openLending = ({ id, query }) => attempt($('view-lending'), async () => loans.open({ ...query, status: await drawTabs(id || query.status, query.user_id) }));
-const refreshLoans = () => Promise.all([loans.load(true), drawTabs(card.status.value, card.user_id.value)]);
-card.user_id.addEventListener('input', () => drawTabs(card.status.value, card.user_id.value).catch(() => {}));
+const openLending = ({ id, query }) => attempt($('view-lending'), async () => loans.open({ ...query, status: await loadLoanTabs(id, query.user_id) }));
+const refreshLoans = () => Promise.all([loans.load(true), loadLoanTabs(card.status.value, card.user_id.value)]);
+card.user_id.addEventListener('input', () => loadLoanTabs(card.status.value, card.user_id.value).catch(() => {}));
 // --- files ---------------------------------------------------------------------------------------------------------
 const uploadForm = $('upload');
 let job = null;
@@ -741,46 +743,53 @@ const uploads = pages({
 });
 // --- who is signed in ----------------------------------------------------------------------------------------------
 const isStaff = () => ['librarian', 'admin'].includes(me?.role);
-const sign = $('sign'), forgot = $('forgot');
-let signingUp = false;
-function openAccount(way) {
-  const { username, password } = sign.elements;
-  signingUp = way === 'up';
-  clear(sign);
-  $('h-account').textContent = sign.querySelector('.strong').textContent = signingUp ? 'Sign up' : 'Sign in';
-  $('other-way').textContent = signingUp ? 'I have an account' : 'I have no account yet';
-  $('about-password').textContent = signingUp ? 'A password has at least 8 characters.' : document.body.dataset.hint ?? '';
-  $('more').hidden = $('more').disabled = !signingUp;
-  [sign.hidden, forgot.hidden, $('forgotten').hidden, $('confirm').hidden] = [false, true, signingUp, true];
-  $('confirm').querySelector('.note').textContent = '';
-  username.previousSibling.textContent = signingUp ? 'User name ' : 'User name or e-mail address ';
-  [password.autocomplete, password.minLength] = signingUp ? ['new-password', 8] : ['current-password', 0];
-  if (!$('account').open) $('account').showModal();
-  username.focus();
+const mailAgain = async email => { await api('POST', 'auth/verify-email', { email }); return 'It is on its way.'; };
+const openAccount = (title, form) => openDialog($('account'), title, formOf({ how: 'strong', ...form }));
+function openSignIn({ username, password, email } = {}) { // at once where all is known, after signing up
+  const form = openAccount('Sign in', {
+    id: 'sign', verb: 'Sign in', parts: [userName('User name or e-mail address', { value: username }), secret('password', 'Password'),
+      el('p', { class: 'soft' }, document.body.dataset.hint)],
+    also: [button('I have no account yet', openSignUp, { class: 'link' }), button('Forgotten your password?', () => askForCode(form), { class: 'link' })],
+    async work(fields) {
+      await logIn(fields.username, fields.password).catch(error => {
+        if (error.status === 403 && !form.nextSibling) form.after(confirmation(email ?? addressIn(form))); // the address must be confirmed first
+        throw error;
+      });
+      if (email) $('news').textContent = `Welcome! A mail is on its way to ${email}: its link confirms your address.`;
+    },
+  });
+  if (!password) return;
+  form.elements.password.value = password;
+  form.requestSubmit();
 }
-function openForgot(form) { // a new password with a code that is mailed
-  $('h-account').textContent = 'A new password';
-  [sign.hidden, forgot.hidden, $('confirm').hidden] = [true, false, true];
-  put(forgot, formOf({ how: 'strong', also: button('Back to signing in', () => openAccount('in'), { class: 'link' }), ...form }));
-  forgot.querySelector('input').focus();
-}
-const askForCode = () => openForgot({
-  verb: 'Mail me a code', parts: field('email', 'E-mail address', { type: 'email', autocomplete: 'email', value: sign.elements.username.value.includes('@') ? sign.elements.username.value : '' }),
+const addressIn = form => form.elements.username.value.match(/.*@.*/)?.[0];
+const confirmation = email => formOf({
+  id: 'confirm', verb: 'Send it again', parts: [el('p', {}, 'A mail is on its way to you. Follow its link to confirm your address, then sign in.'),
+    emailField('Address to confirm', email)], work: fields => mailAgain(fields.email),
+});
+const openSignUp = () => openAccount('Sign up', {
+  verb: 'Sign up', parts: [userName('User name'), emailField('E-mail address'),
+    field('full_name', 'Full name, if you like', { required: false, autocomplete: 'name', maxlength: 100 }), newSecret('password', 'Password')],
+  also: button('I have an account', () => openSignIn(), { class: 'link' }),
+  async work(fields) { await api('POST', 'auth/register', fields); openSignIn(fields); },
+});
+const openCode = form => openAccount('A new password', { id: 'forgot', also: button('Back to signing in', () => openSignIn(), { class: 'link' }), ...form });
+const askForCode = form => openCode({
+  verb: 'Mail me a code', parts: emailField('E-mail address', addressIn(form)),
   async work({ email }) { await api('POST', 'auth/forgot-password', { email }); useCode(email); },
 });
-const useCode = email => openForgot({
-  verb: 'Set the new password', parts: [el('p', { class: 'note', role: 'status' }, `If an account has the address ${email}, a code of six digits is on its way to it. It is valid for ten minutes.`),
+const useCode = email => openCode({
+  verb: 'Set the new password', parts: [
+    el('p', { class: 'note', role: 'status' }, `If an account has the address ${email}, a code of six digits is on its way to it. It is valid for ten minutes.`),
     field('otp', 'Code', { inputmode: 'numeric', autocomplete: 'one-time-code', pattern: '[0-9]{6}', maxlength: 6 }), newSecret('new_password', 'New password')],
-  async work(fields) { await api('POST', 'auth/reset-password', { email, ...fields }); await logIn(email, fields.new_password); $('news').textContent = 'Your new password is set.'; },
+  async work(fields) {
+    await api('POST', 'auth/reset-password', { email, ...fields });
+    await logIn(email, fields.new_password);
+    $('news').textContent = 'Your new password is set.';
+  },
 });
-$('other-way').onclick = () => openAccount(signingUp ? 'in' : 'up');
-$('forgotten').onclick = askForCode;
-$('account').addEventListener('close', () => { sign.reset(); put(forgot); });
-onSubmit($('confirm'), async ({ email }) => {
-  await api('POST', 'auth/verify-email', { email });
-  $('confirm').querySelector('.note').textContent = 'It is on its way.';
-});
-for (const node of all('[data-open]')) node.onclick = () => openAccount(node.dataset.open);
+$('account').addEventListener('close', () => put($('account').lastElementChild)); // with what was typed
+for (const node of all('[data-open]')) node.onclick = () => node.dataset.open === 'up' ? openSignUp() : openSignIn();
 async function logIn(username, password) {
   token = (await api('POST', 'login?cookie=true', { username, password })).access_token;
   await signedIn();
@@ -788,17 +797,6 @@ async function logIn(username, password) {
   $('account').close();
   keepFocus();
 }
-onSubmit(sign, async fields => {
-  const isNew = signingUp;
-  if (isNew) { await api('POST', 'auth/register', fields); openAccount('in'); } // where signing in fails now, the account is there already
-  try { await logIn(fields.username, fields.password); } catch (error) {
-    if (error.status !== 403) throw error;
-    $('confirm').hidden = false; // the address must be confirmed first
-    $('confirm').elements.email.value = fields.email ?? (fields.username.includes('@') ? fields.username : '');
-    return;
-  }
-  if (isNew) $('news').textContent = `Welcome! A mail is on its way to ${fields.email}: its link confirms your address.`;
-});
 $('sign-out').onclick = async () => { await api('POST', 'auth/logout').catch(() => {}); otherTabs.postMessage('out'); signedOut(); };
 function keepFocus(wanted = $('main')) { // where what had it is gone
   const at = document.activeElement;
@@ -814,7 +812,7 @@ async function signedIn() {
 async function signedOut(why = '') {
   token = me = job = entry = held = null;
   for (const list of [shelf, reading, uploads, loans, refused, warned, sessions, users]) list.forget(); // the next at this machine may be somebody else
-  for (const node of all('#charts, #shelf-tabs, #loan-tabs, #my-address, #figures, #user > :last-child, .ticker, #latest')) put(node);
+  for (const node of all('#charts, #shelf-tabs, #loan-tabs, #my-address, #user > :last-child, .ticker, #latest')) put(node);
   for (const field of [myForms.name.elements.full_name, desk.elements.reader]) field.defaultValue = '';
   for (const form of [...Object.values(myForms), desk]) form.reset();
   $('job').hidden = true;
@@ -841,7 +839,7 @@ const myCard = el('p', { class: 'facts' }), myAddress = el('div', { id: 'my-addr
 const myForms = Object.fromEntries(Object.entries({
   name: { title: 'Who I am', verb: 'Save the name', parts: [myCard, field('full_name', 'Full name, shown to staff and to you', { required: false, autocomplete: 'name', maxlength: 100 })],
     work: ({ full_name }) => changeMe({ full_name: full_name.trim() || null }, 'Saved.') },
-  email: { title: 'E-mail address', verb: 'Change the address', parts: [myAddress, field('email', 'New address', { type: 'email', autocomplete: 'email' }), secret('current_password', 'My password')],
+  email: { title: 'E-mail address', verb: 'Change the address', parts: [myAddress, emailField('New address'), secret('current_password', 'My password')],
     work: fields => changeMe(fields, `A mail is on its way to ${fields.email}.`) },
   password: { title: 'Password', verb: 'Change the password', parts: [secret('current_password', 'Present password'), newSecret('new_password', 'New password')],
     async work(fields) { await api('POST', 'auth/change-password', fields); sessions.load(true); return 'Your new password is set. All other sessions have ended.'; } },
@@ -878,51 +876,41 @@ function drawMe() {
   name.elements.full_name.defaultValue = full_name ?? '';
   put(myAddress, el('p', {}, el('strong', {}, email), ' ', email_verified_at ? el('span', { class: 'good' }, '✓ confirmed') : el('span', { class: 'bad' }, 'not confirmed yet')),
     (pending_email || !email_verified_at) && el('p', { class: 'row' }, el('span', { class: 'soft' }, waits),
-      press('Send the mail again', async () => { await api('POST', 'auth/verify-email', { email: pending_email ?? email }); return 'It is on its way.'; }),
+      press('Send the mail again', () => mailAgain(pending_email ?? email)),
       pending_email && press('Keep the old one', () => changeMe({ email }, 'Your address stays as it is.'))));
 }
 // --- editing a book ------------------------------------------------------------------------------------------------
 const editForm = $('view-edit').appendChild(fill(addForm.cloneNode(true), { id: 'edit-form' }, []));
 let edited = null; // as it was read: what is sent is what differs
-const openEdit = id => attempt(editForm, async () => { edited = null; editForm.reset(); drawEdited(await get(`books/${id}`)); });
-function drawEdited(book) {
+const openEdit = id => attempt(editForm, async () => { [edited, $('delete-book').hidden] = [null, true]; editForm.reset(); drawEdited(await get(`books/${id}`)); });
+function drawEdited(book, typed = {}) {
   edited = book;
-  for (const field of editForm.elements) if (field.name) field.value = book[field.name] ?? '';
+  for (const field of editForm.elements) if (field.name) field.value = { ...book, ...typed }[field.name] ?? '';
   $('delete-book').hidden = !(isStaff() || book.added_by === me?.id);
 }
-const changeEdited = (method, json) => send(`books/${edited.id}`, { method, json, headers: { 'If-Match': `"${edited.version}"` } });
-async function saveEdited() { // where somebody else was faster: what they changed is kept, but for what both did, which is asked
-  const change = Object.fromEntries(Object.entries(valuesOf(editForm)).filter(([name, value]) => value !== (edited[name] ?? null)));
-  try { await changeEdited('PATCH', change); } catch (error) {
+const typedIn = () => Object.fromEntries(Object.entries(valuesOf(editForm)).filter(([name, value]) => value !== (edited[name] ?? null)));
+async function changeEdited(method, json) { // where somebody else was faster, theirs is shown, and what was typed stays
+  const was = edited;
+  try { await send(`books/${was.id}`, { method, json, headers: { 'If-Match': `"${was.version}"` } }); } catch (error) {
     if (error.status !== 412) throw error;
-    const theirs = await get(`books/${edited.id}`), both = Object.keys(change).filter(name => theirs[name] !== edited[name] && theirs[name] !== change[name]);
-    drawEdited(theirs);
-    for (const name of Object.keys(change)) editForm.elements[name].value = change[name] ?? '';
-    if (!both.length) return saveEdited();
-    const now = both.map(name => `${editForm.elements[name].labels[0].textContent.trim()} is now “${theirs[name] ?? ''}”`).join('; ');
-    throw problem({ detail: `Somebody else has just changed it, too. ${now}. Save again to put yours in its place.`, errors: [] });
+    const now = await get(`books/${was.id}`), changed = [...editForm.elements].filter(({ name }) => name && now[name] !== was[name]);
+    drawEdited(now, typedIn());
+    const told = changed.map(({ name, labels: [label] }) => `${label.textContent.trim()} is now “${now[name] ?? ''}”.`);
+    throw problem({ detail: ['Somebody has changed it meanwhile.', ...told, 'Do it again if that is still right.'].join(' ') });
   }
 }
-onSubmit(editForm, async () => { const { id } = edited; await saveEdited(); leave(`#/book/${id}`); });
-$('delete-book').onclick = once(async () => {
-  if (!edited || !await sure(`Delete “${edited.title}”?`, 'Its reviews and its place on shelves go with it. This can’t be undone.', 'Delete it')) return;
-  await attempt(editForm, async () => {
-    try { await changeEdited('DELETE'); leave('#/'); } catch (error) {
-      if (error.status !== 412) throw error;
-      drawEdited(await get(`books/${edited.id}`));
-      throw problem({ detail: 'Somebody has changed it meanwhile: this is how it is now. Delete it again if that is still right.', errors: [] });
-    }
-  });
-});
+onSubmit(editForm, async () => { await changeEdited('PATCH', typedIn()); leave(`#/book/${edited.id}`); });
+$('delete-book').onclick = ifSure(editForm, 'Delete this book?', 'Its reviews and its place on shelves go with it. This can’t be undone.', 'Delete it',
+  async () => { await changeEdited('DELETE'); leave('#/'); });
 const leave = address => { history.replaceState(null, '', `${base}/${address}`); route(true); }; // Back does not lead to what was left
 // --- users ---------------------------------------------------------------------------------------------------------
-const ROLES = { reader: 'Reader', librarian: 'Librarian', admin: 'Admin' };
-$('view-users').querySelector('[name=role]').append(...options(ROLES));
+const ROLES = [['reader', 'Reader'], ['librarian', 'Librarian'], ['admin', 'Admin']];
+choose($('view-users').querySelector('[name=role]'), 'All roles', ROLES);
 const users = pages({
   root: $('view-users'), path: () => 'users', address: fields => to('users', fields), tag: 'tr', limit: 50, key: user => user.id,
   row: ({ id, username, email, full_name, role, is_active, email_verified_at, created_at }) => [
-    [link(`#/users/${id}`, el('bdi', {}, username)), full_name && el('div', { class: 'soft' }, el('bdi', {}, full_name))], role === 'reader' ? ROLES[role] : chip(ROLES[role]),
-    el('span', { class: is_active ? 'good' : 'bad' }, is_active ? 'Active' : 'Deactivated'),
+    [link(`#/users/${id}`, el('bdi', {}, username)), full_name && el('div', { class: 'soft' }, el('bdi', {}, full_name))],
+    role === 'reader' ? role : chip(role), el('span', { class: is_active ? 'good' : 'bad' }, is_active ? 'Active' : 'Deactivated'),
     [email, !email_verified_at && el('div', { class: 'soft' }, 'not confirmed')], day(created_at)].map(cell => el('td', {}, cell)),
   empty: () => 'Nobody here is like that.',
 });
@@ -936,80 +924,53 @@ async function openUsers({ id, query }) {
   else if (was) (tbody.querySelector(`a[href="#/users/${was}"]`) ?? $('h-users')).focus();
 }
 function drawUser({ id, username, email, full_name, role = 'reader', is_active, pending_email, created_at }) {
-  const shut = async () => { $('user').close(); await users.load(true); };
+  const change = async (method, json) => { await api(method, id ? `users/${id}` : 'users', json); $('user').close(); await users.load(true); };
   const form = formOf({
-    verb: id ? 'Save' : 'Create the account', how: 'strong', parts: [
-      id ? facts(`Card number ${id}`, `since ${day(created_at)}`, pending_email && `${pending_email} waits to be confirmed`, link(to('lending/all', { user_id: id }), 'Loans'))
-        : field('username', 'User name', { maxlength: 50, autocomplete: 'off', autocapitalize: 'none', spellcheck: 'false' }),
+    verb: id ? 'Save' : 'Create the account', how: 'strong', work: () => change(id ? 'PATCH' : 'POST', valuesOf(form)), parts: [
+      id ? facts(`Card number ${id}`, `since ${day(created_at)}`, pending_email && `${pending_email} waits to be confirmed`,
+        link(to('lending/all', { user_id: id }), 'Loans')) : userName('User name', { maxlength: 50, autocomplete: 'off' }),
       field('email', 'E-mail address', { type: 'email', autocomplete: 'off', value: email }),
       field('full_name', 'Full name', { required: false, autocomplete: 'off', maxlength: 100, value: full_name }),
       !id && newSecret('password', 'Password, to be told to its owner'), el('label', {}, 'Role ', el('select', { name: 'role' }, options(ROLES, role))),
       id && el('label', {}, el('input', { type: 'checkbox', name: 'is_active', checked: is_active }), ' Active: may sign in')],
-    also: id && button('Delete the account', once(async () => {
-      if (await sure(`Delete the account of ${username}?`, 'Its shelf, reviews, uploads and past loans go with it, for good. Books that it added stay.', 'Delete it'))
-        await attempt(form, async () => { await api('DELETE', `users/${id}`); await shut(); });
-    }), { class: 'danger' }),
-    async work() { await api(id ? 'PATCH' : 'POST', id ? `users/${id}` : 'users', valuesOf(form)); await shut(); },
+    also: id && button('Delete the account', (...how) => remove(...how), { class: 'danger' }),
   });
-  put($('h-user'), id ? el('bdi', {}, username) : 'New user');
-  $('user').lastElementChild.replaceChildren(form);
-  if (!$('user').open) $('user').showModal();
+  const remove = ifSure(form, `Delete the account of ${username}?`,
+    'Its shelf, reviews, uploads and past loans go with it, for good. Books that it added stay.', 'Delete it', () => change('DELETE'));
+  openDialog($('user'), id ? el('bdi', {}, username) : 'New user', form);
 }
 $('user').addEventListener('close', () => { if (at.name === 'users' && at.id) /^#\/users(\?|$)/.test(history.state?.from) ? history.back() : leave('#/users'); });
 // --- the desk ------------------------------------------------------------------------------------------------------
 const desk = formOf({
-  title: 'Lend and take back', verb: 'Lend', how: 'strong', also: el('button', { name: 'back', value: 'true' }, 'Take back'), work: handOver, parts: [
-    el('div', { class: 'fields' }, field('book', 'Book: ISBN or title', { autocomplete: 'off', list: 'found-books', maxlength: 500 }),
-      field('reader', 'Reader: card number (admins: or name)', { autocomplete: 'off', list: 'found-users' }),
+  title: 'Lend to a reader', verb: 'Lend', how: 'strong', work: lend, parts: [
+    el('div', { class: 'fields' }, field('book', 'Book: ISBN or title', { autocomplete: 'off', maxlength: 500 }),
+      field('reader', 'Reader: card number (admins: or name)', { autocomplete: 'off' }),
       field('until', 'Until, if not the usual time', { type: 'date', required: false })),
-    el('datalist', { id: 'found-books' }), el('datalist', { id: 'found-users' }), el('p', { class: 'soft' }, 'Readers find their card number under “My account”.')],
+    el('p', { class: 'soft' }, 'Readers find their card number under “My account”. What they bring back is under ', link('#/lending', 'their loans'), '.')],
 });
-$('figures').after(desk);
-desk.after(fill(formOf({ title: 'Backup', verb: 'Download a backup', parts: el('p', {}, 'A consistent copy of the whole database, made while everybody goes on working.'),
-  work: () => saveFile('admin/backup', `books-${new Date().toISOString().slice(0, 10)}.db`) }), { 'data-admin': '' }, []));
-async function drawFigures() {
-  const [[overdue, active], files, users] = await Promise.all([countLoans(), get('books/upload?limit=1'), me.role === 'admin' && get('users?limit=1')]);
-  const tile = (address, n, text) => link(address, figure(n.toLocaleString('en'), text), { class: text === 'overdue' && n > 0 && 'bad' });
-  redraw($('figures'), tile('#/lending/overdue', overdue, 'overdue'), tile('#/lending/active', active, 'on loan'),
-    tile('#/import', files.total, 'files that came in'), users && tile('#/users', users.total, 'users'));
-}
+$('view-desk').append(desk, fill(formOf({
+  title: 'Backup', verb: 'Download a backup', parts: el('p', {}, 'A consistent copy of the whole database, made while everybody goes on working.'),
+  work: () => saveFile('admin/backup', `books-${new Date().toISOString().slice(0, 10)}.db`),
+}), { 'data-admin': '' }, []));
 async function openDesk({ query }) {
   const book = query.book && await get(`books/${Number(query.book) || 0}`).catch(() => null);
-  if (book) { desk.elements.book.value = `${book.title}, ${book.author} #${book.id}`; desk.elements.reader.focus(); }
-  await attempt($('view-desk'), drawFigures); // a form that is busy takes no other Enter
+  if (!book) return;
+  desk.elements.book.value = `${book.title}, ${book.author} #${book.id}`;
+  desk.elements.reader.focus();
 }
-const search = (path, words, limit) => get(`${path}?${new URLSearchParams({ [path === 'books' && /^[\dx\s-]{10,17}$/i.test(words) ? 'isbn' : 'search']: words, limit })}`);
-const searchable = path => path === 'books' || me.role === 'admin'; // librarians see no list of users
-function lookAhead(field, path, name) { // choices for a field, each ending in its #id
-  let typing;
-  field.addEventListener('input', () => {
-    clearTimeout(typing);
-    if (!searchable(path) || !/[^\d\s-]/.test(field.value) || /#\d+$/.test(field.value)) return;
-    typing = setTimeout(async () => put(field.list, (await search(path, field.value, 8)).items.map(item => el('option', { value: `${name(item)} #${item.id}` }))), 150);
-  });
-}
-lookAhead(desk.elements.book, 'books', ({ title, author }) => `${title}, ${author}`);
-lookAhead(desk.elements.reader, 'users', ({ username }) => username);
-async function idOf(text, path) {
-  const chosen = Number(text.match(path === 'users' ? /(?:^|#)(\d+)$/ : /#(\d+)$/)?.[1]);
-  if (chosen) return chosen;
-  const { items: [found], total } = searchable(path) ? await search(path, text, 1) : { items: [], total: 0 };
-  if (total !== 1) throw problem({ detail: total ? `“${text}” is found ${total.toLocaleString('en')} times: choose one.` : `“${text}” is not found.`, errors: [] });
+async function idOf(text, path) { // a card number, a book's #id, its ISBN, or words that find one alone
+  const [, id] = text.match(path === 'users' ? /^(\d+)$/ : /#(\d+)$/) ?? [];
+  if (id) return Number(id);
+  const { items: [found], total } = await get(`${path}?${new URLSearchParams({ [path === 'books' && isIsbn(text) ? 'isbn' : 'search']: text, limit: 1 })}`);
+  if (total !== 1) throw problem({ detail: total ? `“${text}” is found ${total.toLocaleString('en')} times.` : `“${text}” is not found.` });
   return found.id;
 }
-async function handOver({ book, reader, until, back }) { // the reader stays, for the next book
-  const book_id = await idOf(book.trim(), 'books'), user_id = await idOf(reader.trim(), 'users');
-  const { title, username, due_at } = back ? await takeBack(book_id, user_id) : await api('POST', 'loans', { book_id, user_id, ...(until && { due_at: `${until}T23:59:59Z` }) });
+async function lend({ book, reader, until }) { // the reader stays, for the next book
+  const loan = { book_id: await idOf(book.trim(), 'books'), user_id: await idOf(reader.trim(), 'users'), ...(until && { due_at: `${until}T23:59:59Z` }) };
+  const { title, username, due_at } = await api('POST', 'loans', loan);
   desk.elements.reader.defaultValue = reader;
   desk.elements.book.focus();
-  drawFigures().catch(() => {});
-  return back ? `${title} is back from ${username}.` : `${title} is lent to ${username} until ${day(due_at)}.`;
-}
-async function takeBack(book_id, user_id) {
-  const lent = await Promise.all(['overdue', 'active'].map(status => get(`loans?${new URLSearchParams({ user_id, status, limit: 100 })}`)));
-  const loan = lent.flatMap(({ items }) => items).find(loan => loan.book_id === book_id);
-  if (!loan) throw problem({ detail: 'This card has no loan of this book.', errors: [] });
-  return api('POST', `loans/${loan.id}/return`);
+  return `${title} is lent to ${username} until ${day(due_at)}.`;
 }
 // --- views, each with an address -----------------------------------------------------------------------------------
 // A view is `#/name/id?query`: its title, `who` may see it, what opens it there, and what draws it anew after a change.
@@ -1027,7 +988,7 @@ const VIEWS = {
   edit: { title: 'Edit a book', who: 'member', open: ({ id }) => openEdit(Number(id) || 0) },
   account: { title: 'My account', who: 'member', open: openMe },
   users: { title: 'Users', who: 'admin', open: openUsers, refresh: () => users.load(true) },
-  desk: { title: 'Desk', who: 'staff', open: openDesk, refresh: () => drawFigures() },
+  desk: { title: 'Desk', who: 'staff', open: openDesk },
 };
 const sectionOf = name => $(`view-${name}`) ?? $('main').appendChild(el('section', { id: `view-${name}`, 'aria-labelledby': `h-${name}` },
   el('h2', { id: `h-${name}`, tabindex: -1 }, VIEWS[name].title)));
