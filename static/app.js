@@ -3,17 +3,17 @@ const $ = id => document.getElementById(id);
 const all = selector => document.querySelectorAll(selector);
 const base = (document.documentElement.dataset.base ?? new URL('.', document.baseURI).pathname).replace(/\/+$/, ''); // where the service lives
 const STATUSES = { wishlist: 'Wishlist', reading: 'Reading', completed: 'Completed', abandoned: 'Abandoned' };
+const SHELVES = Object.entries(STATUSES);
 const sleep = ms => new Promise(done => { setTimeout(done, ms); });
 function fill(node, props, children) {
   for (const [name, value] of Object.entries(props)) {
     if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
     else if (value != null && value !== false) node.setAttribute(name, value);
   }
-  node.append(...children.flat().filter(child => child != null && child !== false));
+  node.append(...children.flat(Infinity).filter(child => child != null && child !== false));
   return node;
 }
 const el = (tag, props = {}, ...children) => fill(document.createElement(tag), props, children);
-const svg = (tag, props, ...children) => fill(document.createElementNS('http://www.w3.org/2000/svg', tag), props, children);
 const put = (node, ...children) => { node.replaceChildren(); fill(node, {}, children); };
 function redraw(node, ...children) { // what had the focus in it has it again
   const controls = () => [...node.querySelectorAll('a, button, select, input')], focused = controls().indexOf(document.activeElement);
@@ -23,28 +23,35 @@ function redraw(node, ...children) { // what had the focus in it has it again
 const once = work => { let at = null; return ({ detail }) => { if (detail < 2) at ??= work().finally(() => { at = null; }); }; }; // not for a double click
 const button = (text, onclick, more = {}) => el('button', { type: 'button', onclick, ...more }, text);
 const link = (href, text, more = {}) => el('a', { href, ...more }, text);
-const options = (choices, chosen) => Object.entries(choices).map(([value, text]) => el('option', { value, selected: value === chosen }, text));
+const options = (choices, chosen) => choices.map(([value, text]) => el('option', { value, selected: value === chosen }, text));
+function choose(select, first, choices) { // what is chosen stays, even where it is gone
+  const was = select.value, gone = was && !choices.some(([value]) => value === was);
+  put(select, options([['', first], ...choices, ...(gone ? [[was, was]] : [])], was));
+}
 const facts = (...all) => el('p', { class: 'facts' }, all.filter(Boolean).map(fact => el('span', {}, fact)));
-const chip = text => el('span', { class: 'chip' }, text);
+const mark = (kind, ...children) => el('span', { class: kind }, children);
+const chip = text => mark('chip', text);
+const bdi = text => el('bdi', {}, text); // of users, in any direction of writing
+const inRow = (...children) => el('p', { class: 'row' }, children);
+const grow = (...children) => el('div', { class: 'grow' }, children);
+const way = (href, text) => link(href, text, { class: 'button' });
+const nothing = (title, text, ...ways) => [el('h3', {}, title), text && el('p', {}, text), inRow(ways)];
 const alertSlot = () => el('p', { class: 'problem', role: 'alert' });
 const plural = (n, one, many = `${one}s`) => `${n.toLocaleString('en')} ${n === 1 ? one : many}`;
 const day = moment => new Date(moment).toLocaleDateString('en', { dateStyle: 'medium' });
 const year = y => y == null ? null : y < 0 ? `${-y} BCE` : String(y);
-const star = (seen, heard, more = '') => el('span', {}, el('span', { class: 'star', 'aria-hidden': true }, seen), el('span', { class: 'unseen' }, heard), more);
+const star = (seen, heard, more = '') => el('span', {}, el('span', { class: 'star', 'aria-hidden': true }, seen), mark('unseen', heard), more);
 const stars = n => star('★'.repeat(n) + ['', '¼', '½', '¾'][n % 1 * 4] + '☆'.repeat(5 - n), `${n} of 5 stars`);
 const rating = ({ rating_count: n, rating }) => n > 0 && star('★ ', 'rated ', `${rating.toFixed(1)} (${n.toLocaleString('en')})`);
 const languages = new Intl.DisplayNames('en', { type: 'language' });
 const languageName = code => { try { return code && languages.of(code); } catch { return code; } }; // a word is no code
+const isIsbn = text => /^[\dx\s-]{10,17}$/i.test(text);
 const say = text => { $('say').textContent = text; };
 const number = text => [...text].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) % 9973, 7);
-function hued(node, author, tall = 0) {
-  node.style.setProperty('--hue', number(author) % 360);
-  node.style.setProperty('--tall', tall);
-  return node;
-}
-function cover({ id, title, author, isbn }) { // drawn at once; the real one, where there is one, comes over it
-  const drawn = hued(el('div', { class: `cover look-${number(title) % 4}`, 'aria-hidden': true },
-    el('strong', { dir: 'auto' }, title.replace(/\s*\(.*\)$/, '') || title), el('em', { dir: 'auto' }, author)), author);
+function cover({ id, title, author, isbn }, size = '') { // drawn at once; the real one, where there is one, comes over it
+  const drawn = el('div', { class: `cover look-${number(title) % 4} ${size}`, 'aria-hidden': true },
+    el('strong', { dir: 'auto' }, title.replace(/\s*\(.*\)$/, '') || title), el('em', { dir: 'auto' }, author));
+  drawn.style.setProperty('--hue', number(author) % 360);
   if (isbn) drawn.append(el('img', { alt: '', loading: 'lazy', decoding: 'async', onerror: event => event.target.remove(),
     src: `${base}/books/${id}/cover?optional=true&v=${isbn}` }));
   return drawn;
@@ -85,7 +92,7 @@ async function send(path, how = {}) {
   }
 }
 const soon = () => AbortSignal.timeout(30000); // an answer that never comes must not hold up those after it
-const get = async path => (await send(path, { signal: soon() })).json();
+const get = async (path, query) => (await send(query ? `${path}?${new URLSearchParams(query)}` : path, { signal: soon() })).json();
 const api = async (method, path, json) => { const answer = await send(path, { method, json }); return answer.status === 204 ? null : answer.json(); };
 // --- problems, beside what they are about --------------------------------------------------------------------------
 function clear(where) {
@@ -104,6 +111,7 @@ async function attempt(where, work) { // what it gives; where it fails, the prob
   where.ariaBusy = 'true';
   try { return await work(); } catch (error) { if (error.name !== 'AbortError') show(where, error); } finally { where.ariaBusy = 'false'; }
 }
+const tries = (where, work) => once(() => attempt(where, work)); // for a button
 function onSubmit(form, work) {
   form.addEventListener('submit', event => {
     event.preventDefault();
@@ -141,13 +149,13 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     if (had) keepFocus(list);
   }
   function step(text, at) {
-    return address ? link(place(at), text, { class: 'button' }) : button(text, async () => { await self.load(false, at); list.focus(); root.scrollIntoView(); });
+    return address ? link(place(at), text, { class: 'button' }) : button(text, () => self.load(false, at).then(() => { list.focus(); root.scrollIntoView(); }));
   }
   function drawPager(count) {
     const text = page ? `${(offset + 1).toLocaleString('en')}–${(offset + count).toLocaleString('en')} of ${page.total.toLocaleString('en')}` : '';
-    const now = `${text} ${address?.(fields())} ${page?.next}`;
     pager.hidden = !offset && !page?.next;
-    if (pager.shows === now) return;
+    const now = `${text} ${address?.(fields())} ${page?.next}`;
+    if (pager.shows === now) return; // or a click in progress would be lost
     pager.shows = now;
     put(pager, offset > 0 && step('Previous', Math.max(0, offset - limit)), el('span', {}, text), page?.next && step('Next', offset + limit));
   }
@@ -202,15 +210,35 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
 // A form made here: what its `work` returns is told in it.
 function formOf({ id, title, parts, verb, how, also, work }) {
   const note = el('p', { class: 'note', role: 'status' });
-  const form = el('form', { class: 'panel', id }, title && el('h3', {}, title), parts, alertSlot(), note, el('p', { class: 'row' }, el('button', { class: how }, verb), also));
+  const form = el('form', { class: 'panel', id }, title && el('h3', {}, title), parts, alertSlot(), note,
+    inRow(el('button', { class: how }, verb), also));
   onSubmit(form, async fields => { note.textContent = ''; const told = await work(fields); form.reset(); note.textContent = told ?? ''; });
   return form;
 }
 const field = (name, text, more = {}) => el('label', {}, `${text} `, el('input', { name, required: true, maxlength: 254, ...more }));
+const emailField = (text, value) => field('email', text, { type: 'email', autocomplete: 'email', value });
+const userName = (text, more) => field('username', text, { autocomplete: 'username', autocapitalize: 'none', spellcheck: 'false', ...more });
+const fullName = (text, more) => field('full_name', text, { required: false, autocomplete: 'name', maxlength: 100, ...more });
 const secret = (name, text, more = {}) => field(name, text, { type: 'password', autocomplete: 'current-password', maxlength: 1000, ...more });
 const newSecret = (name, text) => secret(name, `${text}, of at least 8 characters`, { autocomplete: 'new-password', minlength: 8, maxlength: 128 });
+function fillIn(form, values, typed = {}) { // `was` is what is stored
+  for (const field of form.elements) {
+    if (!field.name || field.type === 'radio') continue;
+    if (field.type === 'checkbox') field.checked = values[field.name];
+    else { field.value = values[field.name] ?? ''; field.was = field.value; }
+    if (field.name in typed) field.value = typed[field.name] ?? '';
+  }
+}
+const changesOf = form => Object.fromEntries(Object.entries(valuesOf(form)).filter(([name]) => form.elements[name].value !== form.elements[name].was));
 const valuesOf = form => Object.fromEntries([...form.elements].filter(({ name }) => name).map(({ name, type, value, checked }) => // null where nothing is
   [name, type === 'checkbox' ? checked : value.trim() === '' ? null : type === 'number' ? Number(value) : value]));
+function openDialog(dialog, title, form) { // with one form in it
+  put(dialog.querySelector('h2'), title);
+  put(dialog.lastElementChild, form);
+  if (!dialog.open) dialog.showModal();
+  form.querySelector('input').focus();
+  return form;
+}
 function sure(question, text, verb) {
   const dialog = $('sure'), [no, yes] = dialog.querySelectorAll('button');
   [$('h-sure').textContent, $('sure-text').textContent, yes.textContent, dialog.returnValue] = [question, text, verb, ''];
@@ -218,63 +246,52 @@ function sure(question, text, verb) {
   no.focus();
   return new Promise(done => dialog.addEventListener('close', () => done(dialog.returnValue === 'yes'), { once: true }));
 }
+const ifSure = (where, question, text, verb, work) => once(async () => { if (await sure(question, text, verb)) await attempt(where, work); });
 const to = (path, fields = {}) => { const query = new URLSearchParams(fields).toString(); return `#/${path}${query && `?${query}`}`; };
 const moveTo = address => { location.hash = address; };
 // --- the catalogue -------------------------------------------------------------------------------------------------
 const filters = $('filters'), addForm = $('add-form');
-const linkTo = (id, title) => link(`#/book/${id}`, el('bdi', {}, title), { 'data-book': id });
+const linkTo = (id, title) => link(`#/book/${id}`, bdi(title), { 'data-book': id });
 const catalogue = pages({
   root: $('catalogue'), path: () => 'books', address: fields => to('', fields), key: book => book.id,
   row: book => [el('div', { class: 'on' }, cover(seen(book)), stock(book)),
-    el('h3', {}, linkTo(book.id, book.title)), el('p', { class: 'by' }, el('bdi', {}, book.author)),
+    el('h3', {}, linkTo(book.id, book.title)), el('p', { class: 'by' }, bdi(book.author)),
     facts(year(book.publication_year), book.genre), facts(rating(book))],
   skeleton: () => [el('div', { class: 'cover' }), el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '), facts(' ')],
   empty: ({ suggestions = [] }, fields) => Object.keys(fields).length ? nothingFound(suggestions, fields) : emptyCatalogue(),
 });
 const books = new Map(); // those that were drawn last: a book's view begins with what is known of it
 function seen(book) { if (books.size > 500) books.clear(); books.set(book.id, book); return book; }
-function drawSpines() { // for the eye alone
-  if ($('spines').children.length) return;
-  put($('spines'), [...books.values()].slice(0, 16).map(({ title, author }) => hued(el('span', {}, title), author, number(title) % 30)));
-}
 const stock = ({ copies, available }) => copies > 0 && el('span', { class: available ? 'stock good' : 'stock' },
   copies > 1 ? `${available} of ${copies} available` : available ? 'available' : 'on loan');
 function nothingFound(suggestions, { search = '', ...others }) {
-  return [el('h3', {}, 'Nothing here is like that.'),
-    suggestions.length > 0 && el('p', {}, 'Did you mean ',
-      suggestions.flatMap((words, i) => [i ? ', ' : '', link(to('', { ...others, search: words }), words)]), '?'),
-    el('p', { class: 'row' }, link('#/', 'Show everything', { class: 'button' }),
-      search && link(to('add', { search }), 'Add it by ISBN or by words', { class: 'button' }))];
+  const meant = suggestions.flatMap((words, i) => [i ? ', ' : 'Did you mean ', link(to('', { ...others, search: words }), words)]);
+  return nothing('Nothing here is like that.', meant.length > 0 && [...meant, '?'],
+    way('#/', 'Show everything'), search && way(to('add', { search }), 'Add it by ISBN or by words'));
 }
-function emptyCatalogue() {
-  return [el('h3', {}, 'The catalogue is empty.'), el('p', {}, me ? 'Be the first to add a book, or bring in a file.' : 'Sign in and add the first book.'),
-    el('p', { class: 'row' }, me ? link('#/add', 'Add the first book', { class: 'button' }) : button('Sign in', () => openAccount('in'), { class: 'strong' }),
-      me?.role === 'admin' && button('Load fifty classics', once(() => attempt($('catalogue'), loadSample)), { class: 'strong' }))];
-}
+const emptyCatalogue = () => me
+  ? nothing('The catalogue is empty.', 'Be the first to add a book, or bring in a file.', way('#/add', 'Add the first book'),
+    me.role === 'admin' && button('Load fifty classics', tries($('catalogue'), loadSample), { class: 'strong' }))
+  : nothing('The catalogue is empty.', 'Sign in and add the first book.', button('Sign in', () => openSignIn(), { class: 'strong' }));
 async function loadSample() {
   const body = new FormData();
   body.append('file', await (await send('static/sample_books.csv')).blob(), 'sample_books.csv');
   await startUpload(body);
 }
-async function loadGenres() {
-  const select = filters.elements.genre, genres = await get('books/genres').catch(() => null), was = select.value;
-  if (!genres) return;
-  const gone = was && !genres.some(({ genre }) => genre === was);
-  put(select, el('option', { value: '' }, 'All genres'), gone && el('option', { value: was, selected: true }, was),
-    genres.map(({ genre: value, count }) => el('option', { value, selected: value === was }, `${value} (${count})`)));
-}
+const loadGenres = () => get('books/genres').then(genres => choose(filters.elements.genre, 'All genres',
+  genres.map(({ genre, count }) => [genre, `${genre} (${count})`])), () => {});
 // --- adding books --------------------------------------------------------------------------------------------------
 const findForm = $('find');
 let scanning = Promise.resolve(); // one line after the other, however fast they are typed
 findForm.addEventListener('submit', event => {
   event.preventDefault();
   const field = findForm.elements.search, words = field.value.trim();
-  if (!/^[\dx\s-]{10,17}$/i.test(words)) { history.replaceState(history.state, '', `${base}/${to('add', { search: words })}`); findCandidates(words); return; }
-  const line = el('li', {}, el('span', {}, words), el('span', { class: 'soft' }, 'Looking it up…'));
+  if (!isIsbn(words)) { history.replaceState(history.state, '', `${base}/${to('add', { search: words })}`); findCandidates(words); return; }
+  const line = el('li', {}, el('span', {}, words), mark('soft', 'Looking it up…'));
   field.value = '';
   clear(findForm);
   $('added').prepend(line);
-  scanning = scanning.then(async () => put(line, el('span', {}, words), await addIsbn(words.replace(/[\s-]/g, ''))));
+  scanning = scanning.then(async () => put(line, el('span', {}, words), await orWhy(addIsbn(words.replace(/[\s-]/g, '')))));
 });
 function openAdd({ query: { search } }) {
   put($('candidates'));
@@ -285,7 +302,7 @@ function openAdd({ query: { search } }) {
 async function lookUp(query) { // in one catalogue after the other, until one knows it
   let error = null;
   for (const source of ['google', 'openlibrary']) {
-    const found = await get(`books/external?${new URLSearchParams({ ...query, source, max_results: 10 })}`).catch(problem => { error = problem; });
+    const found = await get('books/external', { ...query, source, max_results: 10 }).catch(problem => { error = problem; });
     if (found?.items.length) return found.items;
   }
   if (error) throw error;
@@ -296,25 +313,21 @@ const findCandidates = words => attempt(findForm, async () => {
   put($('candidates'), found.map(drawCandidate), !found.length && el('li', {}, 'No other catalogue knows it. Type it in by hand.'));
 });
 function drawCandidate(candidate) {
-  const { title, author, publication_year, publisher, isbn } = candidate, place = el('div', { class: 'grow' });
-  const add = async () => put(place, await addFound(candidate).catch(error => el('span', { class: 'bad' }, error.message)));
-  fill(place, {}, [el('h3', {}, el('bdi', {}, title)), el('p', { class: 'by' }, el('bdi', {}, author)),
+  const { title, author, publication_year, publisher, isbn } = candidate, place = grow();
+  const add = async () => put(place, await orWhy(addFound(candidate)));
+  fill(place, {}, [el('h3', {}, bdi(title)), el('p', { class: 'by' }, bdi(author)),
     facts(year(publication_year), publisher, isbn && `ISBN ${isbn}`), button('Add', once(add), { class: 'strong', 'aria-label': `Add ${title}` })]);
-  const drawn = cover({ ...candidate, isbn: null });
-  drawn.classList.add('small');
-  return el('li', {}, drawn, place);
+  return el('li', {}, cover({ ...candidate, isbn: null }, 'small'), place);
 }
 async function addFound({ source, ref, isbn }) {
-  const here = isbn && (await get(`books?isbn=${isbn}`)).items[0], book = here || await api('POST', 'books/external', { source, ref });
-  return el('span', { class: here ? 'soft' : 'good' }, here ? 'Here already: ' : 'Added: ', linkTo(book.id, book.title));
+  const here = isbn && (await get('books', { isbn })).items[0], book = here || await api('POST', 'books/external', { source, ref });
+  return mark(here ? 'soft' : 'good', here ? 'Here already: ' : 'Added: ', linkTo(book.id, book.title));
 }
 async function addIsbn(isbn) {
-  try {
-    const here = (await get(`books?isbn=${isbn}`)).items[0], [found] = here ? [{ isbn }] : await lookUp({ isbn });
-    if (found) return await addFound({ ...found, isbn });
-    return el('span', { class: 'bad' }, 'Unknown. ', button('Type it in by hand', () => byHand(isbn), { class: 'link' }));
-  } catch (error) { return el('span', { class: 'bad' }, error.message); }
+  const here = (await get('books', { isbn })).total, [found] = here ? [{}] : await lookUp({ isbn });
+  return found ? addFound({ ...found, isbn }) : mark('bad', 'Unknown. ', button('Type it in by hand', () => byHand(isbn), { class: 'link' }));
 }
+const orWhy = work => work.catch(error => mark('bad', error.message));
 function byHand(isbn) { addForm.closest('details').open = true; addForm.elements.isbn.value = isbn; addForm.elements.title.focus(); }
 onSubmit(addForm, async () => {
   const book = await api('POST', 'books', valuesOf(addForm));
@@ -329,22 +342,18 @@ const note = text => { bookView.querySelector('.note').textContent = text; };
 const reviews = pages({
   root: $('book-reviews'), path: () => `books/${shown.id}/reviews`, limit: 10, key: review => review.username,
   row: ({ username, rating, review, updated_at }) => [
-    el('p', { class: 'row' }, el('strong', {}, el('bdi', {}, username)), rating && stars(rating), el('span', { class: 'soft' }, day(updated_at))),
+    inRow(el('strong', {}, bdi(username)), rating && stars(rating), mark('soft', day(updated_at))),
     review && el('p', { class: 'text', dir: 'auto' }, review),
-    button('Take it away', () => takeAway(username), { class: 'link danger', 'data-staff': '', 'aria-label': `Take away the review of ${username}` }),
+    button('Take it away', takeAway(shown.id, username), { class: 'link danger', 'data-staff': '', 'aria-label': `Take away the review of ${username}` }),
   ],
   empty: () => 'Nobody has reviewed it yet.',
 });
-async function takeAway(username) {
-  const { id } = shown;
-  if (!await sure(`Take away the review of ${username}?`, 'Its stars go, too. The book stays on the shelf of its reader.', 'Take it away')) return;
-  await attempt(bookView, async () => {
+const takeAway = (id, username) => ifSure(bookView, `Take away the review of ${username}?`,
+  'Its stars go, too. The book stays on the shelf of its reader.', 'Take it away', async () => {
     await api('DELETE', `books/${id}/reviews/${encodeURIComponent(username)}`);
     note('The review is gone.');
     await Promise.all([readBook(id), reviews.load(true)]);
   });
-  keepFocus($('h-reviews'));
-}
 async function openBook(id) {
   if (shown?.id !== id) {
     [shown, held] = [{ id }, null];
@@ -372,20 +381,21 @@ async function readMine(id) { // not the entry itself: where there is none, its 
 }
 function drawBook(book) {
   const known = {
-    Genre: book.genre && link(to('', { genre: book.genre }), el('bdi', {}, book.genre)), Published: book.published_date ?? year(book.publication_year),
+    Genre: book.genre && link(to('', { genre: book.genre }), bdi(book.genre)), Published: book.published_date ?? year(book.publication_year),
     Publisher: book.publisher, Language: languageName(book.language), Pages: book.pages, ISBN: book.isbn, Price: book.price?.toFixed(2),
   };
-  const elsewhere = /^https?:\/\//i.test(book.cover_url ?? ''); // a link, not a picture: its host need not know who reads what here
   setTitle();
   for (const part of all('.side, .rest')) part.hidden = false;
-  put($('book-title'), el('bdi', {}, book.title));
-  if ($('book-cover').shows !== `${book.id} ${book.title} ${book.author} ${book.isbn}`) put($('book-cover'), cover(book));
-  $('book-cover').shows = `${book.id} ${book.title} ${book.author} ${book.isbn}`;
-  put($('book-head'), el('p', { class: 'lead' }, 'by ', link(to('', { search: book.author }), el('bdi', {}, book.author))),
-    el('p', {}, rating(book) || el('span', { class: 'soft' }, 'Not rated yet')));
+  put($('book-title'), bdi(book.title));
+  const shows = `${book.id} ${book.title} ${book.author} ${book.isbn}`;
+  if ($('book-cover').shows !== shows) put($('book-cover'), cover(book));
+  $('book-cover').shows = shows;
+  put($('book-head'), el('p', { class: 'lead' }, 'by ', link(to('', { search: book.author }), bdi(book.author))),
+    el('p', {}, rating(book) || mark('soft', 'Not rated yet')));
   put($('book-info'), book.description && el('p', { class: 'text', dir: 'auto' }, book.description),
     el('dl', {}, Object.entries(known).flatMap(([name, value]) => value ? [el('dt', {}, name), el('dd', {}, value)] : [])),
-    elsewhere && link(book.cover_url, 'Its cover, on another site', { target: '_blank', rel: 'noreferrer noopener' }));
+    /^https?:\/\//i.test(book.cover_url ?? '') // a link, not a picture: its host need not know who reads what here
+      && link(book.cover_url, 'Its cover, on another site', { target: '_blank', rel: 'noreferrer noopener' }));
   $('share').href = `${base}/b/${book.id}`;
   drawDesk();
 }
@@ -393,20 +403,21 @@ function drawDesk() {
   const { copies, available } = shown;
   $('stock-now').textContent = [held && `You have it until ${day(held.due_at)}.`,
     copies ? `${available} of ${plural(copies, 'copy', 'copies')} available.` : 'There is no copy to lend.'].filter(Boolean).join(' ');
-  [$('borrow').hidden, $('return').hidden, $('renew').hidden, $('edit').hidden] = [!(me && available && !held), !held, !mayRenew(held), !(isStaff() || me && shown.added_by === me.id)];
+  [$('borrow').hidden, $('return').hidden, $('renew').hidden, $('edit').hidden] = [!me || !available || held, !held, !mayRenew(held), !mayEdit(shown)];
   [$('edit').href, $('lend').href, $('lend').hidden] = [`#/edit/${shown.id}`, `#/desk?book=${shown.id}`, !available];
   const field = $('stock').elements.copies;
   field.min = copies - available; // those on loan
   if (document.activeElement !== field) field.value = copies;
 }
+const mayEdit = book => isStaff() || me && book.added_by === me.id;
 const MOST_RENEWALS = 2; // of the service
 const mayRenew = loan => Boolean(loan) && !loan.returned_at && loan.renewals < MOST_RENEWALS && new Date(loan.due_at) > new Date();
-const changeLoan = (path, json, told) => once(() => attempt(bookView, async () => {
+const changeLoan = (path, json, told) => tries(bookView, async () => {
   const { id } = shown, loan = await api('POST', path(), json?.());
   note(told(loan));
   await Promise.all([readBook(id), readMine(id)]);
   keepFocus($('book-title'));
-}));
+});
 $('borrow').onclick = changeLoan(() => 'loans', () => ({ book_id: shown.id }), ({ due_at }) => `Yours until ${day(due_at)}.`);
 $('return').onclick = changeLoan(() => `loans/${held.id}/return`, null, () => 'You brought it back.');
 $('renew').onclick = changeLoan(() => `loans/${held.id}/renew`, null, ({ due_at }) => `You may keep it until ${day(due_at)}.`);
@@ -420,24 +431,27 @@ onSubmit($('stock'), async ({ copies }) => {
   note(`The library has ${plural(now.copies, 'copy', 'copies')} of it.`);
   await readBook(id);
 });
-mine.elements.status.append(...options(STATUSES));
+mine.elements.status.append(...options(SHELVES));
 function drawStars(rating) { // a rating between whole stars is kept, and is one choice more
   put($('stars'), el('legend', {}, 'My rating, for everybody to see'), [...new Set([0, 1, 2, 3, 4, 5, rating ?? 0])].sort().map(n => el('label', {},
-    el('input', { class: 'unseen', type: 'radio', name: 'rating', value: n || '', checked: n === (rating ?? 0), 'aria-label': n ? plural(n, 'star') : 'no rating' }),
+    el('input', { class: 'unseen', type: 'radio', name: 'rating', value: n || '', checked: n === (rating ?? 0),
+      'aria-label': n ? plural(n, 'star') : 'no rating' }),
     n ? n % 1 ? String(n) : '★' : 'no rating')));
 }
 function drawMine(now, told = '') {
   entry = now;
   clear(mine);
   if (told) note(told);
-  const { status, review } = mine.elements;
-  [status.value, review.value] = [entry?.status ?? 'wishlist', entry?.review ?? ''];
+  const dayOf = moment => moment?.slice(0, 10);
+  fillIn(mine, { status: 'wishlist', ...entry, started_at: dayOf(entry?.started_at), finished_at: dayOf(entry?.finished_at),
+    tags: entry?.tags.join(', '), undated: entry?.status === 'completed' && !entry.finished_at });
   drawStars(entry?.rating);
-  drawDays();
+  chooseDays();
   [mine.hidden, $('opinion').hidden, $('unshelve').hidden] = [false, !entry, !entry];
   mine.querySelector('.strong').textContent = entry ? 'Save' : 'Put it on my shelf';
 }
 async function changeMine(told, method, json) {
+  note('');
   const { id } = shown, now = await api(method, `my-library/${id}`, json);
   refreshAll();
   if (shown?.id !== id) return;
@@ -445,43 +459,39 @@ async function changeMine(told, method, json) {
   await Promise.all([readBook(id), reviews.load(true)]);
   keepFocus($('book-title'));
 }
-onSubmit(mine, ({ status, rating, review, ...more }) => entry
-  ? changeMine('Saved.', 'PATCH', { status, rating: Number(rating) || null, review: review.trim() || null, ...changedDays(more) })
-  : changeMine('It is on your shelf.', 'POST', { status }));
-$('unshelve').onclick = once(() => attempt(mine, () => changeMine('It is off your shelf.', 'DELETE')));
+onSubmit(mine, fields => entry ? changeMine('Saved.', 'PATCH', changedMine(fields))
+  : changeMine('It is on your shelf.', 'POST', { status: fields.status }));
+$('unshelve').onclick = tries(mine, () => changeMine('It is off your shelf.', 'DELETE'));
 // --- my shelf ------------------------------------------------------------------------------------------------------
 const dated = moment => new Date(moment).toLocaleDateString('en', { dateStyle: 'medium', timeZone: 'UTC' }); // days are counted and typed in UTC
 const shelfAddress = ({ status, ...fields }) => to(status ? `shelf/${status}` : 'shelf', fields);
 const shelf = pages({
   root: $('view-shelf'), path: () => 'my-library', address: shelfAddress, key: item => item.book_id, row: drawEntry,
-  skeleton: () => [el('div', { class: 'cover small' }), el('div', { class: 'grow' }, el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '))],
+  skeleton: () => [el('div', { class: 'cover small' }), grow(el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '))],
   empty: (_, { status, ...filters }) => Object.keys(filters).length
-    ? [el('h3', {}, 'Nothing on your shelf is like that.'), el('p', { class: 'row' }, link(shelfAddress({ status }), 'Show all of it', { class: 'button' }))]
-    : [el('h3', {}, 'Nothing here yet.'), el('p', {}, 'Find a book in the catalogue and put it on your shelf, or bring in your shelf from Goodreads, StoryGraph or LibraryThing.'),
-      el('p', { class: 'row' }, link('#/', 'To the catalogue', { class: 'button' }), link('#/import', 'Import', { class: 'button' }))],
+    ? nothing('Nothing on your shelf is like that.', null, way(shelfAddress({ status }), 'Show all of it'))
+    : nothing('Nothing here yet.', 'Find a book in the catalogue and put it on your shelf, or bring in your shelf from Goodreads, StoryGraph or LibraryThing.',
+      way('#/', 'To the catalogue'), way('#/import', 'Import')),
 });
-const heading = ({ book_id, book: { title, author } }) => [el('h3', {}, linkTo(book_id, title)), el('p', { class: 'by' }, el('bdi', {}, author))];
+const heading = ({ book_id, book: { title, author } }) => [el('h3', {}, linkTo(book_id, title)), el('p', { class: 'by' }, bdi(author))];
 function drawEntry(item, node) {
   const { book_id, book, status, rating, tags, review } = item;
-  const choice = el('select', { 'aria-label': `Status of ${book.title}`, onchange: () => move(node, item, choice.value) }, options(STATUSES, status));
-  return [thumbnail(book), el('div', { class: 'grow' }, heading(item), facts(rating && stars(rating), ...milestones(item)),
-    tags.length > 0 && el('p', { class: 'row tags' }, tags.map(tag => link(to('shelf', { tag }), el('bdi', {}, tag), { class: 'chip' }))),
+  const choice = el('select', { 'aria-label': `Status of ${book.title}`, onchange: () => move(node, item, choice.value) }, options(SHELVES, status));
+  return [thumbnail(book), grow(heading(item), facts(rating && stars(rating), ...milestones(item)),
+    tags.length > 0 && el('p', { class: 'row tags' }, tags.map(tag => link(to('shelf', { tag }), bdi(tag), { class: 'chip' }))),
     review && el('p', { class: 'text soft', dir: 'auto' }, review.length > 200 ? `${review.slice(0, 200)}…` : review),
     status === 'reading' && reached(item), alertSlot()),
   el('div', { class: 'aside' }, choice, link(`#/book/${book_id}`, 'Rate and review', { class: 'button' }))];
 }
-function thumbnail(book) { // for the hand; the title beside it is for the keyboard
-  const drawn = link(`#/book/${book.id}`, cover(book), { tabindex: -1, 'aria-hidden': true });
-  drawn.firstChild.classList.add('small');
-  return drawn;
-}
+const thumbnail = book => link(`#/book/${book.id}`, cover(book, 'small'), { tabindex: -1, 'aria-hidden': true }); // the title is a link, too
 function milestones({ status, rating, started_at, finished_at, added_at }) {
   const ended = { completed: 'finished', abandoned: 'put aside' }[status], isUndated = status === 'completed' && !finished_at;
   return [status === 'wishlist' && rating && 'rated before reading it', started_at && `started ${dated(started_at)}`, isUndated && 'finished, day not known',
     ended && finished_at && `${ended} ${dated(finished_at)}`, !ended && !started_at && `added ${dated(added_at)}`];
 }
 function reached({ book_id, page, book: { title, pages: last } }) { // saved when it is typed
-  const field = el('input', { name: 'page', type: 'number', min: 0, max: 100000, value: page, 'aria-label': `Page reached in ${title}`, onchange: () => form.requestSubmit() });
+  const field = el('input', { name: 'page', type: 'number', min: 0, max: 100000, value: page, 'aria-label': `Page reached in ${title}`,
+    onchange: () => form.requestSubmit() });
   const form = el('form', { class: 'reached' },
     last && el('progress', { max: last, value: Math.min(page ?? 0, last), 'aria-label': `How much of ${title} is read` }),
     el('label', {}, 'Page ', field, last && ` of ${last.toLocaleString('en')}`),
@@ -500,22 +510,20 @@ async function move(where, { book_id, book, status: was }, status) {
   await VIEWS[at.name].refresh();
   keepFocus(sectionOf(at.name).querySelector('.rows, .covers'));
 }
-function tabAddress(status) { // with what else the address asks for now
-  const { page, ...query } = parse(location.hash).query;
-  return shelfAddress({ status, ...query });
+function drawTabs(nav, path, names, counts, chosen) { // each keeps what else the address asks for as it is clicked
+  const address = name => { const { page, ...query } = parse(location.hash).query; return to(name ? `${path}/${name}` : path, query); };
+  redraw(nav, Object.entries(names).map(([name, text]) => link(address(name),
+    [text, counts[name] != null && mark('soft', ` ${counts[name].toLocaleString('en')}`)],
+    { 'aria-current': name === chosen ? 'page' : 'false', onclick: event => { event.currentTarget.href = address(name); } })));
+  nav.scrollLeft = (nav.querySelector('[aria-current=page]')?.offsetLeft ?? 0) - nav.offsetLeft - 40;
 }
 async function loadTabs() { // the counts are of the whole shelf
-  const stats = await get('my-library/stats').catch(() => null), list = $('shelf-tabs'), { tag } = $('view-shelf').querySelector('form').elements;
+  const stats = await get('my-library/stats').catch(() => null);
   if (!stats || at.name !== 'shelf') return;
-  const tabs = [['', 'All', stats.total], ...Object.entries(STATUSES).map(([status, name]) => [status, name, stats.by_status[status]])];
-  const had = [...list.children].indexOf(document.activeElement), was = tag.value, tags = new Set([...stats.top_tags.map(({ tag }) => tag), was]);
-  put(list, tabs.map(([status, name, count]) => link(tabAddress(status), [name, ' ', el('span', { class: 'soft' }, count.toLocaleString('en'))],
-    { 'aria-current': status === at.id ? 'page' : 'false', onclick: event => { event.currentTarget.href = tabAddress(status); } })));
-  list.children[had]?.focus();
-  list.scrollLeft = (list.querySelector('[aria-current=page]')?.offsetLeft ?? 0) - list.offsetLeft - 40;
-  put(tag, el('option', { value: '' }, 'All tags'), options(Object.fromEntries([...tags].filter(Boolean).sort().map(name => [name, name])), was));
+  drawTabs($('shelf-tabs'), 'shelf', { '': 'All', ...STATUSES }, { '': stats.total, ...stats.by_status }, at.id);
+  choose($('view-shelf').querySelector('[name=tag]'), 'All tags', stats.top_tags.map(({ tag }) => [tag, tag]).sort());
 }
-$('shelf-export').onclick = once(() => attempt($('view-shelf'), () => saveFile('my-library/export', 'my-library.csv')));
+$('shelf-export').onclick = tries($('view-shelf'), () => saveFile('my-library/export', 'my-library.csv'));
 async function saveFile(path, name) { // which needs the token
   const saved = el('a', { href: URL.createObjectURL(await (await send(path)).blob()), download: name });
   saved.click();
@@ -523,20 +531,10 @@ async function saveFile(path, name) { // which needs the token
 }
 const reading = pages({ // above the catalogue
   root: $('now'), path: () => 'my-library', params: () => ({ status: 'reading' }), limit: 12, key: item => item.book_id,
-  row: item => [thumbnail(item.book), el('div', { class: 'grow' }, heading(item), reached(item))],
+  row: item => [thumbnail(item.book), grow(heading(item), reached(item))],
   empty: () => ['Nothing at the moment. ', link('#/shelf/wishlist', 'Begin a book of your wishlist'), ', or find one below.'],
 });
 const openNow = () => me && !$('now').hidden && reading.load(true, 0);
-// What my entry says of days, pages and tags: only what was changed is sent, so that a time of day stays as it is.
-const noon = date => date && `${date}T12:00:00Z`;
-const typed = { page: n => n && Number(n), started_at: noon, finished_at: noon, tags: text => text.split(',').map(tag => tag.trim()).filter(Boolean) };
-function drawDays() {
-  const { page, started_at, finished_at, tags, undated } = mine.elements;
-  [started_at.value, finished_at.value] = [entry?.started_at?.slice(0, 10) ?? '', entry?.finished_at?.slice(0, 10) ?? ''];
-  [page.value, tags.value, undated.checked] = [entry?.page ?? '', entry?.tags.join(', ') ?? '', entry?.status === 'completed' && !entry.finished_at];
-  for (const field of [page, started_at, finished_at, tags]) field.was = field.value;
-  chooseDays();
-}
 function chooseDays() { // those that the status has
   const { status: { value: status }, page, finished_at, undated } = mine.elements;
   page.parentNode.hidden = !['reading', 'abandoned'].includes(status);
@@ -545,25 +543,25 @@ function chooseDays() { // those that the status has
   finished_at.disabled = status === 'completed' && undated.checked;
   $('stars-note').hidden = status !== 'wishlist';
 }
-mine.elements.status.addEventListener('change', chooseDays);
-mine.elements.undated.addEventListener('change', chooseDays);
-function changedDays({ undated }) {
-  const changed = Object.entries(typed).filter(([name]) => mine.elements[name].value !== mine.elements[name].was);
-  const values = Object.fromEntries(changed.map(([name, read]) => [name, read(mine.elements[name].value) || null]));
-  return undated && mine.elements.status.value === 'completed' ? { ...values, finished_at: null } : values;
+mine.onchange = chooseDays;
+function changedMine({ status, rating }) { // a day that was not changed keeps its time
+  const { undated, ...changed } = changesOf(mine), now = { ...changed, status, rating: Number(rating) || null };
+  for (const name of ['started_at', 'finished_at']) if (now[name]) now[name] += 'T12:00:00Z';
+  if ('tags' in now) now.tags = now.tags?.split(',').map(tag => tag.trim()).filter(Boolean) ?? [];
+  return undated && status === 'completed' ? { ...now, finished_at: null } : now;
 }
 // --- statistics ----------------------------------------------------------------------------------------------------
 function bars(title, unit, rows) { // [name, number, address]
   const most = Math.max(...rows.map(([, n]) => n), 1);
   const drawn = rows.map(([name, n, address]) => {
-    const number = el('span', {}, n.toLocaleString('en'), el('span', { class: 'unseen' }, ` ${unit}`));
-    const line = el('li', {}, el('bdi', {}, address ? link(address, name) : name), ' ', number);
+    const number = el('span', {}, n.toLocaleString('en'), mark('unseen', ` ${unit}`));
+    const line = el('li', {}, bdi(address ? link(address, name) : name), ' ', number);
     line.style.setProperty('--part', `${n / most * 100}%`);
     return line;
   });
   return rows.some(([, n]) => n) && el('div', { class: 'panel' }, el('h3', {}, title), el('ul', { class: 'bars', 'aria-label': title }, drawn));
 }
-const figure = (n, text) => el('p', { class: 'panel' }, el('span', { class: 'big' }, n.toLocaleString('en')), ' ', el('span', { class: 'soft' }, text));
+const figure = (n, text) => el('p', { class: 'panel' }, mark('big', n.toLocaleString('en')), ' ', mark('soft', text));
 const loadStats = () => attempt($('view-stats'), async () => {
   const whose = me, { total, by_status, by_year, undated, average_rating, rating_count, top_genres, top_tags, top_authors } = await get('my-library/stats');
   if (me !== whose) return;
@@ -573,7 +571,7 @@ const loadStats = () => attempt($('view-stats'), async () => {
     figure(by_status.completed, 'books finished'), figure(thisYear.books, 'of them this year'), figure(thisYear.pages, 'pages this year'),
     figure(average_rating == null ? '–' : `★ ${average_rating.toFixed(2)}`, `on average, of ${plural(rating_count, 'rating')}`)),
   el('div', { class: 'columns' },
-    bars('On my shelf', 'books', Object.entries(STATUSES).map(([status, name]) => [name, by_status[status], `#/shelf/${status}`])),
+    bars('On my shelf', 'books', SHELVES.map(([status, name]) => [name, by_status[status], `#/shelf/${status}`])),
     bars('Top genres', 'books', top_genres.map(({ genre, count }) => [genre, count, to('', { genre })])),
     bars('Books finished by year', 'books', [...by_year.map(({ year, books }) => [String(year), books]), ...undated ? [['day not known', undated]] : []]),
     bars('Pages finished by year', 'pages', by_year.map(({ year, pages }) => [String(year), pages])),
@@ -587,32 +585,31 @@ const loans = pages({
   params: ({ status, ...fields }) => ({ ...fields, ...(status !== 'all' && { status }) }),
   row(loan, node) {
     const { id, book_id, user_id, title, username, quantity, borrowed_at, due_at, returned_at, renewals } = loan, late = new Date(due_at) < new Date();
-    const send = what => attempt(node, async () => { await api('POST', `loans/${id}/${what.toLowerCase()}`); await refreshLoans(); });
-    const change = what => button(what, once(() => send(what)), { 'aria-label': `${what} ${title}` });
+    const send = async what => { await api('POST', `loans/${id}/${what.toLowerCase()}`); await refreshLoans(); };
+    const change = what => button(what, tries(node, () => send(what)), { 'aria-label': `${what} ${title}` });
     return [
-      el('div', { class: 'grow' }, el('h3', {}, book_id ? linkTo(book_id, title) : title),
-        isStaff() && username && el('p', {}, 'lent to ', link(to('lending/all', { user_id }), el('bdi', {}, username)), el('span', { class: 'soft' }, ` · card ${user_id}`)),
+      grow(el('h3', {}, book_id ? linkTo(book_id, title) : title),
+        isStaff() && username && el('p', {}, 'lent to ', link(to('lending/all', { user_id }), bdi(username)), mark('soft', ` · card ${user_id}`)),
         facts(quantity > 1 && plural(quantity, 'copy', 'copies'), `since ${day(borrowed_at)}`,
-          returned_at ? el('span', { class: 'good' }, `returned ${day(returned_at)}`) : el('span', { class: late && 'bad' }, `${late ? 'overdue since' : 'due'} ${day(due_at)}`),
+          returned_at ? mark('good', `returned ${day(returned_at)}`) : el('span', { class: late && 'bad' }, `${late ? 'overdue since' : 'due'} ${day(due_at)}`),
           renewals > 0 && `renewed ${plural(renewals, 'time')}`), alertSlot()),
       !returned_at && el('div', { class: 'row' }, mayRenew(loan) && change('Renew'), change('Return')),
     ];
   },
-  empty: (_, { status }) => [el('h3', {}, status === 'overdue' ? 'Nothing is overdue.' : 'No loans here.'),
-    el('p', {}, 'Books with a copy to lend have a “Borrow it” button.'), el('p', { class: 'row' }, link('#/', 'To the catalogue', { class: 'button' }))],
+  empty: (_, { status }) => nothing(status === 'overdue' ? 'Nothing is overdue.' : 'No loans here.',
+    'Books with a copy to lend have a “Borrow it” button.', way('#/', 'To the catalogue')),
 });
-const countLoans = (query = {}) => Promise.all(['overdue', 'active'].map(async status => (await get(`loans?${new URLSearchParams({ ...query, status, limit: 1 })}`)).total));
-async function drawTabs(chosen, user_id) { // the overdue first, if there are any
-  const card = user_id && { user_id }, [overdue, active] = await countLoans(card), counts = { overdue, active };
+const card = $('view-lending').querySelector('form').elements; // whose loans, and which
+async function loadLoanTabs(chosen, user_id) { // the overdue first, if there are any
+  const count = status => get('loans', { ...(user_id && { user_id }), status, limit: 1 });
+  const [{ total: overdue }, { total: active }] = await Promise.all([count('overdue'), count('active')]);
   const now = Object.hasOwn(LOANS, chosen) ? chosen : overdue ? 'overdue' : 'active';
-  redraw($('loan-tabs'), Object.entries(LOANS).map(([status, name]) => link(to(`lending/${status}`, card || {}),
-    [name, counts[status] > 0 && el('b', { class: status === 'overdue' && 'bad' }, ` ${counts[status].toLocaleString('en')}`)], { 'aria-current': status === now ? 'page' : 'false' })));
+  drawTabs($('loan-tabs'), 'lending', LOANS, { overdue, active }, now);
   return now;
 }
-const card = $('view-lending').querySelector('form').elements; // whose loans, and which
-const openLending = ({ id, query }) => attempt($('view-lending'), async () => loans.open({ ...query, status: await drawTabs(id || query.status, query.user_id) }));
-const refreshLoans = () => Promise.all([loans.load(true), drawTabs(card.status.value, card.user_id.value)]);
-card.user_id.addEventListener('input', () => drawTabs(card.status.value, card.user_id.value).catch(() => {}));
+const openLending = ({ id, query }) => attempt($('view-lending'), async () => loans.open({ ...query, status: await loadLoanTabs(id, query.user_id) }));
+const refreshLoans = () => Promise.all([loans.load(true), loadLoanTabs(card.status.value, card.user_id.value)]);
+card.user_id.addEventListener('input', () => loadLoanTabs(card.status.value, card.user_id.value).catch(() => {}));
 // --- files ---------------------------------------------------------------------------------------------------------
 const uploadForm = $('upload');
 let job = null;
@@ -620,10 +617,11 @@ const running = ({ status }) => ['queued', 'processing'].includes(status);
 const WORDS = { queued: 'Waiting…', processing: 'Working…', completed: 'Done.', failed: 'Failed.', cancelled: 'Cancelled.' };
 const EXPORTS = { // by columns that only they have
   'a shelf that was exported here': ['exclusiveshelf', 'addedat'], 'an export of Goodreads': ['exclusiveshelf', 'myrating'],
-  'an export of the StoryGraph': ['readstatus', 'starrating'], 'an export of LibraryThing': ['primaryauthor', 'collections'], 'an export of BookWyrm': ['authortext', 'shelf'],
+  'an export of the StoryGraph': ['readstatus', 'starrating'], 'an export of LibraryThing': ['primaryauthor', 'collections'],
+  'an export of BookWyrm': ['authortext', 'shelf'],
 };
 async function recognise() { // the file's first line, before anything is sent
-  const { file: { files: [file] }, shelve, enrich } = uploadForm.elements;
+  const { file: { files: [file] }, shelve } = uploadForm.elements;
   $('choices').hidden = !file;
   clear(uploadForm);
   if (!file) return;
@@ -634,32 +632,32 @@ async function recognise() { // the file's first line, before anything is sent
   const [known] = Object.entries(EXPORTS).find(([, names]) => names.every(name => columns.includes(name))) ?? [];
   const isList = columns.some(name => /title|^name$/.test(name)) && columns.some(name => /author/.test(name));
   $('recognised').textContent = `${file.name}: ${known ?? (isList ? 'a list of books' : 'no columns “title” and “author” in its first row')}`;
-  [shelve.checked, enrich.checked] = [Boolean(known), false];
+  shelve.checked = Boolean(known);
   $('to-shelf').hidden = !known;
   chooseGoal();
   $('recognised').focus();
 }
 function chooseGoal() {
   const { shelve, dry_run } = uploadForm.elements;
-  [$('public').hidden, $('look-up').hidden] = [!shelve.checked, shelve.checked];
+  $('public').hidden = !shelve.checked;
   uploadForm.querySelector('.strong').textContent = `Upload ${dry_run.checked ? 'to try it' : shelve.checked ? 'to my shelf' : 'to the catalogue'}`;
 }
 uploadForm.elements.file.addEventListener('change', recognise);
 $('choices').addEventListener('change', chooseGoal);
 onSubmit(uploadForm, async () => {
   const body = new FormData(uploadForm), { shelve } = uploadForm.elements;
-  if (shelve.checked) { body.delete('shelve'); body.delete('enrich'); }
+  body.delete('shelve'); // an address of its own
   await startUpload(body, shelve.checked ? 'my-library/import' : 'books/upload');
   uploadForm.reset();
   $('choices').hidden = true;
 });
-$('view-import').addEventListener('dragover', event => event.preventDefault());
-$('view-import').addEventListener('drop', event => { // beside the field, a browser would leave the page for the file
+$('view-import').ondragover = event => event.preventDefault(); // beside the field, a browser would leave the page for the file
+$('view-import').ondrop = event => {
   event.preventDefault();
   if ($('import-start').hidden || !event.dataTransfer.files.length) return;
   uploadForm.elements.file.files = event.dataTransfer.files;
   recognise();
-});
+};
 async function startUpload(body, path = 'books/upload') {
   watch(await (await send(path, { method: 'POST', body })).json());
   moveTo(`#/import/${job.id}`);
@@ -667,9 +665,10 @@ async function startUpload(body, path = 'books/upload') {
 async function openImport({ id, query }) {
   $('import-start').hidden = Boolean(id);
   $('h-uploads').textContent = isStaff() ? 'Uploads of everybody' : 'My uploads';
-  if (!id) { clear($('view-import')); [job, $('job').hidden] = [null, true]; await uploads.open(query); return; }
-  if (job?.id === Number(id)) return;
+  if (id && job?.id === Number(id)) return;
   [job, $('job').hidden] = [null, true];
+  clear($('view-import'));
+  if (!id) { await uploads.open(query); return; }
   await attempt($('view-import'), async () => {
     const upload = await get(`books/upload/${Number(id) || 0}`);
     if (at.name === 'import' && at.id === id) watch(upload);
@@ -684,7 +683,7 @@ async function watch(upload) {
 }
 function drawJob(now) {
   job = now;
-  const { id, dry_run, shelve, rows, inserted, updated, skipped, failed, warnings, hint } = job, view = $('job'), bar = view.querySelector('progress');
+  const { dry_run, shelve, rows, inserted, updated, failed, warnings, hint } = job, view = $('job'), bar = view.querySelector('progress');
   $('job-name').textContent = job.filename;
   [bar.value, bar.hidden, $('job-cancel').hidden] = [job.progress, !running(job), !running(job)];
   view.querySelector('.problem').textContent = job.error ?? '';
@@ -697,27 +696,14 @@ function drawJob(now) {
   [view.hidden, $('job-error').hidden, $('job-warning').hidden] = [false, running(job) || !failed, running(job) || !warnings];
   $('job-download').hidden = $('job-error').hidden;
   if (!$('job-error').hidden) refused.load(false, 0);
-  if ($('job-warning').hidden) return;
-  warned.load(false, 0);
-  lacking(job).then(told => { if (job?.id === id) $('job-told').textContent = became(job, told); }, () => {});
+  if (!$('job-warning').hidden) warned.load(false, 0);
 }
-function became({ shelve, dry_run, rows, inserted, updated, skipped, failed }, lacks = []) {
-  const count = (n, one, many = one) => n > 0 && `${n.toLocaleString('en')} ${n === 1 ? one : many}`, place = shelve ? 'on your shelf' : 'in the catalogue';
-  const told = [dry_run ? count(inserted, `book would be ${place}`, `books would be ${place}`) : count(inserted, `book is ${place}`, `books are ${place}`),
-    dry_run ? count(updated, 'would be updated') : count(updated, 'was updated', 'were updated'),
-    count(skipped, 'was there already', 'were there already'), count(failed, 'row was refused', 'rows were refused'), ...lacks].filter(Boolean);
-  return told.length ? `${told.join(', ')}.` : rows ? '' : 'No row was read.';
-}
-const LACKS = { page: 'a page count', isbn: 'an ISBN', year: 'a year', rating: 'a rating', date: 'a date', read: 'a date', started: 'a date', finished: 'a date', price: 'a price', url: 'a cover' };
-async function lacking({ id, warnings, dry_run }) { // what went in without what
-  const { items, total } = await get(`books/upload/${id}/errors?severity=warning&limit=100`), found = new Map(), verb = dry_run ? 'would go in' : 'went in';
-  if (total > items.length) return [`${warnings.toLocaleString('en')} ${verb} with something left out or cut (below)`];
-  for (const { row, field, message } of items) {
-    const [, without] = Object.entries(LACKS).find(([part]) => field?.toLowerCase().includes(part)) ?? [];
-    const what = without && message.endsWith('left out') ? `without ${without}` : 'with something changed (below)';
-    found.set(what, (found.get(what) ?? new Set()).add(row));
-  }
-  return [...found].map(([what, of], i) => `${of.size} ${i ? '' : `${verb} `}${what}`);
+function became({ shelve, dry_run, rows, inserted, updated, skipped, failed, warnings }) {
+  const where = shelve ? 'on your shelf' : 'in the catalogue', would = (maybe, now) => dry_run ? `would ${maybe}` : now;
+  const told = [[inserted, `book ${would('be', 'is')} ${where}`, `books ${would('be', 'are')} ${where}`],
+    [updated, `${would('be', 'was')} updated`, `${would('be', 'were')} updated`], [skipped, 'was there already', 'were there already'],
+    [failed, 'row was refused', 'rows were refused'], [warnings, `${would('go', 'went')} in with a warning`, `${would('go', 'went')} in with a warning`]];
+  return rows ? told.filter(([n]) => n).map(of => plural(...of)).join(', ').replace(/.$/, '$&.') : 'No row was read.';
 }
 function issues(severity, title, says) {
   const names = el('tr', {}, ['Row', 'Column', 'Value', says].map(name => el('th', { scope: 'col' }, name)));
@@ -729,58 +715,66 @@ function issues(severity, title, says) {
   });
 }
 const refused = issues('error', 'Refused rows', 'Why'), warned = issues('warning', 'Warnings: these rows went in', 'What');
-$('job-download').onclick = once(() => attempt($('job'), () => saveFile(`books/upload/${job.id}/errors?format=csv`, `upload-${job.id}-refused.csv`)));
-$('job-cancel').onclick = once(() => attempt($('job'), async () => { drawJob(await api('POST', `books/upload/${job.id}/cancel`)); keepFocus($('h-import')); }));
+$('job-download').onclick = tries($('job'), () => saveFile(`books/upload/${job.id}/errors?format=csv`, `upload-${job.id}-refused.csv`));
+$('job-cancel').onclick = tries($('job'), async () => { drawJob(await api('POST', `books/upload/${job.id}/cancel`)); keepFocus($('h-import')); });
 const uploads = pages({
   root: $('uploads'), path: () => 'books/upload', address: fields => to('import', fields), limit: 10, key: upload => upload.id,
   row: ({ id, filename, status, created_at, rows, failed, warnings }) => [
-    el('p', { class: 'grow' }, link(`#/import/${id}`, el('bdi', {}, filename)), ' ', el('span', { class: status === 'failed' ? 'chip bad' : 'chip' }, WORDS[status])),
+    el('p', { class: 'grow' }, link(`#/import/${id}`, bdi(filename)), ' ', el('span', { class: status === 'failed' ? 'chip bad' : 'chip' }, WORDS[status])),
     facts(day(created_at), plural(rows, 'row'), failed > 0 && `${failed.toLocaleString('en')} refused`, warnings > 0 && plural(warnings, 'warning')),
   ],
   empty: () => 'No file yet.',
 });
 // --- who is signed in ----------------------------------------------------------------------------------------------
 const isStaff = () => ['librarian', 'admin'].includes(me?.role);
-const sign = $('sign'), forgot = $('forgot');
-let signingUp = false;
-function openAccount(way) {
-  const { username, password } = sign.elements;
-  signingUp = way === 'up';
-  clear(sign);
-  $('h-account').textContent = sign.querySelector('.strong').textContent = signingUp ? 'Sign up' : 'Sign in';
-  $('other-way').textContent = signingUp ? 'I have an account' : 'I have no account yet';
-  $('about-password').textContent = signingUp ? 'A password has at least 8 characters.' : document.body.dataset.hint ?? '';
-  $('more').hidden = $('more').disabled = !signingUp;
-  [sign.hidden, forgot.hidden, $('forgotten').hidden, $('confirm').hidden] = [false, true, signingUp, true];
-  $('confirm').querySelector('.note').textContent = '';
-  username.previousSibling.textContent = signingUp ? 'User name ' : 'User name or e-mail address ';
-  [password.autocomplete, password.minLength] = signingUp ? ['new-password', 8] : ['current-password', 0];
-  if (!$('account').open) $('account').showModal();
-  username.focus();
+const mailAgain = async email => { await api('POST', 'auth/verify-email', { email }); return 'It is on its way.'; };
+const openAccount = (title, form) => openDialog($('account'), title, formOf({ how: 'strong', ...form }));
+function openSignIn({ username, password, email } = {}) { // at once where all is known, after signing up
+  const form = openAccount('Sign in', {
+    id: 'sign', verb: 'Sign in', parts: [userName('User name or e-mail address', { value: username }), secret('password', 'Password'),
+      el('p', { class: 'soft' }, document.body.dataset.hint)],
+    also: [button('I have no account yet', openSignUp, { class: 'link' }), button('Forgotten your password?', () => askForCode(form), { class: 'link' })],
+    async work(fields) {
+      await logIn(fields.username, fields.password).catch(error => {
+        if (error.status === 403 && !form.nextSibling) form.after(confirmation(email ?? addressIn(form))); // the address must be confirmed first
+        throw error;
+      });
+      if (email) $('news').textContent = `Welcome! A mail is on its way to ${email}: its link confirms your address.`;
+    },
+  });
+  if (!password) return;
+  form.elements.password.value = password;
+  form.requestSubmit();
 }
-function openForgot(form) { // a new password with a code that is mailed
-  $('h-account').textContent = 'A new password';
-  [sign.hidden, forgot.hidden, $('confirm').hidden] = [true, false, true];
-  put(forgot, formOf({ how: 'strong', also: button('Back to signing in', () => openAccount('in'), { class: 'link' }), ...form }));
-  forgot.querySelector('input').focus();
-}
-const askForCode = () => openForgot({
-  verb: 'Mail me a code', parts: field('email', 'E-mail address', { type: 'email', autocomplete: 'email', value: sign.elements.username.value.includes('@') ? sign.elements.username.value : '' }),
+const addressIn = form => form.elements.username.value.match(/.*@.*/)?.[0];
+const confirmation = email => formOf({
+  id: 'confirm', verb: 'Send it again', parts: [el('p', {}, 'A mail is on its way to you. Follow its link to confirm your address, then sign in.'),
+    emailField('Address to confirm', email)], work: fields => mailAgain(fields.email),
+});
+const openSignUp = () => openAccount('Sign up', {
+  verb: 'Sign up', parts: [userName('User name'), emailField('E-mail address'),
+    fullName('Full name, if you like'), newSecret('password', 'Password')],
+  also: button('I have an account', () => openSignIn(), { class: 'link' }),
+  async work(fields) { await api('POST', 'auth/register', fields); openSignIn(fields); },
+});
+const openCode = form => openAccount('A new password', { id: 'forgot', also: button('Back to signing in', () => openSignIn(), { class: 'link' }), ...form });
+const askForCode = form => openCode({
+  verb: 'Mail me a code', parts: emailField('E-mail address', addressIn(form)),
   async work({ email }) { await api('POST', 'auth/forgot-password', { email }); useCode(email); },
 });
-const useCode = email => openForgot({
-  verb: 'Set the new password', parts: [el('p', { class: 'note', role: 'status' }, `If an account has the address ${email}, a code of six digits is on its way to it. It is valid for ten minutes.`),
-    field('otp', 'Code', { inputmode: 'numeric', autocomplete: 'one-time-code', pattern: '[0-9]{6}', maxlength: 6 }), newSecret('new_password', 'New password')],
-  async work(fields) { await api('POST', 'auth/reset-password', { email, ...fields }); await logIn(email, fields.new_password); $('news').textContent = 'Your new password is set.'; },
+const useCode = email => openCode({
+  verb: 'Set the new password', parts: [
+    el('p', { class: 'note', role: 'status' }, `If an account has the address ${email}, a code of six digits is on its way to it, for ten minutes.`),
+    field('otp', 'Code', { inputmode: 'numeric', autocomplete: 'one-time-code', pattern: '[0-9]{6}', maxlength: 6 }),
+    newSecret('new_password', 'New password')],
+  async work(fields) {
+    await api('POST', 'auth/reset-password', { email, ...fields });
+    await logIn(email, fields.new_password);
+    $('news').textContent = 'Your new password is set.';
+  },
 });
-$('other-way').onclick = () => openAccount(signingUp ? 'in' : 'up');
-$('forgotten').onclick = askForCode;
-$('account').addEventListener('close', () => { sign.reset(); put(forgot); });
-onSubmit($('confirm'), async ({ email }) => {
-  await api('POST', 'auth/verify-email', { email });
-  $('confirm').querySelector('.note').textContent = 'It is on its way.';
-});
-for (const node of all('[data-open]')) node.onclick = () => openAccount(node.dataset.open);
+$('account').addEventListener('close', () => put($('account').lastElementChild)); // with what was typed
+for (const node of all('[data-open]')) node.onclick = () => node.dataset.open === 'up' ? openSignUp() : openSignIn();
 async function logIn(username, password) {
   token = (await api('POST', 'login?cookie=true', { username, password })).access_token;
   await signedIn();
@@ -788,17 +782,6 @@ async function logIn(username, password) {
   $('account').close();
   keepFocus();
 }
-onSubmit(sign, async fields => {
-  const isNew = signingUp;
-  if (isNew) { await api('POST', 'auth/register', fields); openAccount('in'); } // where signing in fails now, the account is there already
-  try { await logIn(fields.username, fields.password); } catch (error) {
-    if (error.status !== 403) throw error;
-    $('confirm').hidden = false; // the address must be confirmed first
-    $('confirm').elements.email.value = fields.email ?? (fields.username.includes('@') ? fields.username : '');
-    return;
-  }
-  if (isNew) $('news').textContent = `Welcome! A mail is on its way to ${fields.email}: its link confirms your address.`;
-});
 $('sign-out').onclick = async () => { await api('POST', 'auth/logout').catch(() => {}); otherTabs.postMessage('out'); signedOut(); };
 function keepFocus(wanted = $('main')) { // where what had it is gone
   const at = document.activeElement;
@@ -814,7 +797,7 @@ async function signedIn() {
 async function signedOut(why = '') {
   token = me = job = entry = held = null;
   for (const list of [shelf, reading, uploads, loans, refused, warned, sessions, users]) list.forget(); // the next at this machine may be somebody else
-  for (const node of all('#charts, #shelf-tabs, #loan-tabs, #my-address, #figures, #user > :last-child, .ticker, #latest')) put(node);
+  for (const node of all('#charts, #shelf-tabs, #loan-tabs, #my-address, #user > :last-child, .ticker, #latest')) put(node);
   for (const field of [myForms.name.elements.full_name, desk.elements.reader]) field.defaultValue = '';
   for (const form of [...Object.values(myForms), desk]) form.reset();
   $('job').hidden = true;
@@ -829,7 +812,7 @@ function drawRole(role) { // kept for the next start, which then draws the right
   document.body.classList.toggle('staff', ['librarian', 'admin'].includes(role));
   document.body.classList.toggle('admin', role === 'admin');
 }
-const drawWho = () => put($('who'), me && [el('bdi', {}, me.full_name ?? me.username), el('span', {}, `, ${me.role}`)]);
+const drawWho = () => put($('who'), me && [bdi(me.full_name ?? me.username), el('span', {}, `, ${me.role}`)]);
 function changedUser() {
   drawRole(me?.role);
   drawWho();
@@ -839,32 +822,33 @@ function changedUser() {
 // --- my account ----------------------------------------------------------------------------------------------------
 const myCard = el('p', { class: 'facts' }), myAddress = el('div', { id: 'my-address' });
 const myForms = Object.fromEntries(Object.entries({
-  name: { title: 'Who I am', verb: 'Save the name', parts: [myCard, field('full_name', 'Full name, shown to staff and to you', { required: false, autocomplete: 'name', maxlength: 100 })],
+  name: { title: 'Who I am', verb: 'Save the name', parts: [myCard, fullName('Full name, shown to staff and to you')],
     work: ({ full_name }) => changeMe({ full_name: full_name.trim() || null }, 'Saved.') },
-  email: { title: 'E-mail address', verb: 'Change the address', parts: [myAddress, field('email', 'New address', { type: 'email', autocomplete: 'email' }), secret('current_password', 'My password')],
+  email: { title: 'E-mail address', verb: 'Change the address', parts: [myAddress, emailField('New address'), secret('current_password', 'My password')],
     work: fields => changeMe(fields, `A mail is on its way to ${fields.email}.`) },
-  password: { title: 'Password', verb: 'Change the password', parts: [secret('current_password', 'Present password'), newSecret('new_password', 'New password')],
-    async work(fields) { await api('POST', 'auth/change-password', fields); sessions.load(true); return 'Your new password is set. All other sessions have ended.'; } },
+  password: { title: 'Password', verb: 'Change the password', parts:
+    [secret('current_password', 'Present password'), newSecret('new_password', 'New password')],
+    async work(fields) { await api('POST', 'auth/change-password', fields); sessions.load(true); return 'Your new password is set.'; } },
   sessions: { title: 'Where I am signed in', verb: 'Sign out everywhere else', parts: el('ul', { class: 'rows', tabindex: -1, 'aria-label': 'My sessions' }), 
     async work() {
       for (const { id, current } of (await get('auth/sessions?limit=100')).items) if (!current) await api('DELETE', `auth/sessions/${id}`);
       await sessions.load(true);
     } },
-  data: { title: 'All about me', verb: 'Download it', parts: el('p', {}, 'Account, shelf, reviews, loans, uploads and sessions: all that is stored about you, in one file.'),
+  data: { title: 'All about me', verb: 'Download it', parts: el('p', {}, 'All that is stored about you: account, shelf, reviews, loans, uploads and sessions.'),
     work: () => saveFile('users/me/export', `books-${me.username}.json`) },
   deletion: { title: 'Delete my account', verb: 'Delete my account', how: 'danger', 
     parts: [el('p', {}, 'Your shelf, reviews, uploads and past loans go with it, for good. Books that you added stay.'), secret('password', 'My password')],
     async work(fields) { await api('DELETE', 'users/me', fields); otherTabs.postMessage('out'); await signedOut('Your account is deleted.'); } },
 }).map(([name, form]) => [name, formOf(form)]));
 $('view-account').append(el('div', { class: 'columns' }, Object.values(myForms)));
-const device = agent => [/Firefox|Chrome|Safari/, /Android|iPhone|iPad|Windows|Mac OS|Linux(?!; Android)/].map(known => agent?.match(known)?.[0]).filter(Boolean).join(' on ')
-  || agent || 'An unknown program';
-const moment = when => new Date(when).toLocaleString('en', { dateStyle: 'medium', timeStyle: 'short' });
+const device = agent => [/Firefox|Chrome|Safari/, /Android|iPhone|iPad|Windows|Mac OS|Linux(?!; Android)/]
+  .map(known => agent?.match(known)?.[0]).filter(Boolean).join(' on ') || agent || 'An unknown program';
 const sessions = pages({
   root: myForms.sessions, path: () => 'auth/sessions', limit: 10, key: session => session.id,
   row: ({ id, user_agent, created_at, last_used_at, current }, node) => [
-    el('div', { class: 'grow' }, el('strong', {}, device(user_agent)), ' ', current && chip('this one'), facts(`since ${day(created_at)}`, `last used ${moment(last_used_at)}`), alertSlot()),
-    !current && button('End', once(() => attempt(node, async () => { await api('DELETE', `auth/sessions/${id}`); await sessions.load(true); })),
+    grow(el('strong', {}, device(user_agent)), ' ', current && chip('this one'),
+      facts(`since ${day(created_at)}`, `last used ${day(last_used_at)}`), alertSlot()),
+    !current && button('End', tries(node, async () => { await api('DELETE', `auth/sessions/${id}`); await sessions.load(true); }),
       { 'aria-label': `End the session of ${device(user_agent)}` })],
 });
 const openMe = () => attempt($('view-account'), async () => { [me] = await Promise.all([get('users/me'), sessions.load(true)]); drawMe(); });
@@ -872,57 +856,50 @@ async function changeMe(change, told) { me = await api('PATCH', 'users/me', chan
 function drawMe() {
   const { id, username, role, full_name, email, email_verified_at, pending_email, created_at } = me, { name, email: form } = myForms;
   const waits = pending_email ? `${pending_email} takes its place when you follow the link that was mailed there.` : 'Follow the link that was mailed to you.';
-  const press = (text, work) => button(text, once(() => attempt(form, async () => { form.querySelector('.note').textContent = await work(); })), { class: 'link' });
+  const press = (text, work) => button(text, tries(form, async () => { form.querySelector('.note').textContent = await work(); }), { class: 'link' });
   drawWho();
-  put(myCard, el('b', {}, el('bdi', {}, username)), el('b', {}, `Card number ${id}`), el('span', {}, role), el('span', {}, `since ${day(created_at)}`));
+  put(myCard, el('b', {}, bdi(username)), el('b', {}, `Card number ${id}`), el('span', {}, role), el('span', {}, `since ${day(created_at)}`));
   name.elements.full_name.defaultValue = full_name ?? '';
-  put(myAddress, el('p', {}, el('strong', {}, email), ' ', email_verified_at ? el('span', { class: 'good' }, '✓ confirmed') : el('span', { class: 'bad' }, 'not confirmed yet')),
-    (pending_email || !email_verified_at) && el('p', { class: 'row' }, el('span', { class: 'soft' }, waits),
-      press('Send the mail again', async () => { await api('POST', 'auth/verify-email', { email: pending_email ?? email }); return 'It is on its way.'; }),
+  put(myAddress, el('p', {}, el('strong', {}, email), ' ', email_verified_at ? mark('good', '✓ confirmed') : mark('bad', 'not confirmed yet')),
+    (pending_email || !email_verified_at) && inRow(mark('soft', waits),
+      press('Send the mail again', () => mailAgain(pending_email ?? email)),
       pending_email && press('Keep the old one', () => changeMe({ email }, 'Your address stays as it is.'))));
 }
 // --- editing a book ------------------------------------------------------------------------------------------------
 const editForm = $('view-edit').appendChild(fill(addForm.cloneNode(true), { id: 'edit-form' }, []));
 let edited = null; // as it was read: what is sent is what differs
-const openEdit = id => attempt(editForm, async () => { edited = null; editForm.reset(); drawEdited(await get(`books/${id}`)); });
-function drawEdited(book) {
+const openEdit = id => attempt(editForm, async () => {
+  [edited, $('delete-book').hidden] = [null, true];
+  editForm.reset();
+  drawEdited(await get(`books/${id}`));
+});
+function drawEdited(book, typed) {
   edited = book;
-  for (const field of editForm.elements) if (field.name) field.value = book[field.name] ?? '';
-  $('delete-book').hidden = !(isStaff() || book.added_by === me?.id);
+  fillIn(editForm, book, typed);
+  $('delete-book').hidden = !mayEdit(book);
 }
-const changeEdited = (method, json) => send(`books/${edited.id}`, { method, json, headers: { 'If-Match': `"${edited.version}"` } });
-async function saveEdited() { // where somebody else was faster: what they changed is kept, but for what both did, which is asked
-  const change = Object.fromEntries(Object.entries(valuesOf(editForm)).filter(([name, value]) => value !== (edited[name] ?? null)));
-  try { await changeEdited('PATCH', change); } catch (error) {
+async function changeEdited(method, json) { // where somebody else was faster, theirs is shown, and what was typed stays
+  const was = edited;
+  try { await send(`books/${was.id}`, { method, json, headers: { 'If-Match': `"${was.version}"` } }); } catch (error) {
     if (error.status !== 412) throw error;
-    const theirs = await get(`books/${edited.id}`), both = Object.keys(change).filter(name => theirs[name] !== edited[name] && theirs[name] !== change[name]);
-    drawEdited(theirs);
-    for (const name of Object.keys(change)) editForm.elements[name].value = change[name] ?? '';
-    if (!both.length) return saveEdited();
-    const now = both.map(name => `${editForm.elements[name].labels[0].textContent.trim()} is now “${theirs[name] ?? ''}”`).join('; ');
-    throw problem({ detail: `Somebody else has just changed it, too. ${now}. Save again to put yours in its place.`, errors: [] });
+    const now = await get(`books/${was.id}`), changed = [...editForm.elements].filter(({ name }) => name && now[name] !== was[name]);
+    drawEdited(now, changesOf(editForm));
+    const told = changed.map(({ name, labels: [label] }) => `${label.textContent.trim()} is now “${now[name] ?? ''}”.`);
+    throw problem({ detail: ['Somebody has changed it meanwhile.', ...told, 'Do it again if that is still right.'].join(' ') });
   }
 }
-onSubmit(editForm, async () => { const { id } = edited; await saveEdited(); leave(`#/book/${id}`); });
-$('delete-book').onclick = once(async () => {
-  if (!edited || !await sure(`Delete “${edited.title}”?`, 'Its reviews and its place on shelves go with it. This can’t be undone.', 'Delete it')) return;
-  await attempt(editForm, async () => {
-    try { await changeEdited('DELETE'); leave('#/'); } catch (error) {
-      if (error.status !== 412) throw error;
-      drawEdited(await get(`books/${edited.id}`));
-      throw problem({ detail: 'Somebody has changed it meanwhile: this is how it is now. Delete it again if that is still right.', errors: [] });
-    }
-  });
-});
+onSubmit(editForm, async () => { await changeEdited('PATCH', changesOf(editForm)); leave(`#/book/${edited.id}`); });
+$('delete-book').onclick = ifSure(editForm, 'Delete this book?', 'Its reviews and its place on shelves go with it. This can’t be undone.', 'Delete it',
+  async () => { await changeEdited('DELETE'); leave('#/'); });
 const leave = address => { history.replaceState(null, '', `${base}/${address}`); route(true); }; // Back does not lead to what was left
 // --- users ---------------------------------------------------------------------------------------------------------
-const ROLES = { reader: 'Reader', librarian: 'Librarian', admin: 'Admin' };
-$('view-users').querySelector('[name=role]').append(...options(ROLES));
+const ROLES = [['reader', 'Reader'], ['librarian', 'Librarian'], ['admin', 'Admin']];
+choose($('view-users').querySelector('[name=role]'), 'All roles', ROLES);
 const users = pages({
   root: $('view-users'), path: () => 'users', address: fields => to('users', fields), tag: 'tr', limit: 50, key: user => user.id,
   row: ({ id, username, email, full_name, role, is_active, email_verified_at, created_at }) => [
-    [link(`#/users/${id}`, el('bdi', {}, username)), full_name && el('div', { class: 'soft' }, el('bdi', {}, full_name))], role === 'reader' ? ROLES[role] : chip(ROLES[role]),
-    el('span', { class: is_active ? 'good' : 'bad' }, is_active ? 'Active' : 'Deactivated'),
+    [link(`#/users/${id}`, bdi(username)), full_name && el('div', { class: 'soft' }, bdi(full_name))],
+    role === 'reader' ? role : chip(role), el('span', { class: is_active ? 'good' : 'bad' }, is_active ? 'Active' : 'Deactivated'),
     [email, !email_verified_at && el('div', { class: 'soft' }, 'not confirmed')], day(created_at)].map(cell => el('td', {}, cell)),
   empty: () => 'Nobody here is like that.',
 });
@@ -936,86 +913,60 @@ async function openUsers({ id, query }) {
   else if (was) (tbody.querySelector(`a[href="#/users/${was}"]`) ?? $('h-users')).focus();
 }
 function drawUser({ id, username, email, full_name, role = 'reader', is_active, pending_email, created_at }) {
-  const shut = async () => { $('user').close(); await users.load(true); };
+  const change = async (method, json) => { await api(method, id ? `users/${id}` : 'users', json); $('user').close(); await users.load(true); };
   const form = formOf({
-    verb: id ? 'Save' : 'Create the account', how: 'strong', parts: [
-      id ? facts(`Card number ${id}`, `since ${day(created_at)}`, pending_email && `${pending_email} waits to be confirmed`, link(to('lending/all', { user_id: id }), 'Loans'))
-        : field('username', 'User name', { maxlength: 50, autocomplete: 'off', autocapitalize: 'none', spellcheck: 'false' }),
+    verb: id ? 'Save' : 'Create the account', how: 'strong', work: () => change(id ? 'PATCH' : 'POST', valuesOf(form)), parts: [
+      id ? facts(`Card number ${id}`, `since ${day(created_at)}`, pending_email && `${pending_email} waits to be confirmed`,
+        link(to('lending/all', { user_id: id }), 'Loans')) : userName('User name', { maxlength: 50, autocomplete: 'off' }),
       field('email', 'E-mail address', { type: 'email', autocomplete: 'off', value: email }),
-      field('full_name', 'Full name', { required: false, autocomplete: 'off', maxlength: 100, value: full_name }),
+      fullName('Full name', { autocomplete: 'off', value: full_name }),
       !id && newSecret('password', 'Password, to be told to its owner'), el('label', {}, 'Role ', el('select', { name: 'role' }, options(ROLES, role))),
       id && el('label', {}, el('input', { type: 'checkbox', name: 'is_active', checked: is_active }), ' Active: may sign in')],
-    also: id && button('Delete the account', once(async () => {
-      if (await sure(`Delete the account of ${username}?`, 'Its shelf, reviews, uploads and past loans go with it, for good. Books that it added stay.', 'Delete it'))
-        await attempt(form, async () => { await api('DELETE', `users/${id}`); await shut(); });
-    }), { class: 'danger' }),
-    async work() { await api(id ? 'PATCH' : 'POST', id ? `users/${id}` : 'users', valuesOf(form)); await shut(); },
+    also: id && button('Delete the account', (...how) => remove(...how), { class: 'danger' }),
   });
-  put($('h-user'), id ? el('bdi', {}, username) : 'New user');
-  $('user').lastElementChild.replaceChildren(form);
-  if (!$('user').open) $('user').showModal();
+  const remove = ifSure(form, `Delete the account of ${username}?`,
+    'Its shelf, reviews, uploads and past loans go with it, for good. Books that it added stay.', 'Delete it', () => change('DELETE'));
+  openDialog($('user'), id ? bdi(username) : 'New user', form);
 }
-$('user').addEventListener('close', () => { if (at.name === 'users' && at.id) /^#\/users(\?|$)/.test(history.state?.from) ? history.back() : leave('#/users'); });
+$('user').addEventListener('close', () => {
+  if (at.name === 'users' && at.id) /^#\/users(\?|$)/.test(history.state?.from) ? history.back() : leave('#/users');
+});
 // --- the desk ------------------------------------------------------------------------------------------------------
 const desk = formOf({
-  title: 'Lend and take back', verb: 'Lend', how: 'strong', also: el('button', { name: 'back', value: 'true' }, 'Take back'), work: handOver, parts: [
-    el('div', { class: 'fields' }, field('book', 'Book: ISBN or title', { autocomplete: 'off', list: 'found-books', maxlength: 500 }),
-      field('reader', 'Reader: card number (admins: or name)', { autocomplete: 'off', list: 'found-users' }),
+  title: 'Lend to a reader', verb: 'Lend', how: 'strong', work: lend, parts: [
+    el('div', { class: 'fields' }, field('book', 'Book: ISBN or title', { autocomplete: 'off', maxlength: 500 }),
+      field('reader', 'Reader: card number (admins: or name)', { autocomplete: 'off' }),
       field('until', 'Until, if not the usual time', { type: 'date', required: false })),
-    el('datalist', { id: 'found-books' }), el('datalist', { id: 'found-users' }), el('p', { class: 'soft' }, 'Readers find their card number under “My account”.')],
+    el('p', { class: 'soft' }, 'Readers find their card number under “My account”. What they bring back is under ', link('#/lending', 'their loans'), '.')],
 });
-$('figures').after(desk);
-desk.after(fill(formOf({ title: 'Backup', verb: 'Download a backup', parts: el('p', {}, 'A consistent copy of the whole database, made while everybody goes on working.'),
-  work: () => saveFile('admin/backup', `books-${new Date().toISOString().slice(0, 10)}.db`) }), { 'data-admin': '' }, []));
-async function drawFigures() {
-  const [[overdue, active], files, users] = await Promise.all([countLoans(), get('books/upload?limit=1'), me.role === 'admin' && get('users?limit=1')]);
-  const tile = (address, n, text) => link(address, figure(n.toLocaleString('en'), text), { class: text === 'overdue' && n > 0 && 'bad' });
-  redraw($('figures'), tile('#/lending/overdue', overdue, 'overdue'), tile('#/lending/active', active, 'on loan'),
-    tile('#/import', files.total, 'files that came in'), users && tile('#/users', users.total, 'users'));
-}
+$('view-desk').append(desk, fill(formOf({
+  title: 'Backup', verb: 'Download a backup', parts: el('p', {}, 'A consistent copy of the whole database, made while everybody goes on working.'),
+  work: () => saveFile('admin/backup', `books-${new Date().toISOString().slice(0, 10)}.db`),
+}), { 'data-admin': '' }, []));
 async function openDesk({ query }) {
   const book = query.book && await get(`books/${Number(query.book) || 0}`).catch(() => null);
-  if (book) { desk.elements.book.value = `${book.title}, ${book.author} #${book.id}`; desk.elements.reader.focus(); }
-  await attempt($('view-desk'), drawFigures); // a form that is busy takes no other Enter
+  if (!book) return;
+  desk.elements.book.value = `${book.title}, ${book.author} #${book.id}`;
+  desk.elements.reader.focus();
 }
-const search = (path, words, limit) => get(`${path}?${new URLSearchParams({ [path === 'books' && /^[\dx\s-]{10,17}$/i.test(words) ? 'isbn' : 'search']: words, limit })}`);
-const searchable = path => path === 'books' || me.role === 'admin'; // librarians see no list of users
-function lookAhead(field, path, name) { // choices for a field, each ending in its #id
-  let typing;
-  field.addEventListener('input', () => {
-    clearTimeout(typing);
-    if (!searchable(path) || !/[^\d\s-]/.test(field.value) || /#\d+$/.test(field.value)) return;
-    typing = setTimeout(async () => put(field.list, (await search(path, field.value, 8)).items.map(item => el('option', { value: `${name(item)} #${item.id}` }))), 150);
-  });
-}
-lookAhead(desk.elements.book, 'books', ({ title, author }) => `${title}, ${author}`);
-lookAhead(desk.elements.reader, 'users', ({ username }) => username);
-async function idOf(text, path) {
-  const chosen = Number(text.match(path === 'users' ? /(?:^|#)(\d+)$/ : /#(\d+)$/)?.[1]);
-  if (chosen) return chosen;
-  const { items: [found], total } = searchable(path) ? await search(path, text, 1) : { items: [], total: 0 };
-  if (total !== 1) throw problem({ detail: total ? `“${text}” is found ${total.toLocaleString('en')} times: choose one.` : `“${text}” is not found.`, errors: [] });
+async function idOf(text, path) { // a card number, a book's #id, its ISBN, or words that find one alone
+  const [, id] = text.match(path === 'users' ? /^(\d+)$/ : /#(\d+)$/) ?? [];
+  if (id) return Number(id);
+  const { items: [found], total } = await get(path, { [path === 'books' && isIsbn(text) ? 'isbn' : 'search']: text, limit: 1 });
+  if (total !== 1) throw problem({ detail: total ? `“${text}” is found ${total.toLocaleString('en')} times.` : `“${text}” is not found.` });
   return found.id;
 }
-async function handOver({ book, reader, until, back }) { // the reader stays, for the next book
-  const book_id = await idOf(book.trim(), 'books'), user_id = await idOf(reader.trim(), 'users');
-  const { title, username, due_at } = back ? await takeBack(book_id, user_id) : await api('POST', 'loans', { book_id, user_id, ...(until && { due_at: `${until}T23:59:59Z` }) });
+async function lend({ book, reader, until }) { // the reader stays, for the next book
+  const loan = { book_id: await idOf(book.trim(), 'books'), user_id: await idOf(reader.trim(), 'users'), ...(until && { due_at: `${until}T23:59:59Z` }) };
+  const { title, username, due_at } = await api('POST', 'loans', loan);
   desk.elements.reader.defaultValue = reader;
   desk.elements.book.focus();
-  drawFigures().catch(() => {});
-  return back ? `${title} is back from ${username}.` : `${title} is lent to ${username} until ${day(due_at)}.`;
-}
-async function takeBack(book_id, user_id) {
-  const lent = await Promise.all(['overdue', 'active'].map(status => get(`loans?${new URLSearchParams({ user_id, status, limit: 100 })}`)));
-  const loan = lent.flatMap(({ items }) => items).find(loan => loan.book_id === book_id);
-  if (!loan) throw problem({ detail: 'This card has no loan of this book.', errors: [] });
-  return api('POST', `loans/${loan.id}/return`);
+  return `${title} is lent to ${username} until ${day(due_at)}.`;
 }
 // --- views, each with an address -----------------------------------------------------------------------------------
 // A view is `#/name/id?query`: its title, `who` may see it, what opens it there, and what draws it anew after a change.
-// Its section is `view-name`; one that the page does not hold yet is made, with its title as heading.
 const VIEWS = {
-  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query).then(drawSpines), openNow()]),
+  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query), openNow()]),
     refresh: () => Promise.all([catalogue.load(true), loadGenres(), openNow()]) },
   book: { title: 'Book', open: ({ id }) => openBook(Number(id) || 0), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
   add: { title: 'Add a book', who: 'member', open: openAdd },
@@ -1027,17 +978,15 @@ const VIEWS = {
   edit: { title: 'Edit a book', who: 'member', open: ({ id }) => openEdit(Number(id) || 0) },
   account: { title: 'My account', who: 'member', open: openMe },
   users: { title: 'Users', who: 'admin', open: openUsers, refresh: () => users.load(true) },
-  desk: { title: 'Desk', who: 'staff', open: openDesk, refresh: () => drawFigures() },
+  desk: { title: 'Desk', who: 'staff', open: openDesk },
 };
-const sectionOf = name => $(`view-${name}`) ?? $('main').appendChild(el('section', { id: `view-${name}`, 'aria-labelledby': `h-${name}` },
-  el('h2', { id: `h-${name}`, tabindex: -1 }, VIEWS[name].title)));
+const sectionOf = name => $(`view-${name}`);
 const allowed = who => !who || document.body.classList.contains(who);
 function parse(address) {
   const [path, query] = address.replace(/^#?\/?/, '').split('?'), [name, id = ''] = path.split('/');
   return { name: Object.hasOwn(VIEWS, name) ? name : '', id, query: Object.fromEntries(new URLSearchParams(query)) };
 }
-let at = parse(''), entryKey = null, last = '';
-let routes = 0;
+let at = parse(''), entryKey = null, last = '', routes = 0;
 const scrolled = new Map(); // by entry of the history: how far down
 history.scrollRestoration = 'manual'; // a list must be drawn first
 function setTitle() {
@@ -1102,7 +1051,7 @@ const TOLD = { // {book} is a link to it
   'loan.renewed': 'You may keep {book} until {due}', 'loan.returned': 'You brought back {book}',
 };
 function sentence(type, { id, book_id = id, title, author, username = 'Somebody', rating, due_at, count, ...data }) {
-  const parts = { ...data, username: el('bdi', {}, username), title: el('bdi', {}, title ?? ''), author: el('bdi', {}, author ?? ''),
+  const parts = { ...data, username: bdi(username), title: bdi(title ?? ''), author: bdi(author ?? ''),
     book: linkTo(book_id, title ?? ''), stars: rating && stars(rating), due: due_at && day(due_at), count: count?.toLocaleString('en') };
   return TOLD[type].split(/\{(\w+)\}/).map((part, i) => i % 2 ? parts[part] : part);
 }
