@@ -62,9 +62,9 @@ let token = null, me = null, newToken = null; // the refresh token is a cookie t
 const otherTabs = new BroadcastChannel('login'); // they have the same cookie
 otherTabs.onmessage = ({ data }) => { token = null; if (data === 'out') signedOut(); else signedIn().catch(() => {}); };
 const lock = work => navigator.locks ? navigator.locks.request('refresh', work) : work(); // only https and localhost have locks
-async function ask(path, token, { method = 'GET', json, body = json && JSON.stringify(json), headers, signal } = {}) {
+async function ask(path, token, { method = 'GET', json, body = json && JSON.stringify(json), headers, signal, keepalive } = {}) {
   const more = { ...(json && { 'Content-Type': 'application/json' }), ...(token && { Authorization: `Bearer ${token}` }) };
-  const answer = await fetch(`${base}/${path}`, { method, body, signal, headers: { ...headers, ...more } }).catch(error => {
+  const answer = await fetch(`${base}/${path}`, { method, body, signal, keepalive, headers: { ...headers, ...more } }).catch(error => {
     if (signal?.aborted && error.name !== 'TimeoutError') throw error;
     reachable(false);
     throw problem({ detail: 'The server can’t be reached. Try again in a moment.' });
@@ -75,7 +75,7 @@ async function ask(path, token, { method = 'GET', json, body = json && JSON.stri
 }
 function refreshToken() { // one at a time, over all tabs: the cookie works once
   newToken ??= lock(async () => {
-    try { token = (await (await ask('auth/refresh', null, { method: 'POST' })).json()).access_token; } catch (error) {
+    try { token = (await (await ask('auth/refresh', null, { method: 'POST', keepalive: true })).json()).access_token; } catch (error) {
       if (error.status !== 401) throw error;
       await signedOut(me ? 'Your login has ended. Sign in again.' : '');
     }
@@ -264,6 +264,15 @@ const books = new Map(); // those that were drawn last: a book's view begins wit
 function seen(book) { if (books.size > 500) books.clear(); books.set(book.id, book); return book; }
 const stock = ({ copies, available }) => copies > 0 && el('span', { class: available ? 'stock good' : 'stock' },
   copies > 1 ? `${available} of ${copies} available` : available ? 'available' : 'on loan');
+function drawSpines() { // for the eye alone
+  if ($('spines').children.length) return;
+  put($('spines'), [...books.values()].slice(0, 16).map(({ title, author }) => {
+    const spine = el('span', {}, title);
+    spine.style.setProperty('--hue', number(author) % 360);
+    spine.style.setProperty('--tall', number(title) % 30);
+    return spine;
+  }));
+}
 function nothingFound(suggestions, { search = '', ...others }) {
   const meant = suggestions.flatMap((words, i) => [i ? ', ' : 'Did you mean ', link(to('', { ...others, search: words }), words)]);
   return nothing('Nothing here is like that.', meant.length > 0 && [...meant, '?'],
@@ -695,15 +704,28 @@ function drawJob(now) {
   $('job-to').hidden = running(job) || dry_run || !(inserted + updated);
   [view.hidden, $('job-error').hidden, $('job-warning').hidden] = [false, running(job) || !failed, running(job) || !warnings];
   $('job-download').hidden = $('job-error').hidden;
+  if (!$('job-warning').hidden) lacking(job).then(lacks => { if (job === now) $('job-told').textContent = became(job, lacks); }, () => {});
   if (!$('job-error').hidden) refused.load(false, 0);
   if (!$('job-warning').hidden) warned.load(false, 0);
 }
-function became({ shelve, dry_run, rows, inserted, updated, skipped, failed, warnings }) {
+function became({ shelve, dry_run, rows, inserted, updated, skipped, failed }, lacks = []) {
   const where = shelve ? 'on your shelf' : 'in the catalogue', would = (maybe, now) => dry_run ? `would ${maybe}` : now;
   const told = [[inserted, `book ${would('be', 'is')} ${where}`, `books ${would('be', 'are')} ${where}`],
     [updated, `${would('be', 'was')} updated`, `${would('be', 'were')} updated`], [skipped, 'was there already', 'were there already'],
-    [failed, 'row was refused', 'rows were refused'], [warnings, `${would('go', 'went')} in with a warning`, `${would('go', 'went')} in with a warning`]];
+    [failed, 'row was refused', 'rows were refused'], ...lacks];
   return rows ? told.filter(([n]) => n).map(of => plural(...of)).join(', ').replace(/.$/, '$&.') : 'No row was read.';
+}
+const LACKS = { page: 'a page count', isbn: 'an ISBN', year: 'a year', rating: 'a rating', price: 'a price', url: 'a cover', date: 'a date' };
+async function lacking({ id, warnings, dry_run }) { // how many rows went in without what
+  const { items, total } = await get(`books/upload/${id}/errors`, { severity: 'warning', limit: 100 }), rows = new Map();
+  const went = dry_run ? 'would go in' : 'went in', entry = (n, what) => [n, `${went} ${what}`, `${went} ${what}`];
+  if (total > items.length) return [entry(warnings, 'with a warning')];
+  for (const { row, field, message } of items) {
+    const [, what] = Object.entries(LACKS).find(([part]) => field?.toLowerCase().includes(part)) ?? [];
+    const without = what && message.endsWith('left out') ? `without ${what}` : 'with a warning';
+    rows.set(without, (rows.get(without) ?? new Set()).add(row));
+  }
+  return [...rows].map(([without, of]) => entry(of.size, without));
 }
 function issues(severity, title, says) {
   const names = el('tr', {}, ['Row', 'Column', 'Value', says].map(name => el('th', { scope: 'col' }, name)));
@@ -966,7 +988,7 @@ async function lend({ book, reader, until }) { // the reader stays, for the next
 // --- views, each with an address -----------------------------------------------------------------------------------
 // A view is `#/name/id?query`: its title, `who` may see it, what opens it there, and what draws it anew after a change.
 const VIEWS = {
-  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query), openNow()]),
+  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query).then(drawSpines), openNow()]),
     refresh: () => Promise.all([catalogue.load(true), loadGenres(), openNow()]) },
   book: { title: 'Book', open: ({ id }) => openBook(Number(id) || 0), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
   add: { title: 'Add a book', who: 'member', open: openAdd },

@@ -377,14 +377,14 @@ def test_a_shelf_is_imported_and_told_in_words(server: Server, visit: Visit) -> 
     expect(page.locator("#upload")).to_contain_text("ratings and reviews become public")
     page.get_by_role("button", name="Upload").click()
     told = page.locator("#job-told")
-    expect(told).to_have_text("42 books are on your shelf, 1 row was refused, 2 went in with a warning.")
+    expect(told).to_have_text("42 books are on your shelf, 1 row was refused, 2 went in without a page count.")
     expect(page.locator("#job-hint")).to_contain_text("Ratings and reviews become public")
     expect(page.get_by_role("table", name="Warnings")).to_contain_text("0 is not a number of pages; left out")
     expect(page.get_by_role("table", name="Refused rows").get_by_role("row")).to_have_count(2)
     expect(other.locator(".ticker")).to_contain_text("Ratings and reviews that came in from a file")
     assert page.url.endswith("#/import/1")
     page.reload()  # after which all of it is there again
-    expect(told).to_have_text("42 books are on your shelf, 1 row was refused, 2 went in with a warning.")
+    expect(told).to_have_text("42 books are on your shelf, 1 row was refused, 2 went in without a page count.")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the refused rows as CSV").click()
     assert "Nobody" in Path(download.value.path()).read_text("utf-8")
@@ -409,7 +409,7 @@ def test_a_try_says_what_would_be(server: Server, visit: Visit) -> None:
     choose(page, "export.csv", GOODREADS + "Emma,Jane Austen,3,read,,0,,\n")
     page.get_by_label("Only try it").check()
     page.get_by_role("button", name="Upload to try it").click()
-    told = "1 book would be on your shelf, 1 would go in with a warning."
+    told = "1 book would be on your shelf, 1 would go in without a page count."
     expect(page.locator("#job-told")).to_have_text(told)
     expect(page.get_by_role("link", name="To my shelf")).to_be_hidden()
     assert rita.get("/my-library").json()["total"] == 0
