@@ -201,7 +201,7 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
   form?.addEventListener('input', ({ target }) => { // typing changes the address in place, a choice is a step that Back takes back
     clearTimeout(typing);
     if (target.type !== 'search') { moveTo(place(0)); return; }
-    typing = setTimeout(() => { history.replaceState(history.state, '', base + '/' + place(0)); setTitle(); load(false, 0); }, 15);
+    typing = setTimeout(() => { pager.hidden = true; history.replaceState(history.state, '', base + '/' + place(0)); setTitle(); load(false, 0); }, 15);
   });
   form?.addEventListener('submit', event => event.preventDefault());
   drawSkeleton();
