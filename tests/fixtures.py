@@ -294,7 +294,7 @@ def recorded_events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]
     ) -> None:
         record(session, event_type, data, owner, private=private)
         # Tests also record what suits them, by themselves or by `write`.
-        if not sys._getframe(1).f_globals["__name__"].startswith(("tests.", "database")):
+        if not sys._getframe(1).f_globals["__name__"].startswith(("test", "database")):
             stored = json.loads(json.dumps(data))
             recorded.append(Recorded(event_type, stored, owner, owner is not None if private is None else private))
 

@@ -83,9 +83,11 @@ def test_all_columns_are_copied_as_stored(file: Path, target: str) -> None:
         assert source.execute(shelved).fetchall() == connection.execute(shelved).fetchall()
         chunks = "SELECT upload_id, number, data FROM upload_chunk ORDER BY 1, 2"
         assert source.execute(chunks).fetchall() == connection.execute(chunks).fetchall()
+        words = "SELECT count(*) > 10, count(term) FROM word"
+        assert source.execute(words).fetchall() == [(1, connection.execute(words).fetchall()[0][1])]
         (tables,) = zip(*source.execute("SELECT name FROM sqlite_master WHERE type = 'table'"), strict=True)
     others = {name for name in tables if not name.startswith(("sqlite_", "book_fts"))}
-    assert others == {table.name for table in copy.TABLES} | {"alembic_version"}
+    assert others == {table.name for table in copy.TABLES} | {"alembic_version", "word"}
 
 
 def lose(file: Path, _target: str) -> None:

@@ -131,6 +131,7 @@ def test_migrations_match_the_models_and_add_search_columns(client: TestClient) 
     assert database.read_sync(differences) == {
         ("remove_column", "words"),
         ("remove_index", "ix_book_words"),
+        ("remove_table", "word"),
     }
 
 
