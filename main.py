@@ -347,7 +347,7 @@ NOUNS = (books, covers, library, auth, accounts, users, uploads, external, loans
 # The most frequent first, even before /docs: Starlette tries routes in turn.
 ROUTERS = (books.hot, library.hot, *(noun.router for noun in NOUNS), library.reviews_router, books.exports, router)
 app.router.routes[:0] = [route for each in ROUTERS for route in each.routes]
-# Inside of CORS and of the error handlers, unlike `add_middleware`: its errors are problem documents, with CORS headers.
+# Within CORS and the error handlers, unlike `add_middleware`: its errors are problem documents with CORS headers.
 app.router.middleware_stack = api.checked(app.router.middleware_stack)
 
 
