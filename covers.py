@@ -129,7 +129,6 @@ def store(session: Session, isbn: str, picture: bytes) -> None:
 
 # --- the route ----------------------------------------------------------------------------------------------------
 
-SHARED = "public" if settings.public_catalogue else "private"  # caches
 CONTENT = {f"image/{kind}": {"schema": {"type": "string", "format": "binary"}} for kind in PICTURE.groupindex}
 NO_PICTURE = {"description": "With `optional=true`: no such book, or no picture of its cover."}
 RESPONSES: dict[int | str, Any] = errors(404) | NOT_MODIFIED | {200: {"content": CONTENT}, 204: NO_PICTURE}
@@ -152,12 +151,13 @@ async def read_cover(
     isbn, picture = await database.read(FIND_COVER.first, values) or (None, None)
     if picture is None and isbn is not None and settings.covers:
         picture = await wait_for_picture(isbn)
+    caches = "public" if settings.public_catalogue else "private"
     kind = PICTURE.match(picture) if picture and settings.covers else None
     if picture is None or kind is None:
-        headers = {"Cache-Control": "no-store" if picture is None else f"{SHARED}, max-age=3600"}
+        headers = {"Cache-Control": "no-store" if picture is None else f"{caches}, max-age=3600"}
         if query.optional:
             return Response(status_code=204, headers=headers)
         raise HTTPException(404, "No such book, or no picture of its cover.", headers)
     etag = f'"{hashlib.sha256(picture).hexdigest()[:32]}"'
-    headers = {"ETag": etag, "Cache-Control": f"{SHARED}, max-age=31536000, immutable" if query.v else "no-cache"}
+    headers = {"ETag": etag, "Cache-Control": f"{caches}, max-age=31536000, immutable" if query.v else "no-cache"}
     return conditional_response(picture, f"image/{kind.lastgroup}", headers, if_none_match)

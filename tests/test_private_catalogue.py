@@ -4,6 +4,8 @@ import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
+import covers
+import database
 from main import app
 from settings import settings
 from tests.fixtures import DUNE, PASSWORD, Person, sign_up
@@ -54,3 +56,10 @@ def test_a_reader_signs_up_and_reads_the_catalogue(client: TestClient) -> None:
 
 def test_unknown_paths_do_not_tell_what_exists(client: TestClient) -> None:
     assert {client.get(path).status_code for path in ("/books/1", "/books/2", "/nowhere")} == {401}
+
+
+@pytest.mark.parametrize("query", ["v=1", "optional=true"])
+def test_shared_caches_keep_no_cover(reader: Person, query: str) -> None:
+    database.write_sync(covers.store, "9780441172719", b"\xff\xd8\xff")
+    answer = reader.get(f"/books/1/cover?{query}")
+    assert (answer.status_code, "public" in answer.headers["Cache-Control"]) == (200, False)
