@@ -23,7 +23,7 @@ import csv_files
 import database
 import imports
 import uploads
-from models import Upload, UploadChunk, UploadStatus, User
+from models import Upload, UploadChunk, UploadError, UploadStatus, User
 from settings import settings
 from tests.fixtures import DUNE, REAL_BOOKS, ROOT, Clock, Person, Postgres, Server, sign_up, wait_for
 
@@ -621,6 +621,21 @@ def test_refused_rows_can_be_corrected_and_uploaded_again(reader: Person) -> Non
     assert (again["inserted"], again["failed"], again["ignored_columns"]) == (3, 0, ["note", "reason"])
     books = reader.get("/books").json()["items"]
     assert [book["title"] for book in books] == ["A", "=Dune", "Emma", "Too"]
+
+
+def test_a_row_that_an_earlier_version_refused_for_several_reasons_is_returned_once(reader: Person) -> None:
+    """It kept the cells with the first reason only."""
+    upload = reader.upload("title,author\n,Jane Austen\n")
+
+    def add_another(session: Session) -> None:
+        error = {"upload_id": upload["id"], "row": 2, "severity": "error", "field": "author", "message": "is too long"}
+        session.add(UploadError(**error, cells=None))
+
+    database.write_sync(add_another)
+    answer = reader.get(f"/books/upload/{upload['id']}/errors")
+    assert [error["message"] for error in answer.json()["items"]] == ["is missing", "is too long"]
+    answer = reader.get(f"/books/upload/{upload['id']}/errors", params={"format": "csv"})
+    assert answer.text == "title,author,reason\r\n,Jane Austen,title is missing\r\n"
 
 
 @pytest.mark.parametrize(
