@@ -145,8 +145,7 @@ def insert_account(
     session.flush()  # where both are taken, every database must report the user name: it tells nothing of the address
     user.email = new.email
     session.flush()
-    by_id = by.id if by else user.id
-    record_account_event(session, user.id, "created", username=user.username, role=role, by=by_id)
+    record_account_event(session, user.id, "created", username=user.username, role=role, by=by.id if by else user.id)
     tasks.add_task(send, confirmation_email(session, user, user.email))
     return UserPublic.model_validate(user)
 

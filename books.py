@@ -187,8 +187,7 @@ def best_matches(connection: Connection, filters: dict[str, Any], query: BookQue
     rows = found[query.start : query.start + query.limit]
     texts = books_by_id(connection, [book_id for _, book_id in rows])
     following = BEST_MATCH.encode(rows[-1]) if rows and len(found) == limit else None
-    items = [texts[book_id] for _, book_id in rows]
-    return JsonPage(items, total, following, pagination.last_event_id(connection))
+    return JsonPage([texts[book_id] for _, book_id in rows], total, following, pagination.last_event_id(connection))
 
 
 IDS = {

@@ -252,6 +252,7 @@ def client(first_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(settings, "rate_limits", False)  # but for the tests that are about them
     # What recurs comes when it likes, also between two lines of a test. Who wants it asks for `recurring_work`.
     monkeypatch.setattr(main, "recurring_jobs", nullcontext)
+    main.probes.clear()
     with TestClient(app) as visitor:
         yield visitor
 

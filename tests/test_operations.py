@@ -118,12 +118,29 @@ def test_health_fails_where_the_database_can_not_be_written(serve: Callable[...,
     server = serve()
     with closing(sqlite3.connect(server.file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")  # somebody who does not let go of the file
-        answer = server.client.get("/health")
+        answer = wait_for(lambda: last if (last := server.client.get("/health")).status_code == 503 else None)
         assert (answer.status_code, answer.json()["detail"]) == (503, "The database can't be written.")
         assert answer.headers["Retry-After"] == "5"
         assert server.client.get("/books").status_code == 200, "reading goes on"
         other.execute("ROLLBACK")
     assert server.client.get("/health").status_code == 200
+
+
+@pytest.mark.sqlite
+def test_health_writes_at_most_every_five_seconds(
+    client: TestClient, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend: Any = database.backend()
+    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.1)
+    assert client.get("/health").status_code == 200
+    with closing(sqlite3.connect(backend.engine.url.database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        clock.advance(seconds=4)
+        assert client.get("/health").status_code == 200
+        clock.advance(seconds=1)
+        assert [client.get("/health").status_code for _ in range(2)] == [503, 503]
+        other.execute("ROLLBACK")
+    assert client.get("/health").status_code == 200
 
 
 @pytest.mark.slow
@@ -143,6 +160,7 @@ def test_blocked_writers_do_not_block_readers(
             assert client.get("/books/genres").json() == [{"genre": "Novel", "count": 1}]
             assert client.get("/books?search=dune").json()["total"] == 1
             assert time.monotonic() - began < 2
+            main.probes.clear()
             assert client.get("/health").status_code == 503
             first = wait_for(lambda: next((one.result() for one in waiting if one.done()), None))
             assert (first.status_code, first.json()["detail"]) == (
