@@ -8,10 +8,10 @@ import re
 import secrets
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from http import HTTPStatus
+from statistics import mode
 from typing import Annotated, Any, Concatenate
 from urllib.parse import parse_qsl
 
@@ -402,7 +402,7 @@ def _reader(name: str, parameter: inspect.Parameter, marks: Any) -> Reader:
     if isinstance(mark, params.Path):
         return lambda scope: validate(scope["path_params"][name])
     if isinstance(mark, params.Query):
-        return lambda scope: validate(dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)))
+        return lambda scope: validate(scope["parameters"])
     assert isinstance(mark, params.Header)
     header = name.replace("_", "-").encode()
     return lambda scope: validate(_header(scope, header))
@@ -512,10 +512,10 @@ def checked(router: Any) -> Any:
 
     async def check(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            if b"&" in scope["query_string"]:
-                names = [n for n, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)]
-                for name in Counter(names) - Counter({*names}):
-                    raise InvalidField(name, "is given twice", "query")
+            parameters = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+            scope["parameters"] = dict(parameters)
+            if len(scope["parameters"]) < len(parameters):
+                raise InvalidField(mode(name for name, _ in parameters), "is given twice", "query")
             path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
             if not (settings.public_catalogue or path == "/" or path.startswith(OPEN_PATHS)):
                 await security.get_current_user(await security.get_principal(_token(scope)))

@@ -125,9 +125,9 @@ class BookFilter(RequestModel):
 
     def filters(self, viewer: Principal | None) -> dict[str, Any]:
         """For `BOOKS`. 401 where `added_by=me` comes without a token."""
-        values = {"genre": facet_key(self.genre), "language": facet_key(self.language)}
-        as_given = {"isbn": self.isbn, "year_from": self.year_from, "year_to": self.year_to}
-        filters: dict[str, Any] = {name: value for name, value in (values | as_given).items() if value is not None}
+        filters: dict[str, Any] = {"genre": facet_key(self.genre), "language": facet_key(self.language)}
+        filters |= {"isbn": self.isbn, "year_from": self.year_from, "year_to": self.year_to}
+        filters = {name: value for name, value in filters.items() if value is not None}
         if self.available:
             filters["available"] = True
         if self.added_by == "me":
@@ -136,7 +136,7 @@ class BookFilter(RequestModel):
             filters["added_by"] = viewer.id
         elif self.added_by:
             filters["added_by"] = min(int(self.added_by), MAX_ID)
-        return filters | self.terms.values() if self.terms else filters
+        return filters | terms.values() if (terms := self.terms) else filters
 
 
 class BookQuery(BookFilter, PageQuery):
@@ -160,9 +160,10 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
 
 
 def find_books(connection: Connection, filters: dict[str, Any], query: BookQuery) -> JsonPage:
-    if query.terms.are_costly:
+    terms = query.terms
+    if terms.are_costly:
         database.require_thread(connection)
-    if query.terms.is_ranked and query.sort is None:
+    if terms.is_ranked and query.sort is None:
         page = best_matches(connection, filters, query)
     else:
         page = BOOKS.page(connection, filters, query.sort or "id", query)
@@ -171,7 +172,7 @@ def find_books(connection: Connection, filters: dict[str, Any], query: BookQuery
     database.require_thread(connection)
 
     def find(text: str) -> str | None:
-        instead = filters | query.terms._replace(search=text).values()
+        instead = filters | terms._replace(search=text).values()
         return next(iter(BOOKS.page(connection, instead, "id", PageQuery(limit=1)).items), None)
 
     return page._replace(suggestions=suggest(connection, query.search, find))
