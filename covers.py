@@ -121,8 +121,7 @@ FIND_COVER = database.CompiledQuery(
 def store(session: Session, isbn: str, picture: bytes) -> None:
     """Store it, or that there is none. Deletes the oldest of what is too much."""
     session.execute(sa.delete(Cover).where(col(Cover.isbn) == isbn))
-    last = session.scalar(sa.select(sa.func.max(Cover.position))) or 0
-    position = last + ROW_SIZE + len(picture)
+    position = (session.scalar(sa.select(sa.func.max(Cover.position))) or 0) + ROW_SIZE + len(picture)
     session.add(Cover(position=position, isbn=isbn, data=picture))
     session.execute(sa.delete(Cover).where(col(Cover.position) <= position - MAX_STORED))
 

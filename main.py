@@ -294,8 +294,7 @@ def render_page(request: Request, page: str, if_none_match: str | None) -> Respo
     """The page, which browsers revalidate each time. Its addresses do not depend on its own."""
     root = html.escape(request.scope.get("root_path", "").rstrip("/"))
     page = page.replace("<head>", f'<head>\n<base href="{root}/">', 1)
-    etag = f'"{hashlib.sha256(page.encode()).hexdigest()[:32]}"'
-    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    headers = {"ETag": f'"{hashlib.sha256(page.encode()).hexdigest()[:32]}"', "Cache-Control": "no-cache"}
     return books.conditional_response(page, "text/html", headers, if_none_match)
 
 
