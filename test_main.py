@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2 as httpx
@@ -174,6 +174,14 @@ def test_trailing_slashes_are_optional(client: TestClient, reader: Person) -> No
     assert book.status_code == 201
     for path in ("/books/", "/books", "/books/1/", "/health/", "/docs/"):
         assert client.get(path, follow_redirects=False).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for all: the tests of this file change nothing on it."""
+    started = Server(tmp_path_factory.mktemp("server") / "books.db")
+    yield started
+    started.close()
 
 
 def test_head_is_get_without_a_body(server: Server) -> None:

@@ -2,8 +2,6 @@
 
 import importlib.util
 
-pytest_plugins = ["tests.fixtures"]
-
 NEEDS = {
     "test_properties.py": "hypothesis",
     "test_roundtrips.py": "hypothesis",
@@ -18,7 +16,8 @@ NEEDS = {
     "test_page.py": "axe_playwright_python",
     "test_page_desk.py": "axe_playwright_python",
     "test_page_shelf.py": "axe_playwright_python",
-    "test_docs_page.py": "playwright",
-    "test_other_sites.py": "playwright",
+    "test_docs_page.py": "axe_playwright_python",
+    "test_other_sites.py": "axe_playwright_python",
 }
 collect_ignore = [file for file, package in NEEDS.items() if importlib.util.find_spec(package) is None]
+pytest_plugins = ["tests.fixtures", *(["tests.browser"] if "test_page.py" not in collect_ignore else [])]

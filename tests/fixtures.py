@@ -118,10 +118,11 @@ def sign_up(client: httpx.Client, username: str) -> Person:
 
 def wait_for(ask: Callable[[], T | None], seconds: float = 10) -> T:
     """What `ask` answers as soon as it answers anything."""
-    end = time.monotonic() + seconds
+    end, pause = time.monotonic() + seconds, 0.002
     while (answer := ask()) is None:
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
     return answer
 
 
@@ -215,6 +216,23 @@ def copy_of(first: Path, file: Path) -> str:
 
 # --- in this process ----------------------------------------------------------------------------------------------
 
+# Hashes that are made to be slow, and files that survive a power cut, take half the time of the tests.
+PRODUCTION = {"passwords": security.passwords.to_dict(), "pragmas": dict(database.PRAGMAS)}
+security.passwords.update(argon2__memory_cost=8, argon2__time_cost=1)
+database.PRAGMAS["synchronous"] = "OFF"
+PASSWORD_HASH = security.passwords.hash(PASSWORD)
+auth.UNKNOWN_USER.password_hash = security.passwords.hash("as for any other account")
+
+
+@pytest.fixture
+def as_in_production(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hash passwords and open files as servers do. Ask for it before `client`."""
+    monkeypatch.setattr(database, "PRAGMAS", PRODUCTION["pragmas"])
+    quick = security.passwords.to_dict()
+    security.passwords.load(PRODUCTION["passwords"])
+    yield
+    security.passwords.load(quick)
+
 
 @pytest.fixture(scope="session")
 def first_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -236,11 +254,19 @@ def two_services(first_start: Path) -> tuple[Path, Path]:
     return one, other
 
 
+def use(url: str, patch: pytest.MonkeyPatch) -> None:
+    """Let the service of this process have its data there, without limits and recurring work."""
+    patch.setattr(settings, "database_url", url)
+    patch.setattr(settings, "rate_limits", False)  # but for the tests that are about them
+    # What recurs comes when it likes, also between two lines of a test. Who wants it asks for `recurring_work`.
+    patch.setattr(main, "recurring_jobs", nullcontext)
+    main.probes.clear()
+
+
 @contextmanager
 def service(file: Path) -> Iterator[Person]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "database_url", url_of(file))
-        patch.setattr(settings, "rate_limits", False)
+        use(url_of(file), patch)
         with TestClient(app) as client:
             yield Person(client, "admin", "admin")
 
@@ -248,11 +274,7 @@ def service(file: Path) -> Iterator[Person]:
 @pytest.fixture
 def client(first_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     """A visitor, who has no account, of a service with an empty catalogue."""
-    monkeypatch.setattr(settings, "database_url", copy_of(first_start, tmp_path / "books.db"))
-    monkeypatch.setattr(settings, "rate_limits", False)  # but for the tests that are about them
-    # What recurs comes when it likes, also between two lines of a test. Who wants it asks for `recurring_work`.
-    monkeypatch.setattr(main, "recurring_jobs", nullcontext)
-    main.probes.clear()
+    use(copy_of(first_start, tmp_path / "books.db"), monkeypatch)
     with TestClient(app) as visitor:
         yield visitor
 
@@ -353,9 +375,6 @@ def code_in(letter: Email) -> str:
     return str(re.findall(r"^ +(\d{6})\s*$", letter.text, re.MULTILINE)[0])
 
 
-PASSWORD_HASH = security.passwords.hash(PASSWORD)
-
-
 def make(client: httpx.Client, username: str, role: models.Role = models.Role.reader) -> Person:
     """Somebody who signed up, and in, before the test began."""
     new = schemas.UserCreate(username=username, email=f"{username}@example.com", password=PASSWORD)
@@ -439,7 +458,7 @@ class Catalogues:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.005}, daemon=True).start()
 
     def close(self) -> None:
         self.server.shutdown()

@@ -1,8 +1,10 @@
 """Access control: every route, requested with every kind of token."""
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2 as httpx
@@ -16,7 +18,7 @@ import database
 import security
 from main import app
 from models import Role
-from tests.fixtures import NEW, PASSWORD, Person, Server, make
+from tests.fixtures import NEW, PASSWORD, Person, Server, copy_of, make, service, use
 
 DOCS = ("/docs", "/docs/oauth2-redirect", "/redoc", "/static-offline-docs/redoc.standalone.js")
 # "reader" owns what is requested; "deactivated" and "logged-out" still have an access token.
@@ -64,6 +66,13 @@ class World:
         self.victim = make(client, "victim")
         self.victim_id = self.victim.get("/users/me").json()["id"]
 
+    def on(self, client: TestClient) -> "World":
+        """The same on a copy of its database."""
+        same = copy.copy(self)
+        same.client, same.victim = client, Person(client, "victim", tokens=self.victim.tokens)
+        same.people = {name: Person(client, name, tokens=person.tokens) for name, person in self.people.items()}
+        return same
+
     def another_book(self) -> int:
         return int(self.people["reader"].add_book()["id"])
 
@@ -79,6 +88,24 @@ class World:
     def status(self, user: str, method: str, path: str, **options: Any) -> int:
         sender: Any = self.client if user == "anonymous" else self.people[user]
         return int(sender.request(method, path, **options).status_code)
+
+
+@pytest.fixture(scope="module")
+def made(first_start: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, World]:
+    """A database with all of it: making it anew for each test would take most of the time."""
+    file = tmp_path_factory.mktemp("world") / "books.db"
+    copy_of(first_start, file)
+    with service(file) as admin:
+        assert isinstance(admin.client, TestClient)
+        return file, World(admin.client)
+
+
+@pytest.fixture
+def world(made: tuple[Path, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    file, first = made
+    use(copy_of(file, tmp_path / "books.db"), monkeypatch)
+    with TestClient(app) as client:
+        yield first.on(client)
 
 
 def book_body(_world: World) -> dict[str, Any]:
@@ -203,10 +230,10 @@ def test_the_matrix_has_every_route() -> None:
 @pytest.mark.parametrize("route", MATRIX)
 @pytest.mark.usefixtures("others")
 def test_each_route_answers_each_user_with_the_right_status(
-    client: TestClient, route: str, monkeypatch: pytest.MonkeyPatch
+    world: World, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("accounts.REFUSAL_SECONDS", 0)
-    access, world = MATRIX[route], World(client)
+    access = MATRIX[route]
     method, pattern = route.split()
     statuses = {}
     for user in USERS:
@@ -244,10 +271,10 @@ ENDINGS = {
 @pytest.mark.parametrize(("route", "body"), WRITES)
 @pytest.mark.usefixtures("others")
 def test_a_write_is_refused_when_rights_end_after_the_token_was_verified(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, route: str, body: dict[str, Any] | None
+    world: World, monkeypatch: pytest.MonkeyPatch, route: str, body: dict[str, Any] | None
 ) -> None:
     """The worst case of a race: they end between the read of the dependency and the transaction of the write."""
-    access, world = MATRIX[route], World(client)
+    access = MATRIX[route]
     method, pattern = route.split()
     read: Any = database.read
     ending, before = "", {}
@@ -261,7 +288,7 @@ def test_a_write_is_refused_when_rights_end_after_the_token_was_verified(
         return result
 
     for ending in ENDINGS:
-        person = make(client, ending.replace(" ", "-"), Role.admin)
+        person = make(world.client, ending.replace(" ", "-"), Role.admin)
         path = pattern.format(
             **(access.path(world) if access.path else {"book_id": world.book, "upload_id": world.upload})
         )

@@ -197,6 +197,7 @@ def test_workers_share_the_file(serve: Callable[..., Server]) -> None:
 
 
 @pytest.mark.sqlite
+@pytest.mark.usefixtures("as_in_production")
 def test_pragmas_are_set(client: TestClient) -> None:
     def pragmas(connection: sa.Connection) -> dict[str, object]:
         return {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in database.PRAGMAS}

@@ -1,48 +1,12 @@
 """/docs and /redoc in a browser: what can be tried there without reading. Needs playwright and Debian's chromium."""
 
-import shutil
-from collections.abc import Callable, Iterator
-
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect
 
+from tests.browser import Visit
 from tests.fixtures import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.sqlite]  # to the browser, both databases are the same
-
-WAIT = 20_000  # milliseconds; the machine may be busy
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=WAIT)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[[str], Page]]:
-    """Open a page as somebody new. No error may appear in the console, and no request may go to another host."""
-    wrong: list[str] = []
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-
-    def hear(message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            wrong.append(f"{message.text} {message.location['url']}")
-
-    def start(address: str) -> Page:
-        page = context.new_page()
-        page.set_default_timeout(WAIT)
-        page.on("console", hear)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(address)
-        return page
-
-    yield start
-    context.close()
-    assert wrong == []
 
 
 def operation(page: Page, name: str) -> Locator:
@@ -70,23 +34,23 @@ def authorize(page: Page, username: str = "admin", password: str = "admin") -> N
     dialog.get_by_role("button", name="Close").first.click()
 
 
-def test_the_stream_ends_when_it_is_tried(server: Server, visit: Callable[[str], Page]) -> None:
-    page = visit(f"{server.url}/docs")
+def test_the_stream_ends_when_it_is_tried(server: Server, open_page: Visit) -> None:
+    page = open_page(server, address="docs")
     block = operation(page, "stream")
     expect(block.locator("tr[data-param-name=seconds] input")).to_have_value("5")
     assert execute(block) == 200
     expect(block.locator(".live-responses-table")).to_contain_text("event: ready")
 
 
-def test_authorization_outlives_a_reload(server: Server, visit: Callable[[str], Page]) -> None:
-    page = visit(f"{server.url}/docs")
+def test_authorization_outlives_a_reload(server: Server, open_page: Visit) -> None:
+    page = open_page(server, address="docs")
     authorize(page)
     page.reload()
     assert execute(operation(page, "read_me")) == 200
 
 
-def test_ids_are_filled_in_and_examples_can_be_tried_in_turn(server: Server, visit: Callable[[str], Page]) -> None:
-    page = visit(f"{server.url}/docs")
+def test_ids_are_filled_in_and_examples_can_be_tried_in_turn(server: Server, open_page: Visit) -> None:
+    page = open_page(server, address="docs")
     authorize(page)
     assert execute(operation(page, "register")) == 201
     assert execute(operation(page, "create_user")) == 201
@@ -95,8 +59,8 @@ def test_ids_are_filled_in_and_examples_can_be_tried_in_turn(server: Server, vis
     assert execute(page.locator("[id$='-create_book']")) == 201, "what was replaced has another ISBN"
 
 
-def test_types_are_plain_and_the_catalogue_comes_first(server: Server, visit: Callable[[str], Page]) -> None:
-    page = visit(f"{server.url}/docs")
+def test_types_are_plain_and_the_catalogue_comes_first(server: Server, open_page: Visit) -> None:
+    page = open_page(server, address="docs")
     expect(page.locator(".opblock-tag").first).to_contain_text("Catalogue")
     block = page.locator("[id$='-create_book']")
     block.locator(".opblock-summary-control").click()
@@ -107,7 +71,7 @@ def test_types_are_plain_and_the_catalogue_comes_first(server: Server, visit: Ca
     assert "| (" not in model.inner_text()
 
 
-def test_redoc_logs_no_error(server: Server, visit: Callable[[str], Page]) -> None:
-    page = visit(f"{server.url}/redoc")
+def test_redoc_logs_no_error(server: Server, open_page: Visit) -> None:
+    page = open_page(server, address="redoc")
     expect(page.get_by_role("heading", name="Books API").first).to_be_visible()
     expect(page.get_by_role("menuitem").first).to_contain_text("Catalogue")

@@ -1,14 +1,14 @@
 """The cookie in a browser: its own page can use it, and pages of other ports and sites can't. Needs playwright."""
 
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from playwright.sync_api import BrowserContext, Page, sync_playwright
+from playwright.sync_api import BrowserContext, Page
 
+from tests.browser import chromium
 from tests.fixtures import PASSWORD, Server, sign_up
 
 pytestmark = pytest.mark.slow
@@ -37,12 +37,9 @@ CREDENTIALS = {"username": "rita", "password": PASSWORD}
 
 @pytest.fixture
 def context() -> Iterator[BrowserContext]:
-    with sync_playwright() as playwright:
-        # Names that end in .localhost lead to this machine; `evil.example` is made to.
-        rules = "--host-resolver-rules=MAP evil.example 127.0.0.1,MAP *.localhost 127.0.0.1"
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", rules])
-        yield chromium.new_context()
-        chromium.close()
+    # Names that end in .localhost lead to this machine; `evil.example` is made to.
+    with chromium("--host-resolver-rules=MAP evil.example 127.0.0.1,MAP *.localhost 127.0.0.1") as browser:
+        yield browser.new_context()
 
 
 @pytest.fixture

@@ -2,137 +2,43 @@
 
 import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import (
     APIResponse,
     Browser,
-    BrowserContext,
-    ConsoleMessage,
-    FilePayload,
-    Locator,
     Page,
     Route,
     expect,
-    sync_playwright,
 )
 
+from tests.browser import (
+    EVIL,
+    PHONE,
+    SIZES,
+    Visit,
+    axe,
+    book_view,
+    cards,
+    go,
+    here,
+    open_book,
+    read_a_little,
+    sign_in,
+    staff,
+    tab_to,
+    upload,
+)
 from tests.fixtures import DUNE, PASSWORD, ROOT, Catalogues, Person, Server, send, sign_up, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.sqlite]  # to the browser, both databases are the same
 
-Visit = Callable[..., Page]
-PHONE, DESKTOP, PICTURE = (390, 844), (1280, 900), (1080, 680)
-WAIT = 20_000  # milliseconds; the machine may be busy
+PICTURE = (1080, 680)
 GONE = r"net::ERR_"  # what a browser says while the server is away
-EVIL = ("<img src=x onerror=alert(1)>", '"><script>alert(2)</script>')
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=WAIT)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Visit]:
-    """Open the page as somebody new, or in a tab of a `context`. No dialog may appear, no other host be asked, and
-    nothing be in the console but what is `expected`."""
-    wrong: list[str] = []
-
-    def start(
-        server: Server,
-        size: tuple[int, int] = DESKTOP,
-        scheme: Any = "light",
-        expected: str | None = None,
-        address: str = "",
-        context: BrowserContext | None = None,
-        **options: Any,
-    ) -> Page:
-        if context is None:
-            options = {"reduced_motion": "reduce", "color_scheme": scheme} | options
-            context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **options)
-            contexts.callback(context.close)
-        page = context.new_page()
-        page.set_default_timeout(WAIT)
-
-        def hear(message: ConsoleMessage) -> None:
-            told = f"{message.text} {message.location['url']}"
-            if message.type in ("error", "warning") and not (expected and re.search(expected, told)):
-                wrong.append(told)
-
-        page.on("console", hear)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda request: wrong.extend([request.url] * (not request.url.startswith(server.url))))
-        page.on("dialog", lambda dialog: wrong.append(f"a dialog: {dialog.message}"))
-        page.goto(f"{server.url}/{address}")
-        expect(page.locator("#live")).to_have_text("connected")
-        return page
-
-    with ExitStack() as contexts:
-        yield start
-    assert wrong == []
-
-
-def staff(server: Server, username: str = "Lydia", role: str = "librarian") -> Person:
-    new = {"username": username, "email": f"{username}@example.com", "password": PASSWORD, "role": role}
-    assert Person(server.client, "admin", "admin").post("/users", json=new).status_code == 201
-    return Person(server.client, username)
-
-
-def sign_in(page: Page, username: str, password: str = PASSWORD, shown: str | None = None) -> None:
-    page.locator("#sign-in").click()
-    page.locator("#account").get_by_label("User name").fill(username)
-    page.locator("#account").get_by_label("Password").fill(password)
-    page.locator("#account").get_by_label("Password").press("Enter")
-    expect(page.locator("#who")).to_contain_text(shown or username)
-    expect(page.locator("#live")).to_have_text("connected")
-
-
-def open_book(page: Page, title: str) -> Locator:
-    """From the list of the view that is shown."""
-    cards(page).get_by_role("link", name=title, exact=True).click()
-    view = book_view(page, title)
-    expect(view.get_by_role("heading", name="Reviews")).to_be_visible()
-    return view
-
-
-def book_view(page: Page, title: str) -> Locator:
-    """Once the book is there."""
-    expect(page.locator("#book-title")).to_have_text(title)
-    return page.locator("#view-book")
-
-
-def go(page: Page, view: str) -> None:
-    page.get_by_role("navigation", name="Main").get_by_role("link", name=view).click()
-    expect(page.get_by_role("heading", name=view, level=2)).to_be_focused()
-
-
-def here(page: Page) -> Locator:
-    """The view that is shown."""
-    return page.locator("main > section:visible")
-
-
-def upload(page: Page, name: str, rows: str) -> None:
-    file: FilePayload = {"name": name, "mimeType": "text/csv", "buffer": rows.encode()}
-    page.get_by_label("CSV file").set_input_files(file)
-    page.get_by_role("button", name="Upload").click()
-
-
-def cards(page: Page) -> Locator:
-    return here(page).locator(".cards > li, .covers > li:not(.skeleton), .rows > li:not(.skeleton)")
-
 
 # --- what people do -----------------------------------------------------------------------------------------------
 
@@ -220,7 +126,7 @@ def test_a_reader_signs_up_shelves_rates_and_reviews(server: Server, visit: Visi
     assert page.evaluate("localStorage.length + sessionStorage.length") == 0
 
 
-@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+@SIZES
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_button_of_a_mailed_link_confirms_the_address(
     server: Server, visit: Visit, scheme: str, size: tuple[int, int]
@@ -528,27 +434,6 @@ def test_an_expired_token_is_refreshed_once(server: Server, visit: Visit) -> Non
     expect(page.get_by_text("This is for those who are signed in")).to_be_visible()
     expect(page.locator("#main")).to_be_focused()  # what had it is gone
     expect(page.locator("#sign-in")).to_be_visible()
-
-
-def read_a_little(reader: Person) -> None:
-    read: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        ({**DUNE, "pages": 412}, {"status": "completed", "rating": 5, "finished_at": "2024-05-01T12:00:00Z"}),
-        (
-            {"title": "Emma", "author": "Jane Austen", "genre": "Novel", "pages": 474},
-            {
-                "status": "completed",
-                "rating": 3,
-                "review": "Handsome.",
-                "finished_at": "2023-05-01T12:00:00Z",
-                "tags": ["sea"],
-            },
-        ),
-        ({"title": "Ulysses", "author": "James Joyce", "genre": "Novel"}, {}),
-    ]
-    for book, entry in read:
-        shelf = f"/my-library/{reader.add_book(**book)['id']}"
-        assert reader.post(shelf).status_code == 201
-        assert reader.patch(shelf, json=entry).status_code == 200
 
 
 # --- addresses ----------------------------------------------------------------------------------------------------
@@ -970,7 +855,7 @@ new PerformanceObserver(list => {
 """
 
 
-@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+@SIZES
 @pytest.mark.parametrize("address", ["#/", "#/?search=the", "#/book/1"], ids=["catalogue", "search", "book"])
 def test_nothing_moves_while_it_loads(classics: Server, visit: Visit, size: tuple[int, int], address: str) -> None:
     sign_up(classics.client, "Rita")
@@ -988,7 +873,7 @@ def test_nothing_moves_while_it_loads(classics: Server, visit: Visit, size: tupl
         assert page.evaluate("shifts") < 0.05, f"signed in: {signed_in}"
 
 
-@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+@SIZES
 def test_the_page_ends_with_its_footer(classics: Server, visit: Visit, size: tuple[int, int]) -> None:
     rita = sign_up(classics.client, "Rita")
     for book in range(1, 31):
@@ -1100,14 +985,6 @@ def test_the_content_security_policy_blocks_injected_code(server: Server, visit:
 # --- for everybody ------------------------------------------------------------------------------------------------
 
 
-def tab_to(page: Page, wanted: Locator, key: str = "Tab") -> None:
-    for _ in range(80):
-        page.keyboard.press(key)
-        if wanted.evaluate("node => node === document.activeElement"):
-            return
-    pytest.fail("the Tab key does not lead there")
-
-
 def test_the_keyboard_is_enough(server: Server, visit: Visit) -> None:
     rita = sign_up(server.client, "Rita")
     read_a_little(rita)
@@ -1149,7 +1026,7 @@ def test_the_keyboard_is_enough(server: Server, visit: Visit) -> None:
 LONG = "Donaudampfschiffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 3
 
 
-@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+@SIZES
 def test_nothing_is_wider_than_the_screen(server: Server, visit: Visit, size: tuple[int, int]) -> None:
     lydia = staff(server)
     read_a_little(lydia)
@@ -1191,7 +1068,7 @@ def tour(page: Page, title: str) -> Iterator[str]:
     yield "import"
 
 
-@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+@SIZES
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_accessibility_problems(server: Server, visit: Visit, scheme: str, size: tuple[int, int]) -> None:
     lydia = staff(server)
@@ -1220,16 +1097,6 @@ def test_axe_finds_no_accessibility_problems(server: Server, visit: Visit, schem
     for view in tour(page, "Dune"):
         faults += axe(page, view)
     assert faults == []
-
-
-def axe(page: Page, view: str) -> list[str]:
-    found = Axe().run(page).response["violations"]
-    return [
-        f"{view}: {fault['id']}, {node['html']}"
-        for fault in found
-        if fault["impact"] in ("serious", "critical")
-        for node in fault["nodes"]
-    ]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 """The front page in a browser: my account, lending, the desk of staff and the users. Needs playwright and chromium."""
-# ruff: noqa: F811  # the fixtures of another module, which are arguments here
 
 import json
 import re
@@ -16,24 +15,11 @@ from sqlmodel import col
 import models
 from models import Loan
 from tests import fixtures
+from tests.browser import SIZES, Visit, axe, here, sign_in, staff, tab_to
 from tests.fixtures import DUNE, PASSWORD, Person, Server, sign_up, wait_for
-from tests.test_page import (  # noqa: F401  # two of them are fixtures
-    DESKTOP,
-    PHONE,
-    Visit,
-    axe,
-    browser,
-    go,
-    here,
-    sign_in,
-    staff,
-    tab_to,
-    visit,
-)
 
 pytestmark = [pytest.mark.slow, pytest.mark.sqlite]  # to the browser, both databases are the same
 
-SIZES = pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 NEW = "a short way home"
 
 

@@ -1,5 +1,4 @@
 """The front page in a browser: my shelf, its statistics, and files that come in. Needs playwright and chromium."""
-# ruff: noqa: F811  # the fixtures of another module, which are arguments here
 
 import re
 from collections.abc import Callable
@@ -9,29 +8,25 @@ from typing import Any
 import pytest
 from playwright.sync_api import FilePayload, Locator, Page, expect
 
-from tests.fixtures import DATA, Person, Server, sign_up
-from tests.test_page import (  # noqa: F401  # two of them are fixtures
+from tests.browser import (
     DESKTOP,
     EVIL,
-    PHONE,
+    SIZES,
     Visit,
     axe,
     book_view,
-    browser,
     cards,
     go,
     here,
     read_a_little,
     sign_in,
-    staff,
     tab_to,
     upload,
-    visit,
 )
+from tests.fixtures import DATA, Person, Server, sign_up
 
 pytestmark = [pytest.mark.slow, pytest.mark.sqlite]  # to the browser, both databases are the same
 
-SIZES = pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 GOODREADS = "Title,Author,My Rating,Exclusive Shelf,Bookshelves,Number of Pages,Date Read,Date Added\n"
 SHELVES = ("read", "to-read", "currently-reading", "did-not-finish")
 
