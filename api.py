@@ -281,7 +281,7 @@ def idempotent(handler: Callable[..., Response]) -> Callable[..., Response]:
         stored, now = session.get(StoredAnswer, (user.id, idempotency_key)), models.utcnow()
         if stored is not None and now - stored.created_at < ANSWER_LIFETIME:
             if stored.request_hash != request_hash:
-                raise InvalidField("Idempotency-Key", "was used for another request", "header")
+                raise InvalidField("idempotency-key", "was used for another request", "header")
             return Response(stored.body, stored.status, stored.headers, "application/json")
         response = handler(session, user=user, **values)
         answer = StoredAnswer(

@@ -85,9 +85,9 @@ async def read_form(request: Request, parser: MultiPartParser | None = None) -> 
     charset = options.get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in ("utf-8", "utf8"):
         raise HTTPException(415, f"Forms are in UTF-8; the Content-Type says {charset[:50]}.")
-    if parser is not None and media_type not in (b"", b"multipart/form-data", b"application/x-www-form-urlencoded"):
+    if media_type not in (b"", b"multipart/form-data", b"application/x-www-form-urlencoded"):
         shown = media_type[:100].decode("latin-1")
-        raise HTTPException(415, f"This path takes multipart/form-data; the Content-Type says {shown}.")
+        raise HTTPException(415, f"This path takes a form; the Content-Type says {shown}.")
     if parser is not None and media_type == b"multipart/form-data":
         try:
             request._form = await parser.parse()

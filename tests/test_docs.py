@@ -244,7 +244,7 @@ def test_a_rule_that_may_refuse_valid_data_is_needed(admin: Person, rule: str) -
     book = admin.add_book()["id"]
     admin.put(f"/books/{book}/stock", json={"copies": 1})
     admin.post(f"/my-library/{book}")
-    headers = {"Idempotency-Key": "1"} if refusal.fields == "Idempotency-Key" else {}
+    headers = {"Idempotency-Key": "1"} if refusal.fields == "idempotency-key" else {}
     admin.post("/books", json=DUNE, headers=headers)
     how = {"GET /books": "params", "GET /books/external": "params", "POST /books/upload": "files"}
     how["POST /auth/token"] = "data"

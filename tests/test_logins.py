@@ -94,6 +94,13 @@ def test_an_invalid_login_is_422(client: TestClient, body: dict[str, Any]) -> No
     assert client.post("/login", **body).status_code == 422
 
 
+@pytest.mark.parametrize("media_type", ["text/plain", "application/xml", "application/octet-stream"])
+def test_a_login_of_another_type_is_415(client: TestClient, media_type: str) -> None:
+    answer = client.post("/login", content=b"username=rita&password=x", headers={"Content-Type": media_type})
+    assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_media_type")
+    assert media_type in answer.json()["detail"]
+
+
 @pytest.mark.parametrize("path", ["/login", "/auth/token"])
 def test_json_takes_no_other_fields_and_a_form_those_of_oauth2(client: TestClient, path: str) -> None:
     client.post("/auth/register", json=NEW)

@@ -57,7 +57,7 @@ def test_a_key_belongs_to_one_request(librarian: Person, path: str, body: Any) -
         if (other_path, other_body) != (path, body):
             answer = librarian.post(other_path, json=other_body, headers=KEY)
             assert answer.status_code == 422
-            assert answer.json()["errors"][0]["loc"] == ["header", "Idempotency-Key"]
+            assert answer.json()["errors"][0]["loc"] == ["header", "idempotency-key"]
     assert counts(librarian) == after
 
 

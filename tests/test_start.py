@@ -122,6 +122,9 @@ def test_the_container_files_agree_with_the_service() -> None:
     assert "sqlite:////data/books.db" in re.findall(r"^ENV DATABASE_URL=(.*)$", dockerfile, re.MULTILINE)
     assert "${DATABASE_URL:-sqlite:////data/books.db}" in compose
     assert "127.0.0.1:8000:8000" in compose, "development mode is for this machine only"
+    # `migrations.copy` does not wait for a server that starts.
+    assert "postgresql:\n        condition: service_healthy\n        required: false" in compose
+    assert "test: [CMD, pg_isready," in compose
     copied = {name for line in re.findall(r"^COPY (?!--)(.*) \S+$", dockerfile, re.MULTILINE) for name in line.split()}
     assert copied == {"requirements.txt", "LICENSE", "*.py", "migrations", "static"}, "no .env, no books.db"
 

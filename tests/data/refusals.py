@@ -71,7 +71,7 @@ REFUSALS = {
     "a query or an ISBN": Refusal("q", "is needed, or isbn, and only one of them", "GET", "/books/external", {}),
     # What depends on what is stored
     "keys of another request": Refusal(
-        "Idempotency-Key", "was used for another request", "POST", "/books", BOOK | {"title": "Dune Messiah"}
+        "idempotency-key", "was used for another request", "POST", "/books", BOOK | {"title": "Dune Messiah"}
     ),
     "copies together": Refusal(
         "quantity", "would make more than 1000000 copies", "POST", "/books/1/stock", {"quantity": 1_000_000}
