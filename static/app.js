@@ -97,7 +97,7 @@ const api = async (method, path, json) => { const answer = await send(path, { me
 // --- problems, beside what they are about --------------------------------------------------------------------------
 function clear(where) {
   for (const field of where.querySelectorAll('[aria-invalid]')) field.removeAttribute('aria-invalid');
-  for (const slot of [where.querySelector('.problem'), $('notice')]) slot.textContent = '';
+  where.querySelector('.problem').textContent = '';
 }
 function show(where, error) {
   if (!error.errors) console.error(error);
@@ -572,8 +572,7 @@ function bars(title, unit, rows) { // [name, number, address]
 }
 const figure = (n, text) => el('p', { class: 'panel' }, mark('big', n.toLocaleString('en')), ' ', mark('soft', text));
 const loadStats = () => attempt($('view-stats'), async () => {
-  const whose = me, { total, by_status, by_year, undated, average_rating, rating_count, top_genres, top_tags, top_authors } = await get('my-library/stats');
-  if (me !== whose) return;
+  const { total, by_status, by_year, undated, average_rating, rating_count, top_genres, top_tags, top_authors } = await get('my-library/stats');
   const isEmpty = !total && el('p', {}, 'Your shelf is empty. ', link('#/', 'Find a book'), ' or ', link('#/import', 'bring in your shelf'), '.');
   const thisYear = by_year.find(({ year }) => year === new Date().getUTCFullYear()) ?? { books: 0, pages: 0 };
   put($('charts'), isEmpty || [el('div', { class: 'cards figures' },
@@ -816,17 +815,11 @@ async function signedIn() {
   changedUser();
   say(`Signed in as ${me.username}.`);
 }
-async function signedOut(why = '') {
-  token = me = job = entry = held = null;
-  for (const list of [shelf, reading, uploads, loans, refused, warned, sessions, users]) list.forget(); // the next at this machine may be somebody else
-  for (const node of all('#charts, #shelf-tabs, #loan-tabs, #my-address, #user > :last-child, .ticker, #latest')) put(node);
-  for (const field of [myForms.name.elements.full_name, desk.elements.reader]) field.defaultValue = '';
-  for (const form of [...Object.values(myForms), desk]) form.reset();
-  $('job').hidden = true;
-  changedUser();
-  $('notice').textContent = why;
-  keepFocus();
-  say('Signed out.');
+function signedOut(why = '') { // the page begins anew, so that nothing of this account stays in it
+  delete localStorage.role;
+  history.replaceState({ ...history.state, why }, '');
+  location.reload();
+  return new Promise(() => {}); // until then, nothing goes on
 }
 function drawRole(role) { // kept for the next start, which then draws the right links at once
   if (role) localStorage.role = role; else delete localStorage.role;
@@ -1022,14 +1015,17 @@ async function route(moved = false) {
   $('now').hidden = Object.keys(at.query).length > 0; // a search is about other books
   if (!history.state?.key) history.replaceState({ key: Date.now() + Math.random(), from: last }, '');
   [entryKey, last] = [history.state.key, location.hash];
-  if (history.state.y != null) { scrolled.set(entryKey, history.state.y); history.replaceState({ ...history.state, y: null }, ''); }
+  const { y, why, ...state } = history.state; // `y` and `why` are of the page before a reload, and hold once
+  if (y != null) scrolled.set(entryKey, y);
+  history.replaceState(state, '');
   const view = VIEWS[at.name], place = allowed(view.who) ? at.name : 'invite', section = sectionOf(place);
   for (const other of all('main > section')) other.hidden = other !== section;
   for (const link of all('header nav a')) link.setAttribute('aria-current', parse(link.hash).name === at.name ? 'page' : 'false');
   if (at.name !== 'book') shown = held = null;
   if (place !== 'users') $('user').close();
   $('news').textContent = '';
-  if (place !== 'invite') $('notice').textContent = ''; // there it says why one is no longer signed in
+  $('notice').textContent = why ?? '';
+  if (why) $('main').focus();
   if (moved) { $('account').close(); showLog(false); }
   setTitle();
   if (moved && !(from.name === at.name && from.id === at.id)) { // within a view, what has the focus keeps it
