@@ -368,7 +368,7 @@ async function openBook(id) {
     [shown, held] = [{ id }, null];
     for (const part of all('.side, .rest, #mine')) part.hidden = true;
     put($('book-title'), 'A book');
-    for (const part of all('#book-head, #book-info, #book-cover')) put(part);
+    for (const part of all('#book-head, #book-info')) put(part);
     note('');
     reviews.forget();
     if (books.has(id)) drawBook(shown = books.get(id));
