@@ -524,7 +524,6 @@ function drawTabs(nav, path, names, counts, chosen) { // each keeps what else th
   redraw(nav, Object.entries(names).map(([name, text]) => link(address(name),
     [text, counts[name] != null && mark('soft', ` ${counts[name].toLocaleString('en')}`)],
     { 'aria-current': name === chosen ? 'page' : 'false', onclick: event => { event.currentTarget.href = address(name); } })));
-  nav.scrollLeft = (nav.querySelector('[aria-current=page]')?.offsetLeft ?? 0) - nav.offsetLeft - 40;
 }
 async function loadTabs() { // the counts are of the whole shelf
   const stats = await get('my-library/stats').catch(() => null);
