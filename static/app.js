@@ -1110,10 +1110,18 @@ async function* frames(answer) {
     for (const block of blocks) yield Object.fromEntries(block.split(/\r?\n/).map(line => line.match(/^([^:]*):? ?(.*)$/s).slice(1)));
   }
 }
+async function tellLately() { // so that the ticker does not begin empty: the latest changes, or books if the service has started since
+  const { items } = await get(`events?limit=30&types=${TYPES}&after=${Math.max(0, lastId - 30)}`);
+  for (const { id, type, data, at } of items) if (id <= lastId) tell(type, data, new Date(at)); // the stream has the rest
+  if (ticker.children.length) return;
+  const { items: books } = await get('books?sort=-created&limit=5');
+  for (const book of books.reverse()) tell('book.created', book, new Date(book.created_at));
+}
 async function follow() {
   for (let tries = 0, pause = 2000; ;) {
-    while (document.hidden) await new Promise(done => { wake = done; }); // browsers allow few connections: seen tabs need them
+    while (document.hidden || !allowed()) await new Promise(done => { wake = done; }); // browsers allow few connections: seen tabs need them
     const woken = new Promise(done => { wake = done; });
+    if (!ticker.children.length) await tellLately().catch(() => {});
     connection = new AbortController();
     try {
       const answer = await watched(send(`stream?types=${TYPES},upload.*`, { signal: connection.signal, headers: lastId ? { 'Last-Event-ID': lastId } : {} }));
