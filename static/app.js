@@ -1,7 +1,8 @@
 // What users wrote enters the page as text only: as children of `el`, never as HTML. The page's policy forbids the rest.
 const $ = id => document.getElementById(id);
 const all = selector => document.querySelectorAll(selector);
-const base = (document.documentElement.dataset.base ?? new URL('.', document.baseURI).pathname).replace(/\/+$/, ''); // where the service lives
+const base = new URL('.', document.baseURI).pathname.replace(/\/+$/, ''); // where the service lives
+const isPrivate = 'private' in document.body.dataset; // the catalogue is for those who are signed in
 const STATUSES = { wishlist: 'Wishlist', reading: 'Reading', completed: 'Completed', abandoned: 'Abandoned' };
 const SHELVES = Object.entries(STATUSES);
 const sleep = ms => new Promise(done => { setTimeout(done, ms); });
@@ -48,11 +49,11 @@ const languageName = code => { try { return code && languages.of(code); } catch 
 const isIsbn = text => /^[\dx\s-]{10,17}$/i.test(text);
 const say = text => { $('say').textContent = text; };
 const number = text => [...text].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) % 9973, 7);
-function cover({ id, title, author, isbn }, size = '') { // drawn at once; the real one, where there is one, comes over it
+function cover({ id, title, author, isbn }, size = '') { // drawn at once; the real one, where there is one, comes over it (a picture is asked for without a token)
   const drawn = el('div', { class: `cover look-${number(title) % 4} ${size}`, 'aria-hidden': true },
     el('strong', { dir: 'auto' }, title.replace(/\s*\(.*\)$/, '') || title), el('em', { dir: 'auto' }, author));
   drawn.style.setProperty('--hue', number(author) % 360);
-  if (isbn) drawn.append(el('img', { alt: '', loading: 'lazy', decoding: 'async', onerror: event => event.target.remove(),
+  if (isbn && !isPrivate) drawn.append(el('img', { alt: '', loading: 'lazy', decoding: 'async', onerror: event => event.target.remove(),
     src: `${base}/books/${id}/cover?optional=true&v=${isbn}` }));
   return drawn;
 }
@@ -980,7 +981,7 @@ async function lend({ book, reader, until }) { // the reader stays, for the next
 // --- views, each with an address -----------------------------------------------------------------------------------
 // A view is `#/name/id?query`: its title, `who` may see it, what opens it there, and what draws it anew after a change.
 const VIEWS = {
-  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query).then(drawSpines), openNow()]),
+  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query).then(drawSpines), loadGenres(), openNow()]),
     refresh: () => Promise.all([catalogue.load(true), loadGenres(), openNow()]) },
   book: { title: 'Book', open: ({ id }) => openBook(Number(id) || 0), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
   add: { title: 'Add a book', who: 'member', open: openAdd },
@@ -995,7 +996,7 @@ const VIEWS = {
   desk: { title: 'Desk', who: 'staff', open: openDesk },
 };
 const sectionOf = name => $(`view-${name}`);
-const allowed = who => !who || document.body.classList.contains(who);
+const allowed = (who = isPrivate && 'member') => !who || document.body.classList.contains(who);
 function parse(address) {
   const [path, query] = address.replace(/^#?\/?/, '').split('?'), [name, id = ''] = path.split('/');
   return { name: Object.hasOwn(VIEWS, name) ? name : '', id, query: Object.fromEntries(new URLSearchParams(query)) };
@@ -1152,14 +1153,11 @@ function reachable(yes) {
 function readAgain() { if (!me && localStorage.role) signedIn().catch(() => {}); else route(); }
 $('retry').onclick = () => { reconnect(); readAgain(); };
 // --- the start -----------------------------------------------------------------------------------------------------
-for (const link of all('footer a')) link.href = `${base}/${link.getAttribute('href')}`;
 $('hint').textContent = document.body.dataset.hint ?? '';
+if (isPrivate) $('invite-why').textContent = 'This library shows its books to its members only.';
+if (isPrivate) $('export').onclick = event => { event.preventDefault(); saveFile('books/export', 'books.csv'); };
 history.replaceState(history.state, '', `${base}/${document.documentElement.dataset.book ? `#/book/${document.documentElement.dataset.book}` : location.hash}`);
 drawRole(localStorage.role);
 const starting = localStorage.role ? signedIn().catch(error => { if (me) show($('main'), error); }) : null;
-loadGenres();
 await Promise.all([route(), starting]);
-// What happened lately, so that the ticker does not begin empty.
-const { items: lately } = await get(`events?limit=30&types=${TYPES}&after=${Math.max(0, lastId - 30)}`).catch(() => ({ items: [] }));
-for (const { id, type, data, at } of lately) if (id <= lastId) tell(type, data, new Date(at)); // the stream has the rest
 follow();
