@@ -25,9 +25,14 @@ const once = work => { let at = null; return ({ detail }) => { if (detail < 2) a
 const button = (text, onclick, more = {}) => el('button', { type: 'button', onclick, ...more }, text);
 const link = (href, text, more = {}) => el('a', { href, ...more }, text);
 const options = (choices, chosen) => choices.map(([value, text]) => el('option', { value, selected: value === chosen }, text));
-function choose(select, first, choices) { // what is chosen stays, even where it is gone
-  const was = select.value, gone = was && !choices.some(([value]) => value === was);
-  put(select, options([['', first], ...choices, ...(gone ? [[was, was]] : [])], was));
+function choose(select, value) { // even one that is not, or no longer, among its options
+  if (![...select.options].some(option => option.value === value)) select.append(...options([[value, value]]));
+  select.value = value;
+}
+function offer(select, first, choices) { // what is chosen stays
+  const was = select.value;
+  put(select, options([['', first], ...choices]));
+  choose(select, was);
 }
 const facts = (...all) => el('p', { class: 'facts' }, all.filter(Boolean).map(fact => el('span', {}, fact)));
 const mark = (kind, ...children) => el('span', { class: kind }, children);
@@ -120,20 +125,25 @@ function onSubmit(form, work) {
   });
 }
 // --- lists, page by page -------------------------------------------------------------------------------------------
-// `path` is asked for the rows; `address` gives the list's own address (#/…) for the fields of its form and a page, and
-// a list without one keeps its place to itself. `params` may turn the fields into other parameters.
-function pages({ root, tag = 'li', path, address, params = fields => fields, limit = 24, key, row, skeleton, empty = () => [] }) {
-  const list = root.querySelector('ul, tbody'), form = root.querySelector('form');
-  const none = el('div', { class: 'empty' }), pager = el('nav', { class: 'pager', hidden: true, 'aria-label': `Pages of ${list.ariaLabel}` });
-  const counter = root.querySelector('.count');
-  root.querySelector('ul, .scroll').before(alertSlot());
-  root.append(none, pager);
+function tableOf(label, columns, body) {
+  const names = el('tr', {}, columns.map(name => el('th', { scope: 'col' }, name)));
+  return el('div', { class: 'scroll', role: 'region', tabindex: 0, 'aria-label': label },
+    el('table', {}, el('caption', {}, label), el('thead', {}, names), body));
+}
+// Below what is in `root`, the form of the list among it. `kind` is the class of the list, or the names of a table's
+// columns. `path` is asked for the rows; `address` gives the list's own address (#/…) for the fields of its form and a
+// page, and a list without one keeps its place to itself. `params` may turn the fields into other parameters.
+function pages({ root, label, kind = 'rows', path, address, params = fields => fields, limit = 24, key, row, skeleton, empty = () => [] }) {
+  const isTable = Array.isArray(kind), list = el(isTable ? 'tbody' : 'ul', { class: !isTable && kind, tabindex: kind === 'strip' ? 0 : -1, 'aria-label': label });
+  const none = el('div', { class: 'empty' }), pager = el('nav', { class: 'pager', hidden: true, 'aria-label': `Pages of ${label}` });
+  const form = root.querySelector('form'), counter = root.querySelector('.count');
+  root.append(alertSlot(), isTable ? tableOf(label, kind, list) : list, none, pager);
   const drawn = new Map(); // by key: a row's node
   let page = null, offset = 0, wanted = 0, shows = '', asking = new AbortController(), typing; // `wanted` is the offset that was asked for last
   const fields = () => form ? Object.fromEntries([...new FormData(form)].filter(([, value]) => value.trim())) : {};
   const place = at => address({ ...fields(), ...(at && { page: at / limit + 1 }) });
   function draw(item, isNew) {
-    const text = JSON.stringify(item), node = drawn.get(key(item)) ?? el(tag, { class: isNew && 'new' });
+    const text = JSON.stringify(item), node = drawn.get(key(item)) ?? el(isTable ? 'tr' : 'li', { class: isNew && 'new' });
     drawn.set(key(item), node);
     if (node.shows === text) return node;
     redraw(node, row(item, node));
@@ -174,7 +184,7 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     [page, offset, shows] = [found, at, query];
     lastId ??= answer.headers.get('X-Event-Cursor');
     drawAll(quiet);
-    if (!quiet) say(`${list.ariaLabel}: ${page.total}.`);
+    if (!quiet) say(`${label}: ${page.total}.`);
   }
   async function load(quiet, at = wanted) {
     if (quiet) return read(true, at).catch(() => {});
@@ -186,16 +196,14 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     load,
     async open({ page: number = 1, ...values } = {}) { // as its address says; what is drawn already is only looked after
       form?.reset();
-      for (const select of form?.querySelectorAll('select') ?? []) select.selectedIndex = 0; // not what was chosen as its options were drawn
       for (const [name, value] of Object.entries(values)) {
         const field = form?.elements.namedItem(name);
-        if (field?.tagName === 'SELECT' && ![...field.options].some(option => option.value === value)) field.append(el('option', { value }, value));
-        if (field) field[field.type === 'checkbox' ? 'checked' : 'value'] = value;
+        if (field?.options) choose(field, value); else if (field) field[field.type === 'checkbox' ? 'checked' : 'value'] = value;
       }
       const at = (Math.max(1, Math.floor(number) || 1) - 1) * limit;
       const turned = page && at !== offset;
       await load(Boolean(page) && shows === new URLSearchParams({ ...params(fields()), limit, offset: at }).toString(), at);
-      if (turned) { list.focus({ preventScroll: true }); root.querySelector('form, ul, .scroll').scrollIntoView(); }
+      if (turned) { list.focus({ preventScroll: true }); (form ?? list).scrollIntoView(); }
     },
     forget() { asking.abort(); [page, offset, wanted, shows] = [null, 0, 0, '']; drawAll(); },
   };
@@ -233,20 +241,24 @@ function fillIn(form, values, typed = {}) { // `was` is what is stored
 const changesOf = form => Object.fromEntries(Object.entries(valuesOf(form)).filter(([name]) => form.elements[name].value !== form.elements[name].was));
 const valuesOf = form => Object.fromEntries([...form.elements].filter(({ name }) => name).map(({ name, type, value, checked }) => // null where nothing is
   [name, type === 'checkbox' ? checked : value.trim() === '' ? null : type === 'number' ? Number(value) : value]));
-function openDialog(dialog, title, form) { // with one form in it
-  put(dialog.querySelector('h2'), title);
-  put(dialog.lastElementChild, form);
-  if (!dialog.open) dialog.showModal();
-  form.querySelector('input').focus();
+function closeDialog(id) { $(id)?.close(); $(id)?.remove(); }
+// In place of the one that is open; nothing of it stays in the page. `left` is called as it is closed by who sees it.
+function openDialog(id, kind, title, form, left) {
+  closeDialog(id);
+  const dialog = el('dialog', { id, class: kind, 'aria-labelledby': `h-${id}`, onclose() {
+    if (!dialog.isConnected) return;
+    dialog.remove();
+    left?.(dialog.returnValue);
+  } }, el('div', { class: 'top' }, el('h2', { id: `h-${id}` }, title), button('Close', () => dialog.close())), form);
+  document.body.append(dialog);
+  dialog.showModal();
+  form.querySelector('input, button').focus();
   return form;
 }
-function sure(question, text, verb) {
-  const dialog = $('sure'), [no, yes] = dialog.querySelectorAll('button');
-  [$('h-sure').textContent, $('sure-text').textContent, yes.textContent, dialog.returnValue] = [question, text, verb, ''];
-  dialog.showModal();
-  no.focus();
-  return new Promise(done => dialog.addEventListener('close', () => done(dialog.returnValue === 'yes'), { once: true }));
-}
+const sure = (question, text, verb) => new Promise(done => openDialog('sure', 'small', question,
+  el('form', { method: 'dialog' }, el('p', { id: 'sure-text' }, text),
+    inRow(el('button', { value: '', 'aria-describedby': 'sure-text' }, 'Cancel'), el('button', { value: 'yes', class: 'danger' }, verb))),
+  answer => done(answer === 'yes')));
 const ifSure = (where, question, text, verb, work) => once(async () => { if (await sure(question, text, verb)) await attempt(where, work); });
 const to = (path, fields = {}) => { const query = new URLSearchParams(fields).toString(); return `#/${path}${query && `?${query}`}`; };
 const moveTo = address => { location.hash = address; };
@@ -254,7 +266,7 @@ const moveTo = address => { location.hash = address; };
 const filters = $('filters'), addForm = $('add-form');
 const linkTo = (id, title) => link(`#/book/${id}`, bdi(title), { 'data-book': id });
 const catalogue = pages({
-  root: $('catalogue'), path: () => 'books', address: fields => to('', fields), key: book => book.id,
+  root: $('catalogue'), label: 'Books', kind: 'covers', path: () => 'books', address: fields => to('', fields), key: book => book.id,
   row: book => [el('div', { class: 'on' }, cover(seen(book)), stock(book)),
     el('h3', {}, linkTo(book.id, book.title)), el('p', { class: 'by' }, bdi(book.author)),
     facts(year(book.publication_year), book.genre), facts(rating(book))],
@@ -288,7 +300,7 @@ async function loadSample() {
   body.append('file', await (await send('static/sample_books.csv')).blob(), 'sample_books.csv');
   await startUpload(body);
 }
-const loadGenres = () => get('books/genres').then(genres => choose(filters.elements.genre, 'All genres',
+const loadGenres = () => get('books/genres').then(genres => offer(filters.elements.genre, 'All genres',
   genres.map(({ genre, count }) => [genre, `${genre} (${count})`])), () => {});
 // --- adding books --------------------------------------------------------------------------------------------------
 const findForm = $('find');
@@ -350,7 +362,7 @@ const bookView = $('view-book'), mine = $('mine');
 let shown = null, entry = null, held = null; // the book in its view, what my shelf says of it, and my loan of it
 const note = text => { bookView.querySelector('.note').textContent = text; };
 const reviews = pages({
-  root: $('book-reviews'), path: () => `books/${shown.id}/reviews`, limit: 10, key: review => review.username,
+  root: $('book-reviews'), label: 'Reviews', kind: 'reviews', path: () => `books/${shown.id}/reviews`, limit: 10, key: review => review.username,
   row: ({ username, rating, review, updated_at }) => [
     inRow(el('strong', {}, bdi(username)), rating && stars(rating), mark('soft', day(updated_at))),
     review && el('p', { class: 'text', dir: 'auto' }, review),
@@ -476,7 +488,7 @@ $('unshelve').onclick = tries(mine, () => changeMine('It is off your shelf.', 'D
 const dated = moment => new Date(moment).toLocaleDateString('en', { dateStyle: 'medium', timeZone: 'UTC' }); // days are counted and typed in UTC
 const shelfAddress = ({ status, ...fields }) => to(status ? `shelf/${status}` : 'shelf', fields);
 const shelf = pages({
-  root: $('view-shelf'), path: () => 'my-library', address: shelfAddress, key: item => item.book_id, row: drawEntry,
+  root: $('view-shelf'), label: 'Books on my shelf', path: () => 'my-library', address: shelfAddress, key: item => item.book_id, row: drawEntry,
   skeleton: () => [el('div', { class: 'cover small' }), grow(el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '))],
   empty: (_, { status, ...filters }) => Object.keys(filters).length
     ? nothing('Nothing on your shelf is like that.', null, way(shelfAddress({ status }), 'Show all of it'))
@@ -530,7 +542,7 @@ async function loadTabs() { // the counts are of the whole shelf
   const stats = await get('my-library/stats').catch(() => null);
   if (!stats || at.name !== 'shelf') return;
   drawTabs($('shelf-tabs'), 'shelf', { '': 'All', ...STATUSES }, { '': stats.total, ...stats.by_status }, at.id);
-  choose($('view-shelf').querySelector('[name=tag]'), 'All tags', stats.top_tags.map(({ tag }) => [tag, tag]).sort());
+  offer($('view-shelf').querySelector('[name=tag]'), 'All tags', stats.top_tags.map(({ tag }) => [tag, tag]).sort());
 }
 $('shelf-export').onclick = tries($('view-shelf'), () => saveFile('my-library/export', 'my-library.csv'));
 async function saveFile(path, name) { // which needs the token
@@ -539,7 +551,7 @@ async function saveFile(path, name) { // which needs the token
   setTimeout(() => URL.revokeObjectURL(saved.href), 10000);
 }
 const reading = pages({ // above the catalogue
-  root: $('now'), path: () => 'my-library', params: () => ({ status: 'reading' }), limit: 12, key: item => item.book_id,
+  root: $('now'), label: 'Books that I am reading', kind: 'strip', path: () => 'my-library', params: () => ({ status: 'reading' }), limit: 12, key: item => item.book_id,
   row: item => [thumbnail(item.book), grow(heading(item), reached(item))],
   empty: () => ['Nothing at the moment. ', link('#/shelf/wishlist', 'Begin a book of your wishlist'), ', or find one below.'],
 });
@@ -589,7 +601,7 @@ const loadStats = () => attempt($('view-stats'), async () => {
 // --- lending -------------------------------------------------------------------------------------------------------
 const LOANS = { overdue: 'Overdue', active: 'On loan', returned: 'Returned', all: 'All' };
 const loans = pages({
-  root: $('view-lending'), path: () => 'loans', address: ({ status, ...fields }) => to(`lending/${status}`, fields), key: loan => loan.id,
+  root: $('view-lending'), label: 'Loans', path: () => 'loans', address: ({ status, ...fields }) => to(`lending/${status}`, fields), key: loan => loan.id,
   params: ({ status, ...fields }) => ({ ...fields, ...(status !== 'all' && { status }) }),
   row(loan, node) {
     const { id, book_id, user_id, title, username, quantity, borrowed_at, due_at, returned_at, renewals } = loan, late = new Date(due_at) < new Date();
@@ -726,20 +738,16 @@ async function lacking({ id, warnings, dry_run }) { // how many rows went in wit
   }
   return [...rows].map(([without, of]) => entry(of.size, without));
 }
-function issues(severity, title, says) {
-  const names = el('tr', {}, ['Row', 'Column', 'Value', says].map(name => el('th', { scope: 'col' }, name)));
-  put($(`job-${severity}`), el('div', { class: 'scroll', role: 'region', tabindex: 0, 'aria-label': title },
-    el('table', {}, el('caption', {}, title), el('thead', {}, names), el('tbody', { tabindex: -1, 'aria-label': title }))));
-  return pages({
-    root: $(`job-${severity}`), path: () => `books/upload/${job.id}/errors`, params: () => ({ severity }), tag: 'tr', limit: 20, key: JSON.stringify,
-    row: ({ row, field, value, message }) => [row, field, value, message].map(cell => el('td', {}, cell)),
-  });
-}
+const issues = (severity, label, says) => pages({
+  root: $(`job-${severity}`), label, kind: ['Row', 'Column', 'Value', says],
+  path: () => `books/upload/${job.id}/errors`, params: () => ({ severity }), limit: 20, key: JSON.stringify,
+  row: ({ row, field, value, message }) => [row, field, value, message].map(cell => el('td', {}, cell)),
+});
 const refused = issues('error', 'Refused rows', 'Why'), warned = issues('warning', 'Warnings: these rows went in', 'What');
 $('job-download').onclick = tries($('job'), () => saveFile(`books/upload/${job.id}/errors?format=csv`, `upload-${job.id}-refused.csv`));
 $('job-cancel').onclick = tries($('job'), async () => { drawJob(await api('POST', `books/upload/${job.id}/cancel`)); keepFocus($('h-import')); });
 const uploads = pages({
-  root: $('uploads'), path: () => 'books/upload', address: fields => to('import', fields), limit: 10, key: upload => upload.id,
+  root: $('uploads'), label: 'Uploads', path: () => 'books/upload', address: fields => to('import', fields), limit: 10, key: upload => upload.id,
   row: ({ id, filename, status, created_at, rows, failed, warnings }) => [
     el('p', { class: 'grow' }, link(`#/import/${id}`, bdi(filename)), ' ', el('span', { class: status === 'failed' ? 'chip bad' : 'chip' }, WORDS[status])),
     facts(day(created_at), plural(rows, 'row'), failed > 0 && `${failed.toLocaleString('en')} refused`, warnings > 0 && plural(warnings, 'warning')),
@@ -749,7 +757,7 @@ const uploads = pages({
 // --- who is signed in ----------------------------------------------------------------------------------------------
 const isStaff = () => ['librarian', 'admin'].includes(me?.role);
 const mailAgain = async email => { await api('POST', 'auth/verify-email', { email }); return 'It is on its way.'; };
-const openAccount = (title, form) => openDialog($('account'), title, formOf({ how: 'strong', ...form }));
+const openAccount = (title, form) => openDialog('account', 'small', title, formOf({ how: 'strong', ...form }));
 function openSignIn({ username, password, email } = {}) { // at once where all is known, after signing up
   const form = openAccount('Sign in', {
     id: 'sign', verb: 'Sign in', parts: [userName('User name or e-mail address', { value: username }), secret('password', 'Password'),
@@ -794,13 +802,12 @@ const useCode = email => openCode({
     $('news').textContent = 'Your new password is set.';
   },
 });
-$('account').addEventListener('close', () => put($('account').lastElementChild)); // with what was typed
 for (const node of all('[data-open]')) node.onclick = () => node.dataset.open === 'up' ? openSignUp() : openSignIn();
 async function logIn(username, password) {
   token = (await api('POST', 'login?cookie=true', { username, password })).access_token;
   await signedIn();
   otherTabs.postMessage('in');
-  $('account').close();
+  closeDialog('account');
   keepFocus();
 }
 $('sign-out').onclick = async () => { await api('POST', 'auth/logout').catch(() => {}); otherTabs.postMessage('out'); signedOut(); };
@@ -835,7 +842,7 @@ function changedUser() {
   reconnect();
 }
 // --- my account ----------------------------------------------------------------------------------------------------
-const myCard = el('p', { class: 'facts' }), myAddress = el('div', { id: 'my-address' });
+const myCard = el('p', { class: 'facts' }), myAddress = el('div', { id: 'my-address' }), mySessions = el('div');
 const myForms = Object.fromEntries(Object.entries({
   name: { title: 'Who I am', verb: 'Save the name', parts: [myCard, fullName('Full name, shown to staff and to you')],
     work: ({ full_name }) => changeMe({ full_name: full_name.trim() || null }, 'Saved.') },
@@ -844,14 +851,14 @@ const myForms = Object.fromEntries(Object.entries({
   password: { title: 'Password', verb: 'Change the password', parts:
     [secret('current_password', 'Present password'), newSecret('new_password', 'New password')],
     async work(fields) { await api('POST', 'auth/change-password', fields); sessions.load(true); return 'Your new password is set.'; } },
-  sessions: { title: 'Where I am signed in', verb: 'Sign out everywhere else', parts: el('ul', { class: 'rows', tabindex: -1, 'aria-label': 'My sessions' }), 
+  sessions: { title: 'Where I am signed in', verb: 'Sign out everywhere else', parts: mySessions,
     async work() {
       for (const { id, current } of (await get('auth/sessions?limit=100')).items) if (!current) await api('DELETE', `auth/sessions/${id}`);
       await sessions.load(true);
     } },
   data: { title: 'All about me', verb: 'Download it', parts: el('p', {}, 'All that is stored about you: account, shelf, reviews, loans, uploads and sessions.'),
     work: () => saveFile('users/me/export', `books-${me.username}.json`) },
-  deletion: { title: 'Delete my account', verb: 'Delete my account', how: 'danger', 
+  deletion: { title: 'Delete my account', verb: 'Delete my account', how: 'danger',
     parts: [el('p', {}, 'Your shelf, reviews, uploads and past loans go with it, for good. Books that you added stay.'), secret('password', 'My password')],
     async work(fields) { await api('DELETE', 'users/me', fields); otherTabs.postMessage('out'); await signedOut('Your account is deleted.'); } },
 }).map(([name, form]) => [name, formOf(form)]));
@@ -859,7 +866,7 @@ $('view-account').append(el('div', { class: 'columns' }, Object.values(myForms))
 const device = agent => [/Firefox|Chrome|Safari/, /Android|iPhone|iPad|Windows|Mac OS|Linux(?!; Android)/]
   .map(known => agent?.match(known)?.[0]).filter(Boolean).join(' on ') || agent || 'An unknown program';
 const sessions = pages({
-  root: myForms.sessions, path: () => 'auth/sessions', limit: 10, key: session => session.id,
+  root: mySessions, label: 'My sessions', path: () => 'auth/sessions', limit: 10, key: session => session.id,
   row: ({ id, user_agent, created_at, last_used_at, current }, node) => [
     grow(el('strong', {}, device(user_agent)), ' ', current && chip('this one'),
       facts(`since ${day(created_at)}`, `last used ${day(last_used_at)}`), alertSlot()),
@@ -909,9 +916,9 @@ $('delete-book').onclick = ifSure(editForm, 'Delete this book?', 'Its reviews an
 const leave = address => { history.replaceState(null, '', `${base}/${address}`); route(true); }; // Back does not lead to what was left
 // --- users ---------------------------------------------------------------------------------------------------------
 const ROLES = [['reader', 'Reader'], ['librarian', 'Librarian'], ['admin', 'Admin']];
-choose($('view-users').querySelector('[name=role]'), 'All roles', ROLES);
+offer($('view-users').querySelector('[name=role]'), 'All roles', ROLES);
 const users = pages({
-  root: $('view-users'), path: () => 'users', address: fields => to('users', fields), tag: 'tr', limit: 50, key: user => user.id,
+  root: $('view-users'), label: 'Users', kind: ['User', 'Role', 'State', 'E-mail address', 'Since'], path: () => 'users', address: fields => to('users', fields), limit: 50, key: user => user.id,
   row: ({ id, username, email, full_name, role, is_active, email_verified_at, created_at }) => [
     [link(`#/users/${id}`, bdi(username)), full_name && el('div', { class: 'soft' }, bdi(full_name))],
     role === 'reader' ? role : chip(role), el('span', { class: is_active ? 'good' : 'bad' }, is_active ? 'Active' : 'Deactivated'),
@@ -922,7 +929,7 @@ let opened = null; // the id in the form, 'new', or none
 async function openUsers({ id, query }) {
   const was = opened, tbody = $('view-users').querySelector('tbody');
   opened = id;
-  if (!id) $('user').close();
+  if (!id) closeDialog('user');
   if (!id || !tbody.children.length) await users.open(query);
   if (id) await attempt($('view-users'), async () => drawUser(id === 'new' ? {} : await get(`users/${Number(id) || 0}`)));
   else if (was) (tbody.querySelector(`a[href="#/users/${was}"]`) ?? $('h-users')).focus();
@@ -941,11 +948,10 @@ function drawUser({ id, username, email, full_name, role = 'reader', is_active, 
   });
   const remove = ifSure(form, `Delete the account of ${username}?`,
     'Its shelf, reviews, uploads and past loans go with it, for good. Books that it added stay.', 'Delete it', () => change('DELETE'));
-  openDialog($('user'), id ? bdi(username) : 'New user', form);
+  openDialog('user', 'drawer', id ? bdi(username) : 'New user', form, () => {
+    if (at.name === 'users' && at.id) /^#\/users(\?|$)/.test(history.state?.from) ? history.back() : leave('#/users');
+  });
 }
-$('user').addEventListener('close', () => {
-  if (at.name === 'users' && at.id) /^#\/users(\?|$)/.test(history.state?.from) ? history.back() : leave('#/users');
-});
 // --- the desk ------------------------------------------------------------------------------------------------------
 const desk = formOf({
   title: 'Lend to a reader', verb: 'Lend', how: 'strong', work: lend, parts: [
@@ -1022,11 +1028,11 @@ async function route(moved = false) {
   for (const other of all('main > section')) other.hidden = other !== section;
   for (const link of all('header nav a')) link.setAttribute('aria-current', parse(link.hash).name === at.name ? 'page' : 'false');
   if (at.name !== 'book') shown = held = null;
-  if (place !== 'users') $('user').close();
+  if (place !== 'users') closeDialog('user');
   $('news').textContent = '';
   $('notice').textContent = why ?? '';
   if (why) $('main').focus();
-  if (moved) { $('account').close(); showLog(false); }
+  if (moved) { closeDialog('account'); showLog(false); }
   setTitle();
   if (moved && !(from.name === at.name && from.id === at.id)) { // within a view, what has the focus keeps it
     scrollTo(0, scrolled.get(entryKey) ?? 0);
@@ -1042,7 +1048,6 @@ addEventListener('pagehide', () => history.replaceState({ ...history.state, y: s
 addEventListener('hashchange', () => route(true));
 $('book-back').onclick = event => { if (history.state?.from) { event.preventDefault(); history.back(); } }; // to the list as it was
 document.querySelector('.skip').onclick = event => { event.preventDefault(); $('main').focus(); }; // the view stays in the address
-for (const node of all('[data-close]')) node.onclick = () => node.closest('dialog').close();
 let refreshing = false, stale = false;
 async function refreshAll() { // one at a time, at most once a second, and not all clients at the same moment
   stale = true;

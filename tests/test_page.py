@@ -1003,7 +1003,7 @@ def test_the_page_ends_with_its_footer(classics: Server, visit: Visit, size: tup
     )
     assert below < 70  # the bar of the views on a phone
     page.locator("#sign-in").click()
-    line = page.locator("#account [data-close]").bounding_box()
+    line = page.locator("#account").get_by_role("button", name="Close").bounding_box()
     assert line is not None
     assert line["height"] < 50, "the word is not broken"
 
