@@ -1,7 +1,7 @@
 // What users wrote enters the page as text only: as children of `el`, never as HTML. The page's policy forbids the rest.
+// Addresses are relative to where the service lives, which is in <base>.
 const $ = id => document.getElementById(id);
 const all = selector => document.querySelectorAll(selector);
-const base = new URL('.', document.baseURI).pathname.replace(/\/+$/, ''); // where the service lives
 const isPrivate = 'private' in document.body.dataset; // the catalogue is for those who are signed in
 const STATUSES = { wishlist: 'Wishlist', reading: 'Reading', completed: 'Completed', abandoned: 'Abandoned' };
 const SHELVES = Object.entries(STATUSES);
@@ -9,6 +9,7 @@ const sleep = ms => new Promise(done => { setTimeout(done, ms); });
 function fill(node, props, children) {
   for (const [name, value] of Object.entries(props)) {
     if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
+    else if (name.startsWith('--')) node.style.setProperty(name, value);
     else if (value != null && value !== false) node.setAttribute(name, value);
   }
   node.append(...children.flat(Infinity).filter(child => child != null && child !== false));
@@ -55,12 +56,10 @@ const isIsbn = text => /^[\dx\s-]{10,17}$/i.test(text);
 const say = text => { $('say').textContent = text; };
 const number = text => [...text].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) % 9973, 7);
 function cover({ id, title, author, isbn }, size = '') { // drawn at once; the real one, where there is one, comes over it (a picture is asked for without a token)
-  const drawn = el('div', { class: `cover look-${number(title) % 4} ${size}`, 'aria-hidden': true },
-    el('strong', { dir: 'auto' }, title.replace(/\s*\(.*\)$/, '') || title), el('em', { dir: 'auto' }, author));
-  drawn.style.setProperty('--hue', number(author) % 360);
-  if (isbn && !isPrivate) drawn.append(el('img', { alt: '', loading: 'lazy', decoding: 'async', onerror: event => event.target.remove(),
-    src: `${base}/books/${id}/cover?optional=true&v=${isbn}` }));
-  return drawn;
+  return el('div', { class: `cover look-${number(title) % 4} ${size}`, '--hue': number(author) % 360, 'aria-hidden': true },
+    el('strong', { dir: 'auto' }, title.replace(/\s*\(.*\)$/, '') || title), el('em', { dir: 'auto' }, author),
+    isbn && !isPrivate && el('img', { alt: '', loading: 'lazy', decoding: 'async', onerror: event => event.target.remove(),
+      src: `books/${id}/cover?optional=true&v=${isbn}` }));
 }
 // --- requests ------------------------------------------------------------------------------------------------------
 const problem = ({ detail, errors = [] }, status) => Object.assign(new Error(detail ?? `The server answered ${status}.`), { errors, status }); // RFC 9457
@@ -70,7 +69,7 @@ otherTabs.onmessage = ({ data }) => { token = null; if (data === 'out') signedOu
 const lock = work => navigator.locks ? navigator.locks.request('refresh', work) : work(); // only https and localhost have locks
 async function ask(path, token, { method = 'GET', json, body = json && JSON.stringify(json), headers, signal, keepalive } = {}) {
   const more = { ...(json && { 'Content-Type': 'application/json' }), ...(token && { Authorization: `Bearer ${token}` }) };
-  const answer = await fetch(`${base}/${path}`, { method, body, signal, keepalive, headers: { ...headers, ...more } }).catch(error => {
+  const answer = await fetch(path, { method, body, signal, keepalive, headers: { ...headers, ...more } }).catch(error => {
     if (signal?.aborted && error.name !== 'TimeoutError') throw error;
     reachable(false);
     throw problem({ detail: 'The server can’t be reached. Try again in a moment.' });
@@ -210,16 +209,27 @@ function pages({ root, label, kind = 'rows', path, address, params = fields => f
   form?.addEventListener('input', ({ target }) => { // typing changes the address in place, a choice is a step that Back takes back
     clearTimeout(typing);
     if (target.type !== 'search') { moveTo(place(0)); return; }
-    typing = setTimeout(() => { pager.hidden = true; history.replaceState(history.state, '', base + '/' + place(0)); setTitle(); load(false, 0); }, 15);
+    typing = setTimeout(() => { pager.hidden = true; history.replaceState(history.state, '', place(0)); setTitle(); load(false, 0); }, 15);
   });
   form?.addEventListener('submit', event => event.preventDefault());
   drawSkeleton();
   return self;
 }
+// A view made here: its heading, what stands beside that, and what is below.
+function section(name, title, beside, ...below) {
+  const heading = el('h2', { id: `h-${name}`, tabindex: -1 }, title);
+  return $('main').appendChild(el('section', { id: `view-${name}`, 'aria-labelledby': heading.id, hidden: true },
+    el('div', { class: 'top' }, heading, beside), below));
+}
+const filterForm = (...fields) => el('form', { role: 'search', class: 'filters' }, fields);
+const unseenLabel = (text, input, more) => el('label', more, mark('unseen', `${text} `), input);
+const wordsFilter = (label, placeholder) => unseenLabel(label,
+  el('input', { type: 'search', name: 'search', maxlength: 500, autocomplete: 'off', placeholder }), { class: 'wide' });
+const choiceFilter = (name, label, choices) => unseenLabel(label, el('select', { name }, options(Object.entries(choices))));
 // A form made here: what its `work` returns is told in it.
-function formOf({ id, title, parts, verb, how, also, work }) {
+function formOf({ title, parts, verb, how, also, work, ...attributes }) {
   const note = el('p', { class: 'note', role: 'status' });
-  const form = el('form', { class: 'panel', id }, title && el('h3', {}, title), parts, alertSlot(), note,
+  const form = el('form', { class: 'panel', ...attributes }, title && el('h3', {}, title), parts, alertSlot(), note,
     inRow(el('button', { class: how }, verb), also));
   onSubmit(form, async fields => { note.textContent = ''; const told = await work(fields); form.reset(); note.textContent = told ?? ''; });
   return form;
@@ -245,11 +255,11 @@ function closeDialog(id) { $(id)?.close(); $(id)?.remove(); }
 // In place of the one that is open; nothing of it stays in the page. `left` is called as it is closed by who sees it.
 function openDialog(id, kind, title, form, left) {
   closeDialog(id);
-  const dialog = el('dialog', { id, class: kind, 'aria-labelledby': `h-${id}`, onclose() {
+  const dialog = el('dialog', { id, class: kind, 'aria-labelledby': `title-${id}`, onclose() {
     if (!dialog.isConnected) return;
     dialog.remove();
     left?.(dialog.returnValue);
-  } }, el('div', { class: 'top' }, el('h2', { id: `h-${id}` }, title), button('Close', () => dialog.close())), form);
+  } }, el('div', { class: 'top' }, el('h2', { id: `title-${id}` }, title), button('Close', () => dialog.close())), form);
   document.body.append(dialog);
   dialog.showModal();
   form.querySelector('input, button').focus();
@@ -263,7 +273,11 @@ const ifSure = (where, question, text, verb, work) => once(async () => { if (awa
 const to = (path, fields = {}) => { const query = new URLSearchParams(fields).toString(); return `#/${path}${query && `?${query}`}`; };
 const moveTo = address => { location.hash = address; };
 // --- the catalogue -------------------------------------------------------------------------------------------------
-const filters = $('filters'), addForm = $('add-form');
+const filters = $('catalogue').appendChild(filterForm(
+  wordsFilter('Search for', 'Title, author, ISBN, publisher'), choiceFilter('genre', 'Genre', { '': 'All genres' }),
+  choiceFilter('sort', 'Sort by', { '': 'Best match', '-created': 'Newest first', title: 'By title', author: 'By author',
+    year: 'Oldest work first', '-year': 'Latest work first', '-rating': 'Best rated' }),
+  el('label', { class: 'pill' }, el('input', { type: 'checkbox', name: 'available', value: 'true' }), ' Available')));
 const linkTo = (id, title) => link(`#/book/${id}`, bdi(title), { 'data-book': id });
 const catalogue = pages({
   root: $('catalogue'), label: 'Books', kind: 'covers', path: () => 'books', address: fields => to('', fields), key: book => book.id,
@@ -279,12 +293,8 @@ const stock = ({ copies, available }) => copies > 0 && el('span', { class: avail
   copies > 1 ? `${available} of ${copies} available` : available ? 'available' : 'on loan');
 function drawSpines() { // for the eye alone
   if ($('spines').children.length) return;
-  put($('spines'), [...books.values()].slice(0, 16).map(({ title, author }) => {
-    const spine = el('span', {}, title);
-    spine.style.setProperty('--hue', number(author) % 360);
-    spine.style.setProperty('--tall', number(title) % 30);
-    return spine;
-  }));
+  put($('spines'), [...books.values()].slice(0, 16).map(({ title, author }) =>
+    el('span', { '--hue': number(author) % 360, '--tall': number(title) % 30 }, title)));
 }
 function nothingFound(suggestions, { search = '', ...others }) {
   const meant = suggestions.flatMap((words, i) => [i ? ', ' : 'Did you mean ', link(to('', { ...others, search: words }), words)]);
@@ -303,12 +313,12 @@ async function loadSample() {
 const loadGenres = () => get('books/genres').then(genres => offer(filters.elements.genre, 'All genres',
   genres.map(({ genre, count }) => [genre, `${genre} (${count})`])), () => {});
 // --- adding books --------------------------------------------------------------------------------------------------
-const findForm = $('find');
+const findForm = $('find'), addForm = $('add-form');
 let scanning = Promise.resolve(); // one line after the other, however fast they are typed
 findForm.addEventListener('submit', event => {
   event.preventDefault();
   const field = findForm.elements.search, words = field.value.trim();
-  if (!isIsbn(words)) { history.replaceState(history.state, '', `${base}/${to('add', { search: words })}`); findCandidates(words); return; }
+  if (!isIsbn(words)) { history.replaceState(history.state, '', to('add', { search: words })); findCandidates(words); return; }
   const line = el('li', {}, el('span', {}, words), mark('soft', 'Looking it up…'));
   field.value = '';
   clear(findForm);
@@ -360,7 +370,7 @@ onSubmit(addForm, async () => {
 // --- one book ------------------------------------------------------------------------------------------------------
 const bookView = $('view-book'), mine = $('mine');
 let shown = null, entry = null, held = null; // the book in its view, what my shelf says of it, and my loan of it
-const note = text => { bookView.querySelector('.note').textContent = text; };
+const note = text => { $('book-note').textContent = text; };
 const reviews = pages({
   root: $('book-reviews'), label: 'Reviews', kind: 'reviews', path: () => `books/${shown.id}/reviews`, limit: 10, key: review => review.username,
   row: ({ username, rating, review, updated_at }) => [
@@ -384,6 +394,7 @@ async function openBook(id) {
     for (const part of all('#book-head, #book-info')) put(part);
     note('');
     reviews.forget();
+    stockForm.reset();
     if (books.has(id)) drawBook(shown = books.get(id));
   }
   await attempt(bookView, async () => {
@@ -418,41 +429,43 @@ function drawBook(book) {
     el('dl', {}, Object.entries(known).flatMap(([name, value]) => value ? [el('dt', {}, name), el('dd', {}, value)] : [])),
     /^https?:\/\//i.test(book.cover_url ?? '') // a link, not a picture: its host need not know who reads what here
       && link(book.cover_url, 'Its cover, on another site', { target: '_blank', rel: 'noreferrer noopener' }));
-  $('share').href = `${base}/b/${book.id}`;
   drawDesk();
 }
 function drawDesk() {
   const { copies, available } = shown;
   $('stock-now').textContent = [held && `You have it until ${day(held.due_at)}.`,
     copies ? `${available} of ${plural(copies, 'copy', 'copies')} available.` : 'There is no copy to lend.'].filter(Boolean).join(' ');
-  [$('borrow').hidden, $('return').hidden, $('renew').hidden, $('edit').hidden] = [!me || !available || held, !held, !mayRenew(held), !mayEdit(shown)];
-  [$('edit').href, $('lend').href, $('lend').hidden] = [`#/edit/${shown.id}`, `#/desk?book=${shown.id}`, !available];
-  const field = $('stock').elements.copies;
-  field.min = copies - available; // those on loan
-  if (document.activeElement !== field) field.value = copies;
+  [borrow.hidden, giveBack.hidden, renew.hidden, edit.hidden] = [!me || !available || held, !held, !mayRenew(held), !mayEdit(shown)];
+  [edit.href, lendIt.href, lendIt.hidden, share.href] = [`#/edit/${shown.id}`, `#/desk?book=${shown.id}`, !available, `b/${shown.id}`];
+  Object.assign(stockForm.elements.copies, { min: copies - available, defaultValue: copies }); // those on loan are the least; what is typed stays
 }
 const mayEdit = book => isStaff() || me && book.added_by === me.id;
 const MOST_RENEWALS = 2; // of the service
 const mayRenew = loan => Boolean(loan) && !loan.returned_at && loan.renewals < MOST_RENEWALS && new Date(loan.due_at) > new Date();
-const changeLoan = (path, json, told) => tries(bookView, async () => {
+const loanButton = (text, path, json, told, more) => button(text, tries(bookView, async () => {
   const { id } = shown, loan = await api('POST', path(), json?.());
   note(told(loan));
   await Promise.all([readBook(id), readMine(id)]);
   keepFocus($('book-title'));
-});
-$('borrow').onclick = changeLoan(() => 'loans', () => ({ book_id: shown.id }), ({ due_at }) => `Yours until ${day(due_at)}.`);
-$('return').onclick = changeLoan(() => `loans/${held.id}/return`, null, () => 'You brought it back.');
-$('renew').onclick = changeLoan(() => `loans/${held.id}/renew`, null, ({ due_at }) => `You may keep it until ${day(due_at)}.`);
-$('share').onclick = async event => { // without a clipboard it is a link like others
+}), more);
+const borrow = loanButton('Borrow it', () => 'loans', () => ({ book_id: shown.id }), ({ due_at }) => `Yours until ${day(due_at)}.`, { class: 'strong' });
+const giveBack = loanButton('Return it', () => `loans/${held.id}/return`, null, () => 'You brought it back.');
+const renew = loanButton('Renew it', () => `loans/${held.id}/renew`, null, ({ due_at }) => `You may keep it until ${day(due_at)}.`);
+const share = way('', 'Copy a link to share'), edit = way('', 'Edit it'), lendIt = way('', 'Lend it to somebody');
+share.onclick = async event => { // without a clipboard it is a link like others
   if (!navigator.clipboard) return;
   event.preventDefault();
-  await navigator.clipboard.writeText($('share').href).then(() => note('The link is copied.'), () => note($('share').href));
+  await navigator.clipboard.writeText(share.href).then(() => note('The link is copied.'), () => note(share.href));
 };
-onSubmit($('stock'), async ({ copies }) => {
-  const { id } = shown, now = await api('PUT', `books/${id}/stock`, { copies: Number(copies) });
-  note(`The library has ${plural(now.copies, 'copy', 'copies')} of it.`);
-  await readBook(id);
+const stockForm = formOf({
+  id: 'stock', 'data-staff': '', verb: 'Set the number', parts: [lendIt, field('copies', 'Copies that the library has', { type: 'number', max: 100000 })],
+  async work({ copies }) {
+    const { id } = shown, now = await api('PUT', `books/${id}/stock`, { copies: Number(copies) });
+    note(`The library has ${plural(now.copies, 'copy', 'copies')} of it.`);
+    await readBook(id);
+  },
 });
+$('book-desk').append(borrow, giveBack, renew, share, edit, stockForm);
 mine.elements.status.append(...options(SHELVES));
 function drawStars(rating) { // a rating between whole stars is kept, and is one choice more
   put($('stars'), el('legend', {}, 'My rating, for everybody to see'), [...new Set([0, 1, 2, 3, 4, 5, rating ?? 0])].sort().map(n => el('label', {},
@@ -487,8 +500,15 @@ $('unshelve').onclick = tries(mine, () => changeMine('It is off your shelf.', 'D
 // --- my shelf ------------------------------------------------------------------------------------------------------
 const dated = moment => new Date(moment).toLocaleDateString('en', { dateStyle: 'medium', timeZone: 'UTC' }); // days are counted and typed in UTC
 const shelfAddress = ({ status, ...fields }) => to(status ? `shelf/${status}` : 'shelf', fields);
+const shelfTabs = el('nav', { class: 'tabs', 'aria-label': 'Parts of my shelf' }), shelfTags = choiceFilter('tag', 'Tag', { '': 'All tags' });
+const shelfView = section('shelf', 'My shelf',
+  [mark('count'), inRow(button('Export as CSV', once(() => exportShelf())), way('#/import', 'Import'))], shelfTabs,
+  filterForm(el('input', { name: 'status', hidden: true }), wordsFilter('Search my shelf for', 'Title or author on my shelf'), shelfTags,
+    choiceFilter('sort', 'Sort by', { '': 'Added last', '-finished': 'Finished last', '-updated': 'Changed last',
+      title: 'By title', author: 'By author', '-rating': 'Best rated' })));
+const exportShelf = () => attempt(shelfView, () => saveFile('my-library/export', 'my-library.csv'));
 const shelf = pages({
-  root: $('view-shelf'), label: 'Books on my shelf', path: () => 'my-library', address: shelfAddress, key: item => item.book_id, row: drawEntry,
+  root: shelfView, label: 'Books on my shelf', path: () => 'my-library', address: shelfAddress, key: item => item.book_id, row: drawEntry,
   skeleton: () => [el('div', { class: 'cover small' }), grow(el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '))],
   empty: (_, { status, ...filters }) => Object.keys(filters).length
     ? nothing('Nothing on your shelf is like that.', null, way(shelfAddress({ status }), 'Show all of it'))
@@ -541,10 +561,9 @@ function drawTabs(nav, path, names, counts, chosen) { // each keeps what else th
 async function loadTabs() { // the counts are of the whole shelf
   const stats = await get('my-library/stats').catch(() => null);
   if (!stats || at.name !== 'shelf') return;
-  drawTabs($('shelf-tabs'), 'shelf', { '': 'All', ...STATUSES }, { '': stats.total, ...stats.by_status }, at.id);
-  offer($('view-shelf').querySelector('[name=tag]'), 'All tags', stats.top_tags.map(({ tag }) => [tag, tag]).sort());
+  drawTabs(shelfTabs, 'shelf', { '': 'All', ...STATUSES }, { '': stats.total, ...stats.by_status }, at.id);
+  offer(shelfTags.lastChild, 'All tags', stats.top_tags.map(({ tag }) => [tag, tag]).sort());
 }
-$('shelf-export').onclick = tries($('view-shelf'), () => saveFile('my-library/export', 'my-library.csv'));
 async function saveFile(path, name) { // which needs the token
   const saved = el('a', { href: URL.createObjectURL(await (await send(path)).blob()), download: name });
   saved.click();
@@ -574,20 +593,17 @@ function changedMine({ status, rating }) { // a day that was not changed keeps i
 // --- statistics ----------------------------------------------------------------------------------------------------
 function bars(title, unit, rows) { // [name, number, address]
   const most = Math.max(...rows.map(([, n]) => n), 1);
-  const drawn = rows.map(([name, n, address]) => {
-    const number = el('span', {}, n.toLocaleString('en'), mark('unseen', ` ${unit}`));
-    const line = el('li', {}, bdi(address ? link(address, name) : name), ' ', number);
-    line.style.setProperty('--part', `${n / most * 100}%`);
-    return line;
-  });
+  const drawn = rows.map(([name, n, address]) => el('li', { '--part': `${n / most * 100}%` },
+    bdi(address ? link(address, name) : name), ' ', el('span', {}, n.toLocaleString('en'), mark('unseen', ` ${unit}`))));
   return rows.some(([, n]) => n) && el('div', { class: 'panel' }, el('h3', {}, title), el('ul', { class: 'bars', 'aria-label': title }, drawn));
 }
 const figure = (n, text) => el('p', { class: 'panel' }, mark('big', n.toLocaleString('en')), ' ', mark('soft', text));
-const loadStats = () => attempt($('view-stats'), async () => {
+const charts = el('div', { id: 'charts' }), statsView = section('stats', 'Statistics', null, alertSlot(), charts);
+const loadStats = () => attempt(statsView, async () => {
   const { total, by_status, by_year, undated, average_rating, rating_count, top_genres, top_tags, top_authors } = await get('my-library/stats');
   const isEmpty = !total && el('p', {}, 'Your shelf is empty. ', link('#/', 'Find a book'), ' or ', link('#/import', 'bring in your shelf'), '.');
   const thisYear = by_year.find(({ year }) => year === new Date().getUTCFullYear()) ?? { books: 0, pages: 0 };
-  put($('charts'), isEmpty || [el('div', { class: 'cards figures' },
+  put(charts, isEmpty || [el('div', { class: 'cards figures' },
     figure(by_status.completed, 'books finished'), figure(thisYear.books, 'of them this year'), figure(thisYear.pages, 'pages this year'),
     figure(average_rating == null ? '–' : `★ ${average_rating.toFixed(2)}`, `on average, of ${plural(rating_count, 'rating')}`)),
   el('div', { class: 'columns' },
@@ -600,8 +616,12 @@ const loadStats = () => attempt($('view-stats'), async () => {
 });
 // --- lending -------------------------------------------------------------------------------------------------------
 const LOANS = { overdue: 'Overdue', active: 'On loan', returned: 'Returned', all: 'All' };
+const loanTabs = el('nav', { class: 'tabs', 'aria-label': 'Loans' });
+const cardForm = el('form', {}, el('input', { type: 'hidden', name: 'status' }), unseenLabel('Only of the card number',
+  el('input', { name: 'user_id', type: 'search', inputmode: 'numeric', placeholder: 'Card number' }), { 'data-staff': '' }));
+const lendingView = section('lending', 'Lending', cardForm, loanTabs);
 const loans = pages({
-  root: $('view-lending'), label: 'Loans', path: () => 'loans', address: ({ status, ...fields }) => to(`lending/${status}`, fields), key: loan => loan.id,
+  root: lendingView, label: 'Loans', path: () => 'loans', address: ({ status, ...fields }) => to(`lending/${status}`, fields), key: loan => loan.id,
   params: ({ status, ...fields }) => ({ ...fields, ...(status !== 'all' && { status }) }),
   row(loan, node) {
     const { id, book_id, user_id, title, username, quantity, borrowed_at, due_at, returned_at, renewals } = loan, late = new Date(due_at) < new Date();
@@ -619,15 +639,15 @@ const loans = pages({
   empty: (_, { status }) => nothing(status === 'overdue' ? 'Nothing is overdue.' : 'No loans here.',
     'Books with a copy to lend have a “Borrow it” button.', way('#/', 'To the catalogue')),
 });
-const card = $('view-lending').querySelector('form').elements; // whose loans, and which
+const card = cardForm.elements; // whose loans, and which
 async function loadLoanTabs(chosen, user_id) { // the overdue first, if there are any
   const count = status => get('loans', { ...(user_id && { user_id }), status, limit: 1 });
   const [{ total: overdue }, { total: active }] = await Promise.all([count('overdue'), count('active')]);
   const now = Object.hasOwn(LOANS, chosen) ? chosen : overdue ? 'overdue' : 'active';
-  drawTabs($('loan-tabs'), 'lending', LOANS, { overdue, active }, now);
+  drawTabs(loanTabs, 'lending', LOANS, { overdue, active }, now);
   return now;
 }
-const openLending = ({ id, query }) => attempt($('view-lending'), async () => loans.open({ ...query, status: await loadLoanTabs(id, query.user_id) }));
+const openLending = ({ id, query }) => attempt(lendingView, async () => loans.open({ ...query, status: await loadLoanTabs(id, query.user_id) }));
 const refreshLoans = () => Promise.all([loans.load(true), loadLoanTabs(card.status.value, card.user_id.value)]);
 card.user_id.addEventListener('input', () => loadLoanTabs(card.status.value, card.user_id.value).catch(() => {}));
 // --- files ---------------------------------------------------------------------------------------------------------
@@ -819,7 +839,11 @@ async function signedIn() {
   if (!token) await refreshToken();
   if (!token) return;
   me = await get('users/me');
-  changedUser();
+  localStorage.role = me.role; // for the next start, which then draws the right links at once
+  drawRole(me.role);
+  drawWho();
+  route();
+  reconnect();
   say(`Signed in as ${me.username}.`);
 }
 function signedOut(why = '') { // the page begins anew, so that nothing of this account stays in it
@@ -828,19 +852,11 @@ function signedOut(why = '') { // the page begins anew, so that nothing of this 
   location.reload();
   return new Promise(() => {}); // until then, nothing goes on
 }
-function drawRole(role) { // kept for the next start, which then draws the right links at once
-  if (role) localStorage.role = role; else delete localStorage.role;
-  document.body.classList.toggle('member', Boolean(role));
-  document.body.classList.toggle('staff', ['librarian', 'admin'].includes(role));
-  document.body.classList.toggle('admin', role === 'admin');
+function drawRole(role) {
+  const roles = { member: role, staff: ['librarian', 'admin'].includes(role), admin: role === 'admin' };
+  for (const [name, has] of Object.entries(roles)) document.body.classList.toggle(name, Boolean(has));
 }
-const drawWho = () => put($('who'), me && [bdi(me.full_name ?? me.username), el('span', {}, `, ${me.role}`)]);
-function changedUser() {
-  drawRole(me?.role);
-  drawWho();
-  route();
-  reconnect();
-}
+const drawWho = () => put($('who'), bdi(me.full_name ?? me.username), el('span', {}, `, ${me.role}`));
 // --- my account ----------------------------------------------------------------------------------------------------
 const myCard = el('p', { class: 'facts' }), myAddress = el('div', { id: 'my-address' }), mySessions = el('div');
 const myForms = Object.fromEntries(Object.entries({
@@ -862,7 +878,7 @@ const myForms = Object.fromEntries(Object.entries({
     parts: [el('p', {}, 'Your shelf, reviews, uploads and past loans go with it, for good. Books that you added stay.'), secret('password', 'My password')],
     async work(fields) { await api('DELETE', 'users/me', fields); otherTabs.postMessage('out'); await signedOut('Your account is deleted.'); } },
 }).map(([name, form]) => [name, formOf(form)]));
-$('view-account').append(el('div', { class: 'columns' }, Object.values(myForms)));
+const accountView = section('account', 'My account', null, el('div', { class: 'columns' }, Object.values(myForms)));
 const device = agent => [/Firefox|Chrome|Safari/, /Android|iPhone|iPad|Windows|Mac OS|Linux(?!; Android)/]
   .map(known => agent?.match(known)?.[0]).filter(Boolean).join(' on ') || agent || 'An unknown program';
 const sessions = pages({
@@ -873,7 +889,7 @@ const sessions = pages({
     !current && button('End', tries(node, async () => { await api('DELETE', `auth/sessions/${id}`); await sessions.load(true); }),
       { 'aria-label': `End the session of ${device(user_agent)}` })],
 });
-const openMe = () => attempt($('view-account'), async () => { [me] = await Promise.all([get('users/me'), sessions.load(true)]); drawMe(); });
+const openMe = () => attempt(accountView, async () => { [me] = await Promise.all([get('users/me'), sessions.load(true)]); drawMe(); });
 async function changeMe(change, told) { me = await api('PATCH', 'users/me', change); drawMe(); return told; }
 function drawMe() {
   const { id, username, role, full_name, email, email_verified_at, pending_email, created_at } = me, { name, email: form } = myForms;
@@ -888,17 +904,17 @@ function drawMe() {
       pending_email && press('Keep the old one', () => changeMe({ email }, 'Your address stays as it is.'))));
 }
 // --- editing a book ------------------------------------------------------------------------------------------------
-const editForm = $('view-edit').appendChild(fill(addForm.cloneNode(true), { id: 'edit-form' }, []));
+const editForm = fill(addForm.cloneNode(true), { id: 'edit-form' }, []);
 let edited = null; // as it was read: what is sent is what differs
 const openEdit = id => attempt(editForm, async () => {
-  [edited, $('delete-book').hidden] = [null, true];
+  [edited, deleteBook.hidden] = [null, true];
   editForm.reset();
   drawEdited(await get(`books/${id}`));
 });
 function drawEdited(book, typed) {
   edited = book;
   fillIn(editForm, book, typed);
-  $('delete-book').hidden = !mayEdit(book);
+  deleteBook.hidden = !mayEdit(book);
 }
 async function changeEdited(method, json) { // where somebody else was faster, theirs is shown, and what was typed stays
   const was = edited;
@@ -911,14 +927,18 @@ async function changeEdited(method, json) { // where somebody else was faster, t
   }
 }
 onSubmit(editForm, async () => { await changeEdited('PATCH', changesOf(editForm)); leave(`#/book/${edited.id}`); });
-$('delete-book').onclick = ifSure(editForm, 'Delete this book?', 'Its reviews and its place on shelves go with it. This can’t be undone.', 'Delete it',
-  async () => { await changeEdited('DELETE'); leave('#/'); });
-const leave = address => { history.replaceState(null, '', `${base}/${address}`); route(true); }; // Back does not lead to what was left
+const deleteBook = button('Delete this book', ifSure(editForm, 'Delete this book?', 'Its reviews and its place on shelves go with it. This can’t be undone.',
+  'Delete it', async () => { await changeEdited('DELETE'); leave('#/'); }), { class: 'danger' });
+section('edit', 'Edit a book', deleteBook, editForm);
+const leave = address => { history.replaceState(null, '', address); route(true); }; // Back does not lead to what was left
 // --- users ---------------------------------------------------------------------------------------------------------
 const ROLES = [['reader', 'Reader'], ['librarian', 'Librarian'], ['admin', 'Admin']];
-offer($('view-users').querySelector('[name=role]'), 'All roles', ROLES);
+const usersView = section('users', 'Users', [mark('count'), way('#/users/new', 'New user')], filterForm(
+  wordsFilter('Search users for', 'User name, e-mail address, full name'), choiceFilter('role', 'Role', { '': 'All roles', ...Object.fromEntries(ROLES) }),
+  choiceFilter('is_active', 'State', { '': 'Active or not', true: 'Active', false: 'Deactivated' })));
 const users = pages({
-  root: $('view-users'), label: 'Users', kind: ['User', 'Role', 'State', 'E-mail address', 'Since'], path: () => 'users', address: fields => to('users', fields), limit: 50, key: user => user.id,
+  root: usersView, label: 'Users', kind: ['User', 'Role', 'State', 'E-mail address', 'Since'],
+  path: () => 'users', address: fields => to('users', fields), limit: 50, key: user => user.id,
   row: ({ id, username, email, full_name, role, is_active, email_verified_at, created_at }) => [
     [link(`#/users/${id}`, bdi(username)), full_name && el('div', { class: 'soft' }, bdi(full_name))],
     role === 'reader' ? role : chip(role), el('span', { class: is_active ? 'good' : 'bad' }, is_active ? 'Active' : 'Deactivated'),
@@ -927,11 +947,11 @@ const users = pages({
 });
 let opened = null; // the id in the form, 'new', or none
 async function openUsers({ id, query }) {
-  const was = opened, tbody = $('view-users').querySelector('tbody');
+  const was = opened, tbody = usersView.querySelector('tbody');
   opened = id;
   if (!id) closeDialog('user');
   if (!id || !tbody.children.length) await users.open(query);
-  if (id) await attempt($('view-users'), async () => drawUser(id === 'new' ? {} : await get(`users/${Number(id) || 0}`)));
+  if (id) await attempt(usersView, async () => drawUser(id === 'new' ? {} : await get(`users/${Number(id) || 0}`)));
   else if (was) (tbody.querySelector(`a[href="#/users/${was}"]`) ?? $('h-users')).focus();
 }
 function drawUser({ id, username, email, full_name, role = 'reader', is_active, pending_email, created_at }) {
@@ -960,10 +980,10 @@ const desk = formOf({
       field('until', 'Until, if not the usual time', { type: 'date', required: false })),
     el('p', { class: 'soft' }, 'Readers find their card number under “My account”. What they bring back is under ', link('#/lending', 'their loans'), '.')],
 });
-$('view-desk').append(desk, fill(formOf({
-  title: 'Backup', verb: 'Download a backup', parts: el('p', {}, 'A consistent copy of the whole database, made while everybody goes on working.'),
+section('desk', 'Desk', null, desk, formOf({
+  'data-admin': '', title: 'Backup', verb: 'Download a backup', parts: el('p', {}, 'A consistent copy of the whole database, made while everybody goes on working.'),
   work: () => saveFile('admin/backup', `books-${new Date().toISOString().slice(0, 10)}.db`),
-}), { 'data-admin': '' }, []));
+}));
 async function openDesk({ query }) {
   const book = query.book && await get(`books/${Number(query.book) || 0}`).catch(() => null);
   if (!book) return;
@@ -1161,7 +1181,8 @@ $('retry').onclick = () => { reconnect(); readAgain(); };
 $('hint').textContent = document.body.dataset.hint ?? '';
 if (isPrivate) $('invite-why').textContent = 'This library shows its books to its members only.';
 if (isPrivate) $('export').onclick = event => { event.preventDefault(); saveFile('books/export', 'books.csv'); };
-history.replaceState(history.state, '', `${base}/${document.documentElement.dataset.book ? `#/book/${document.documentElement.dataset.book}` : location.hash}`);
+const { book } = document.documentElement.dataset;
+history.replaceState(history.state, '', book ? `#/book/${book}` : location.hash);
 drawRole(localStorage.role);
 const starting = localStorage.role ? signedIn().catch(error => { if (me) show($('main'), error); }) : null;
 await Promise.all([route(), starting]);

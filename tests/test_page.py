@@ -1349,3 +1349,33 @@ def test_bars_of_links_fit_a_phone(server: Server, visit: Visit, width: int) -> 
             assert bar.evaluate("bar => bar.scrollWidth <= bar.clientWidth && bar.scrollLeft === 0"), view
             tops = bar.locator("a").evaluate_all("links => links.map(link => link.getBoundingClientRect().top)")
             assert len(set(tops)) == 1, view
+
+
+def test_signing_out_leaves_nothing_of_the_account_in_the_page(server: Server, visit: Visit) -> None:
+    rita = sign_up(server.client, "Rita")
+    rita.post(f"/my-library/{rita.add_book(**DUNE)['id']}")
+    rita.patch("/my-library/1", json={"tags": ["guilty pleasure"]})
+    page = visit(server, address="#/book/1")
+    sign_in(page, "Rita")
+    expect(page.get_by_label("Tags")).to_have_value("guilty pleasure")
+    page.locator("#sign-out").click()
+    expect(page.locator("#book-title")).to_have_text("Dune")
+    expect(page.locator("#sign-in")).to_be_visible()
+    typed = page.evaluate("[...document.querySelectorAll('input, textarea')].map(field => field.value)")
+    assert not [text for text in (*typed, page.locator("body").text_content()) if re.search("guilty|Rita", text or "")]
+
+
+def test_a_typed_number_of_copies_is_not_kept_for_the_next_book(server: Server, visit: Visit) -> None:
+    lydia = staff(server)
+    for title in ("Dune", "Emma"):
+        lydia.add_book(title=title)
+    page = visit(server, address="#/book/1")
+    sign_in(page, "Lydia")
+    copies = page.get_by_label("Copies that the library has")
+    copies.fill("7")
+    lydia.patch("/books/1", json={"pages": 412})
+    expect(page.locator("#book-info")).to_contain_text("412")
+    expect(copies).to_have_value("7")  # what is typed outlives changes of others
+    page.evaluate("location.hash = '#/book/2'")
+    expect(page.locator("#book-title")).to_have_text("Emma")
+    expect(copies).to_have_value("0")
