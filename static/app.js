@@ -600,10 +600,14 @@ function bars(title, unit, rows) { // [name, number, address]
 const figure = (n, text) => el('p', { class: 'panel' }, mark('big', n.toLocaleString('en')), ' ', mark('soft', text));
 const charts = el('div', { id: 'charts' }), statsView = section('stats', 'Statistics', null, alertSlot(), charts);
 const loadStats = () => attempt(statsView, async () => {
-  const { total, by_status, by_year, undated, average_rating, rating_count, top_genres, top_tags, top_authors } = await get('my-library/stats');
+  const stats = await get('my-library/stats'), shows = JSON.stringify(stats);
+  if (charts.shows !== shows) drawStats(stats);
+  charts.shows = shows;
+});
+function drawStats({ total, by_status, by_year, undated, average_rating, rating_count, top_genres, top_tags, top_authors }) {
   const isEmpty = !total && el('p', {}, 'Your shelf is empty. ', link('#/', 'Find a book'), ' or ', link('#/import', 'bring in your shelf'), '.');
   const thisYear = by_year.find(({ year }) => year === new Date().getUTCFullYear()) ?? { books: 0, pages: 0 };
-  put(charts, isEmpty || [el('div', { class: 'cards figures' },
+  redraw(charts, isEmpty || [el('div', { class: 'cards figures' },
     figure(by_status.completed, 'books finished'), figure(thisYear.books, 'of them this year'), figure(thisYear.pages, 'pages this year'),
     figure(average_rating == null ? '–' : `★ ${average_rating.toFixed(2)}`, `on average, of ${plural(rating_count, 'rating')}`)),
   el('div', { class: 'columns' },
@@ -613,7 +617,7 @@ const loadStats = () => attempt(statsView, async () => {
     bars('Pages finished by year', 'pages', by_year.map(({ year, pages }) => [String(year), pages])),
     bars('Top authors', 'books', top_authors.map(({ author, count }) => [author, count, to('shelf/completed', { search: author })])),
     bars('Top tags', 'books', top_tags.map(({ tag, count }) => [tag, count, to('shelf/completed', { tag })])))]);
-});
+}
 // --- lending -------------------------------------------------------------------------------------------------------
 const LOANS = { overdue: 'Overdue', active: 'On loan', returned: 'Returned', all: 'All' };
 const loanTabs = el('nav', { class: 'tabs', 'aria-label': 'Loans' });
