@@ -1,13 +1,15 @@
 // What users wrote enters the page as text only: as children of `el`, never as HTML. The page's policy forbids the rest.
+// Addresses are relative to where the service lives, which is in <base>.
 const $ = id => document.getElementById(id);
 const all = selector => document.querySelectorAll(selector);
-const base = (document.documentElement.dataset.base ?? new URL('.', document.baseURI).pathname).replace(/\/+$/, ''); // where the service lives
+const isPrivate = 'private' in document.body.dataset; // the catalogue is for those who are signed in
 const STATUSES = { wishlist: 'Wishlist', reading: 'Reading', completed: 'Completed', abandoned: 'Abandoned' };
 const SHELVES = Object.entries(STATUSES);
 const sleep = ms => new Promise(done => { setTimeout(done, ms); });
 function fill(node, props, children) {
   for (const [name, value] of Object.entries(props)) {
     if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
+    else if (name.startsWith('--')) node.style.setProperty(name, value);
     else if (value != null && value !== false) node.setAttribute(name, value);
   }
   node.append(...children.flat(Infinity).filter(child => child != null && child !== false));
@@ -24,9 +26,14 @@ const once = work => { let at = null; return ({ detail }) => { if (detail < 2) a
 const button = (text, onclick, more = {}) => el('button', { type: 'button', onclick, ...more }, text);
 const link = (href, text, more = {}) => el('a', { href, ...more }, text);
 const options = (choices, chosen) => choices.map(([value, text]) => el('option', { value, selected: value === chosen }, text));
-function choose(select, first, choices) { // what is chosen stays, even where it is gone
-  const was = select.value, gone = was && !choices.some(([value]) => value === was);
-  put(select, options([['', first], ...choices, ...(gone ? [[was, was]] : [])], was));
+function choose(select, value) { // even one that is not, or no longer, among its options
+  if (![...select.options].some(option => option.value === value)) select.append(...options([[value, value]]));
+  select.value = value;
+}
+function offer(select, first, choices) { // what is chosen stays
+  const was = select.value;
+  put(select, options([['', first], ...choices]));
+  choose(select, was);
 }
 const facts = (...all) => el('p', { class: 'facts' }, all.filter(Boolean).map(fact => el('span', {}, fact)));
 const mark = (kind, ...children) => el('span', { class: kind }, children);
@@ -48,13 +55,11 @@ const languageName = code => { try { return code && languages.of(code); } catch 
 const isIsbn = text => /^[\dx\s-]{10,17}$/i.test(text);
 const say = text => { $('say').textContent = text; };
 const number = text => [...text].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) % 9973, 7);
-function cover({ id, title, author, isbn }, size = '') { // drawn at once; the real one, where there is one, comes over it
-  const drawn = el('div', { class: `cover look-${number(title) % 4} ${size}`, 'aria-hidden': true },
-    el('strong', { dir: 'auto' }, title.replace(/\s*\(.*\)$/, '') || title), el('em', { dir: 'auto' }, author));
-  drawn.style.setProperty('--hue', number(author) % 360);
-  if (isbn) drawn.append(el('img', { alt: '', loading: 'lazy', decoding: 'async', onerror: event => event.target.remove(),
-    src: `${base}/books/${id}/cover?optional=true&v=${isbn}` }));
-  return drawn;
+function cover({ id, title, author, isbn }, size = '') { // drawn at once; the real one, where there is one, comes over it (a picture is asked for without a token)
+  return el('div', { class: `cover look-${number(title) % 4} ${size}`, '--hue': number(author) % 360, 'aria-hidden': true },
+    el('strong', { dir: 'auto' }, title.replace(/\s*\(.*\)$/, '') || title), el('em', { dir: 'auto' }, author),
+    isbn && !isPrivate && el('img', { alt: '', loading: 'lazy', decoding: 'async', onerror: event => event.target.remove(),
+      src: `books/${id}/cover?optional=true&v=${isbn}` }));
 }
 // --- requests ------------------------------------------------------------------------------------------------------
 const problem = ({ detail, errors = [] }, status) => Object.assign(new Error(detail ?? `The server answered ${status}.`), { errors, status }); // RFC 9457
@@ -64,7 +69,7 @@ otherTabs.onmessage = ({ data }) => { token = null; if (data === 'out') signedOu
 const lock = work => navigator.locks ? navigator.locks.request('refresh', work) : work(); // only https and localhost have locks
 async function ask(path, token, { method = 'GET', json, body = json && JSON.stringify(json), headers, signal, keepalive } = {}) {
   const more = { ...(json && { 'Content-Type': 'application/json' }), ...(token && { Authorization: `Bearer ${token}` }) };
-  const answer = await fetch(`${base}/${path}`, { method, body, signal, keepalive, headers: { ...headers, ...more } }).catch(error => {
+  const answer = await fetch(path, { method, body, signal, keepalive, headers: { ...headers, ...more } }).catch(error => {
     if (signal?.aborted && error.name !== 'TimeoutError') throw error;
     reachable(false);
     throw problem({ detail: 'The server can’t be reached. Try again in a moment.' });
@@ -97,7 +102,7 @@ const api = async (method, path, json) => { const answer = await send(path, { me
 // --- problems, beside what they are about --------------------------------------------------------------------------
 function clear(where) {
   for (const field of where.querySelectorAll('[aria-invalid]')) field.removeAttribute('aria-invalid');
-  for (const slot of [where.querySelector('.problem'), $('notice')]) slot.textContent = '';
+  where.querySelector('.problem').textContent = '';
 }
 function show(where, error) {
   if (!error.errors) console.error(error);
@@ -119,20 +124,25 @@ function onSubmit(form, work) {
   });
 }
 // --- lists, page by page -------------------------------------------------------------------------------------------
-// `path` is asked for the rows; `address` gives the list's own address (#/…) for the fields of its form and a page, and
-// a list without one keeps its place to itself. `params` may turn the fields into other parameters.
-function pages({ root, tag = 'li', path, address, params = fields => fields, limit = 24, key, row, skeleton, empty = () => [] }) {
-  const list = root.querySelector('ul, tbody'), form = root.querySelector('form');
-  const none = el('div', { class: 'empty' }), pager = el('nav', { class: 'pager', hidden: true, 'aria-label': `Pages of ${list.ariaLabel}` });
-  const counter = root.querySelector('.count');
-  root.querySelector('ul, .scroll').before(alertSlot());
-  root.append(none, pager);
+function tableOf(label, columns, body) {
+  const names = el('tr', {}, columns.map(name => el('th', { scope: 'col' }, name)));
+  return el('div', { class: 'scroll', role: 'region', tabindex: 0, 'aria-label': label },
+    el('table', {}, el('caption', {}, label), el('thead', {}, names), body));
+}
+// Below what is in `root`, the form of the list among it. `kind` is the class of the list, or the names of a table's
+// columns. `path` is asked for the rows; `address` gives the list's own address (#/…) for the fields of its form and a
+// page, and a list without one keeps its place to itself. `params` may turn the fields into other parameters.
+function pages({ root, label, kind = 'rows', path, address, params = fields => fields, limit = 24, key, row, skeleton, empty = () => [] }) {
+  const isTable = Array.isArray(kind), list = el(isTable ? 'tbody' : 'ul', { class: !isTable && kind, tabindex: kind === 'strip' ? 0 : -1, 'aria-label': label });
+  const none = el('div', { class: 'empty' }), pager = el('nav', { class: 'pager', hidden: true, 'aria-label': `Pages of ${label}` });
+  const form = root.querySelector('form'), counter = root.querySelector('.count');
+  root.append(alertSlot(), isTable ? tableOf(label, kind, list) : list, none, pager);
   const drawn = new Map(); // by key: a row's node
   let page = null, offset = 0, wanted = 0, shows = '', asking = new AbortController(), typing; // `wanted` is the offset that was asked for last
   const fields = () => form ? Object.fromEntries([...new FormData(form)].filter(([, value]) => value.trim())) : {};
   const place = at => address({ ...fields(), ...(at && { page: at / limit + 1 }) });
   function draw(item, isNew) {
-    const text = JSON.stringify(item), node = drawn.get(key(item)) ?? el(tag, { class: isNew && 'new' });
+    const text = JSON.stringify(item), node = drawn.get(key(item)) ?? el(isTable ? 'tr' : 'li', { class: isNew && 'new' });
     drawn.set(key(item), node);
     if (node.shows === text) return node;
     redraw(node, row(item, node));
@@ -173,7 +183,7 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     [page, offset, shows] = [found, at, query];
     lastId ??= answer.headers.get('X-Event-Cursor');
     drawAll(quiet);
-    if (!quiet) say(`${list.ariaLabel}: ${page.total}.`);
+    if (!quiet) say(`${label}: ${page.total}.`);
   }
   async function load(quiet, at = wanted) {
     if (quiet) return read(true, at).catch(() => {});
@@ -185,32 +195,41 @@ function pages({ root, tag = 'li', path, address, params = fields => fields, lim
     load,
     async open({ page: number = 1, ...values } = {}) { // as its address says; what is drawn already is only looked after
       form?.reset();
-      for (const select of form?.querySelectorAll('select') ?? []) select.selectedIndex = 0; // not what was chosen as its options were drawn
       for (const [name, value] of Object.entries(values)) {
         const field = form?.elements.namedItem(name);
-        if (field?.tagName === 'SELECT' && ![...field.options].some(option => option.value === value)) field.append(el('option', { value }, value));
-        if (field) field[field.type === 'checkbox' ? 'checked' : 'value'] = value;
+        if (field?.options) choose(field, value); else if (field) field[field.type === 'checkbox' ? 'checked' : 'value'] = value;
       }
       const at = (Math.max(1, Math.floor(number) || 1) - 1) * limit;
       const turned = page && at !== offset;
       await load(Boolean(page) && shows === new URLSearchParams({ ...params(fields()), limit, offset: at }).toString(), at);
-      if (turned) { list.focus({ preventScroll: true }); root.querySelector('form, ul, .scroll').scrollIntoView(); }
+      if (turned) { list.focus({ preventScroll: true }); (form ?? list).scrollIntoView(); }
     },
     forget() { asking.abort(); [page, offset, wanted, shows] = [null, 0, 0, '']; drawAll(); },
   };
   form?.addEventListener('input', ({ target }) => { // typing changes the address in place, a choice is a step that Back takes back
     clearTimeout(typing);
     if (target.type !== 'search') { moveTo(place(0)); return; }
-    typing = setTimeout(() => { pager.hidden = true; history.replaceState(history.state, '', base + '/' + place(0)); setTitle(); load(false, 0); }, 15);
+    typing = setTimeout(() => { pager.hidden = true; history.replaceState(history.state, '', place(0)); setTitle(); load(false, 0); }, 15);
   });
   form?.addEventListener('submit', event => event.preventDefault());
   drawSkeleton();
   return self;
 }
+// A view made here: its heading, what stands beside that, and what is below.
+function section(name, title, beside, ...below) {
+  const heading = el('h2', { id: `h-${name}`, tabindex: -1 }, title);
+  return $('main').appendChild(el('section', { id: `view-${name}`, 'aria-labelledby': heading.id, hidden: true },
+    el('div', { class: 'top' }, heading, beside), below));
+}
+const filterForm = (...fields) => el('form', { role: 'search', class: 'filters' }, fields);
+const unseenLabel = (text, input, more) => el('label', more, mark('unseen', `${text} `), input);
+const wordsFilter = (label, placeholder) => unseenLabel(label,
+  el('input', { type: 'search', name: 'search', maxlength: 500, autocomplete: 'off', placeholder }), { class: 'wide' });
+const choiceFilter = (name, label, choices) => unseenLabel(label, el('select', { name }, options(Object.entries(choices))));
 // A form made here: what its `work` returns is told in it.
-function formOf({ id, title, parts, verb, how, also, work }) {
+function formOf({ title, parts, verb, how, also, work, ...attributes }) {
   const note = el('p', { class: 'note', role: 'status' });
-  const form = el('form', { class: 'panel', id }, title && el('h3', {}, title), parts, alertSlot(), note,
+  const form = el('form', { class: 'panel', ...attributes }, title && el('h3', {}, title), parts, alertSlot(), note,
     inRow(el('button', { class: how }, verb), also));
   onSubmit(form, async fields => { note.textContent = ''; const told = await work(fields); form.reset(); note.textContent = told ?? ''; });
   return form;
@@ -232,28 +251,36 @@ function fillIn(form, values, typed = {}) { // `was` is what is stored
 const changesOf = form => Object.fromEntries(Object.entries(valuesOf(form)).filter(([name]) => form.elements[name].value !== form.elements[name].was));
 const valuesOf = form => Object.fromEntries([...form.elements].filter(({ name }) => name).map(({ name, type, value, checked }) => // null where nothing is
   [name, type === 'checkbox' ? checked : value.trim() === '' ? null : type === 'number' ? Number(value) : value]));
-function openDialog(dialog, title, form) { // with one form in it
-  put(dialog.querySelector('h2'), title);
-  put(dialog.lastElementChild, form);
-  if (!dialog.open) dialog.showModal();
-  form.querySelector('input').focus();
+function closeDialog(id) { $(id)?.close(); $(id)?.remove(); }
+// In place of the one that is open; nothing of it stays in the page. `left` is called as it is closed by who sees it.
+function openDialog(id, kind, title, form, left) {
+  closeDialog(id);
+  const dialog = el('dialog', { id, class: kind, 'aria-labelledby': `title-${id}`, onclose() {
+    if (!dialog.isConnected) return;
+    dialog.remove();
+    left?.(dialog.returnValue);
+  } }, el('div', { class: 'top' }, el('h2', { id: `title-${id}` }, title), button('Close', () => dialog.close())), form);
+  document.body.append(dialog);
+  dialog.showModal();
+  form.querySelector('input, button').focus();
   return form;
 }
-function sure(question, text, verb) {
-  const dialog = $('sure'), [no, yes] = dialog.querySelectorAll('button');
-  [$('h-sure').textContent, $('sure-text').textContent, yes.textContent, dialog.returnValue] = [question, text, verb, ''];
-  dialog.showModal();
-  no.focus();
-  return new Promise(done => dialog.addEventListener('close', () => done(dialog.returnValue === 'yes'), { once: true }));
-}
+const sure = (question, text, verb) => new Promise(done => openDialog('sure', 'small', question,
+  el('form', { method: 'dialog' }, el('p', { id: 'sure-text' }, text),
+    inRow(el('button', { value: '', 'aria-describedby': 'sure-text' }, 'Cancel'), el('button', { value: 'yes', class: 'danger' }, verb))),
+  answer => done(answer === 'yes')));
 const ifSure = (where, question, text, verb, work) => once(async () => { if (await sure(question, text, verb)) await attempt(where, work); });
 const to = (path, fields = {}) => { const query = new URLSearchParams(fields).toString(); return `#/${path}${query && `?${query}`}`; };
 const moveTo = address => { location.hash = address; };
 // --- the catalogue -------------------------------------------------------------------------------------------------
-const filters = $('filters'), addForm = $('add-form');
+const filters = $('catalogue').appendChild(filterForm(
+  wordsFilter('Search for', 'Title, author, ISBN, publisher'), choiceFilter('genre', 'Genre', { '': 'All genres' }),
+  choiceFilter('sort', 'Sort by', { '': 'Best match', '-created': 'Newest first', title: 'By title', author: 'By author',
+    year: 'Oldest work first', '-year': 'Latest work first', '-rating': 'Best rated' }),
+  el('label', { class: 'pill' }, el('input', { type: 'checkbox', name: 'available', value: 'true' }), ' Available')));
 const linkTo = (id, title) => link(`#/book/${id}`, bdi(title), { 'data-book': id });
 const catalogue = pages({
-  root: $('catalogue'), path: () => 'books', address: fields => to('', fields), key: book => book.id,
+  root: $('catalogue'), label: 'Books', kind: 'covers', path: () => 'books', address: fields => to('', fields), key: book => book.id,
   row: book => [el('div', { class: 'on' }, cover(seen(book)), stock(book)),
     el('h3', {}, linkTo(book.id, book.title)), el('p', { class: 'by' }, bdi(book.author)),
     facts(year(book.publication_year), book.genre), facts(rating(book))],
@@ -266,12 +293,8 @@ const stock = ({ copies, available }) => copies > 0 && el('span', { class: avail
   copies > 1 ? `${available} of ${copies} available` : available ? 'available' : 'on loan');
 function drawSpines() { // for the eye alone
   if ($('spines').children.length) return;
-  put($('spines'), [...books.values()].slice(0, 16).map(({ title, author }) => {
-    const spine = el('span', {}, title);
-    spine.style.setProperty('--hue', number(author) % 360);
-    spine.style.setProperty('--tall', number(title) % 30);
-    return spine;
-  }));
+  put($('spines'), [...books.values()].slice(0, 16).map(({ title, author }) =>
+    el('span', { '--hue': number(author) % 360, '--tall': number(title) % 30 }, title)));
 }
 function nothingFound(suggestions, { search = '', ...others }) {
   const meant = suggestions.flatMap((words, i) => [i ? ', ' : 'Did you mean ', link(to('', { ...others, search: words }), words)]);
@@ -287,15 +310,15 @@ async function loadSample() {
   body.append('file', await (await send('static/sample_books.csv')).blob(), 'sample_books.csv');
   await startUpload(body);
 }
-const loadGenres = () => get('books/genres').then(genres => choose(filters.elements.genre, 'All genres',
+const loadGenres = () => get('books/genres').then(genres => offer(filters.elements.genre, 'All genres',
   genres.map(({ genre, count }) => [genre, `${genre} (${count})`])), () => {});
 // --- adding books --------------------------------------------------------------------------------------------------
-const findForm = $('find');
+const findForm = $('find'), addForm = $('add-form');
 let scanning = Promise.resolve(); // one line after the other, however fast they are typed
 findForm.addEventListener('submit', event => {
   event.preventDefault();
   const field = findForm.elements.search, words = field.value.trim();
-  if (!isIsbn(words)) { history.replaceState(history.state, '', `${base}/${to('add', { search: words })}`); findCandidates(words); return; }
+  if (!isIsbn(words)) { history.replaceState(history.state, '', to('add', { search: words })); findCandidates(words); return; }
   const line = el('li', {}, el('span', {}, words), mark('soft', 'Looking it up…'));
   field.value = '';
   clear(findForm);
@@ -347,9 +370,9 @@ onSubmit(addForm, async () => {
 // --- one book ------------------------------------------------------------------------------------------------------
 const bookView = $('view-book'), mine = $('mine');
 let shown = null, entry = null, held = null; // the book in its view, what my shelf says of it, and my loan of it
-const note = text => { bookView.querySelector('.note').textContent = text; };
+const note = text => { $('book-note').textContent = text; };
 const reviews = pages({
-  root: $('book-reviews'), path: () => `books/${shown.id}/reviews`, limit: 10, key: review => review.username,
+  root: $('book-reviews'), label: 'Reviews', kind: 'reviews', path: () => `books/${shown.id}/reviews`, limit: 10, key: review => review.username,
   row: ({ username, rating, review, updated_at }) => [
     inRow(el('strong', {}, bdi(username)), rating && stars(rating), mark('soft', day(updated_at))),
     review && el('p', { class: 'text', dir: 'auto' }, review),
@@ -368,9 +391,10 @@ async function openBook(id) {
     [shown, held] = [{ id }, null];
     for (const part of all('.side, .rest, #mine')) part.hidden = true;
     put($('book-title'), 'A book');
-    for (const part of all('#book-head, #book-info, #book-cover')) put(part);
+    for (const part of all('#book-head, #book-info')) put(part);
     note('');
     reviews.forget();
+    stockForm.reset();
     if (books.has(id)) drawBook(shown = books.get(id));
   }
   await attempt(bookView, async () => {
@@ -405,41 +429,43 @@ function drawBook(book) {
     el('dl', {}, Object.entries(known).flatMap(([name, value]) => value ? [el('dt', {}, name), el('dd', {}, value)] : [])),
     /^https?:\/\//i.test(book.cover_url ?? '') // a link, not a picture: its host need not know who reads what here
       && link(book.cover_url, 'Its cover, on another site', { target: '_blank', rel: 'noreferrer noopener' }));
-  $('share').href = `${base}/b/${book.id}`;
   drawDesk();
 }
 function drawDesk() {
   const { copies, available } = shown;
   $('stock-now').textContent = [held && `You have it until ${day(held.due_at)}.`,
     copies ? `${available} of ${plural(copies, 'copy', 'copies')} available.` : 'There is no copy to lend.'].filter(Boolean).join(' ');
-  [$('borrow').hidden, $('return').hidden, $('renew').hidden, $('edit').hidden] = [!me || !available || held, !held, !mayRenew(held), !mayEdit(shown)];
-  [$('edit').href, $('lend').href, $('lend').hidden] = [`#/edit/${shown.id}`, `#/desk?book=${shown.id}`, !available];
-  const field = $('stock').elements.copies;
-  field.min = copies - available; // those on loan
-  if (document.activeElement !== field) field.value = copies;
+  [borrow.hidden, giveBack.hidden, renew.hidden, edit.hidden] = [!me || !available || held, !held, !mayRenew(held), !mayEdit(shown)];
+  [edit.href, lendIt.href, lendIt.hidden, share.href] = [`#/edit/${shown.id}`, `#/desk?book=${shown.id}`, !available, `b/${shown.id}`];
+  Object.assign(stockForm.elements.copies, { min: copies - available, defaultValue: copies }); // those on loan are the least; what is typed stays
 }
 const mayEdit = book => isStaff() || me && book.added_by === me.id;
 const MOST_RENEWALS = 2; // of the service
 const mayRenew = loan => Boolean(loan) && !loan.returned_at && loan.renewals < MOST_RENEWALS && new Date(loan.due_at) > new Date();
-const changeLoan = (path, json, told) => tries(bookView, async () => {
+const loanButton = (text, path, json, told, more) => button(text, tries(bookView, async () => {
   const { id } = shown, loan = await api('POST', path(), json?.());
   note(told(loan));
   await Promise.all([readBook(id), readMine(id)]);
   keepFocus($('book-title'));
-});
-$('borrow').onclick = changeLoan(() => 'loans', () => ({ book_id: shown.id }), ({ due_at }) => `Yours until ${day(due_at)}.`);
-$('return').onclick = changeLoan(() => `loans/${held.id}/return`, null, () => 'You brought it back.');
-$('renew').onclick = changeLoan(() => `loans/${held.id}/renew`, null, ({ due_at }) => `You may keep it until ${day(due_at)}.`);
-$('share').onclick = async event => { // without a clipboard it is a link like others
+}), more);
+const borrow = loanButton('Borrow it', () => 'loans', () => ({ book_id: shown.id }), ({ due_at }) => `Yours until ${day(due_at)}.`, { class: 'strong' });
+const giveBack = loanButton('Return it', () => `loans/${held.id}/return`, null, () => 'You brought it back.');
+const renew = loanButton('Renew it', () => `loans/${held.id}/renew`, null, ({ due_at }) => `You may keep it until ${day(due_at)}.`);
+const share = way('', 'Copy a link to share'), edit = way('', 'Edit it'), lendIt = way('', 'Lend it to somebody');
+share.onclick = async event => { // without a clipboard it is a link like others
   if (!navigator.clipboard) return;
   event.preventDefault();
-  await navigator.clipboard.writeText($('share').href).then(() => note('The link is copied.'), () => note($('share').href));
+  await navigator.clipboard.writeText(share.href).then(() => note('The link is copied.'), () => note(share.href));
 };
-onSubmit($('stock'), async ({ copies }) => {
-  const { id } = shown, now = await api('PUT', `books/${id}/stock`, { copies: Number(copies) });
-  note(`The library has ${plural(now.copies, 'copy', 'copies')} of it.`);
-  await readBook(id);
+const stockForm = formOf({
+  id: 'stock', 'data-staff': '', verb: 'Set the number', parts: [lendIt, field('copies', 'Copies that the library has', { type: 'number', max: 100000 })],
+  async work({ copies }) {
+    const { id } = shown, now = await api('PUT', `books/${id}/stock`, { copies: Number(copies) });
+    note(`The library has ${plural(now.copies, 'copy', 'copies')} of it.`);
+    await readBook(id);
+  },
 });
+$('book-desk').append(borrow, giveBack, renew, share, edit, stockForm);
 mine.elements.status.append(...options(SHELVES));
 function drawStars(rating) { // a rating between whole stars is kept, and is one choice more
   put($('stars'), el('legend', {}, 'My rating, for everybody to see'), [...new Set([0, 1, 2, 3, 4, 5, rating ?? 0])].sort().map(n => el('label', {},
@@ -474,8 +500,15 @@ $('unshelve').onclick = tries(mine, () => changeMine('It is off your shelf.', 'D
 // --- my shelf ------------------------------------------------------------------------------------------------------
 const dated = moment => new Date(moment).toLocaleDateString('en', { dateStyle: 'medium', timeZone: 'UTC' }); // days are counted and typed in UTC
 const shelfAddress = ({ status, ...fields }) => to(status ? `shelf/${status}` : 'shelf', fields);
+const shelfTabs = el('nav', { class: 'tabs', 'aria-label': 'Parts of my shelf' }), shelfTags = choiceFilter('tag', 'Tag', { '': 'All tags' });
+const shelfView = section('shelf', 'My shelf',
+  [mark('count'), inRow(button('Export as CSV', once(() => exportShelf())), way('#/import', 'Import'))], shelfTabs,
+  filterForm(el('input', { name: 'status', hidden: true }), wordsFilter('Search my shelf for', 'Title or author on my shelf'), shelfTags,
+    choiceFilter('sort', 'Sort by', { '': 'Added last', '-finished': 'Finished last', '-updated': 'Changed last',
+      title: 'By title', author: 'By author', '-rating': 'Best rated' })));
+const exportShelf = () => attempt(shelfView, () => saveFile('my-library/export', 'my-library.csv'));
 const shelf = pages({
-  root: $('view-shelf'), path: () => 'my-library', address: shelfAddress, key: item => item.book_id, row: drawEntry,
+  root: shelfView, label: 'Books on my shelf', path: () => 'my-library', address: shelfAddress, key: item => item.book_id, row: drawEntry,
   skeleton: () => [el('div', { class: 'cover small' }), grow(el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '))],
   empty: (_, { status, ...filters }) => Object.keys(filters).length
     ? nothing('Nothing on your shelf is like that.', null, way(shelfAddress({ status }), 'Show all of it'))
@@ -524,22 +557,20 @@ function drawTabs(nav, path, names, counts, chosen) { // each keeps what else th
   redraw(nav, Object.entries(names).map(([name, text]) => link(address(name),
     [text, counts[name] != null && mark('soft', ` ${counts[name].toLocaleString('en')}`)],
     { 'aria-current': name === chosen ? 'page' : 'false', onclick: event => { event.currentTarget.href = address(name); } })));
-  nav.scrollLeft = (nav.querySelector('[aria-current=page]')?.offsetLeft ?? 0) - nav.offsetLeft - 40;
 }
 async function loadTabs() { // the counts are of the whole shelf
   const stats = await get('my-library/stats').catch(() => null);
   if (!stats || at.name !== 'shelf') return;
-  drawTabs($('shelf-tabs'), 'shelf', { '': 'All', ...STATUSES }, { '': stats.total, ...stats.by_status }, at.id);
-  choose($('view-shelf').querySelector('[name=tag]'), 'All tags', stats.top_tags.map(({ tag }) => [tag, tag]).sort());
+  drawTabs(shelfTabs, 'shelf', { '': 'All', ...STATUSES }, { '': stats.total, ...stats.by_status }, at.id);
+  offer(shelfTags.lastChild, 'All tags', stats.top_tags.map(({ tag }) => [tag, tag]).sort());
 }
-$('shelf-export').onclick = tries($('view-shelf'), () => saveFile('my-library/export', 'my-library.csv'));
 async function saveFile(path, name) { // which needs the token
   const saved = el('a', { href: URL.createObjectURL(await (await send(path)).blob()), download: name });
   saved.click();
   setTimeout(() => URL.revokeObjectURL(saved.href), 10000);
 }
 const reading = pages({ // above the catalogue
-  root: $('now'), path: () => 'my-library', params: () => ({ status: 'reading' }), limit: 12, key: item => item.book_id,
+  root: $('now'), label: 'Books that I am reading', kind: 'strip', path: () => 'my-library', params: () => ({ status: 'reading' }), limit: 12, key: item => item.book_id,
   row: item => [thumbnail(item.book), grow(heading(item), reached(item))],
   empty: () => ['Nothing at the moment. ', link('#/shelf/wishlist', 'Begin a book of your wishlist'), ', or find one below.'],
 });
@@ -562,21 +593,21 @@ function changedMine({ status, rating }) { // a day that was not changed keeps i
 // --- statistics ----------------------------------------------------------------------------------------------------
 function bars(title, unit, rows) { // [name, number, address]
   const most = Math.max(...rows.map(([, n]) => n), 1);
-  const drawn = rows.map(([name, n, address]) => {
-    const number = el('span', {}, n.toLocaleString('en'), mark('unseen', ` ${unit}`));
-    const line = el('li', {}, bdi(address ? link(address, name) : name), ' ', number);
-    line.style.setProperty('--part', `${n / most * 100}%`);
-    return line;
-  });
+  const drawn = rows.map(([name, n, address]) => el('li', { '--part': `${n / most * 100}%` },
+    bdi(address ? link(address, name) : name), ' ', el('span', {}, n.toLocaleString('en'), mark('unseen', ` ${unit}`))));
   return rows.some(([, n]) => n) && el('div', { class: 'panel' }, el('h3', {}, title), el('ul', { class: 'bars', 'aria-label': title }, drawn));
 }
 const figure = (n, text) => el('p', { class: 'panel' }, mark('big', n.toLocaleString('en')), ' ', mark('soft', text));
-const loadStats = () => attempt($('view-stats'), async () => {
-  const whose = me, { total, by_status, by_year, undated, average_rating, rating_count, top_genres, top_tags, top_authors } = await get('my-library/stats');
-  if (me !== whose) return;
+const charts = el('div', { id: 'charts' }), statsView = section('stats', 'Statistics', null, alertSlot(), charts);
+const loadStats = () => attempt(statsView, async () => {
+  const stats = await get('my-library/stats'), shows = JSON.stringify(stats);
+  if (charts.shows !== shows) drawStats(stats);
+  charts.shows = shows;
+});
+function drawStats({ total, by_status, by_year, undated, average_rating, rating_count, top_genres, top_tags, top_authors }) {
   const isEmpty = !total && el('p', {}, 'Your shelf is empty. ', link('#/', 'Find a book'), ' or ', link('#/import', 'bring in your shelf'), '.');
   const thisYear = by_year.find(({ year }) => year === new Date().getUTCFullYear()) ?? { books: 0, pages: 0 };
-  put($('charts'), isEmpty || [el('div', { class: 'cards figures' },
+  redraw(charts, isEmpty || [el('div', { class: 'cards figures' },
     figure(by_status.completed, 'books finished'), figure(thisYear.books, 'of them this year'), figure(thisYear.pages, 'pages this year'),
     figure(average_rating == null ? '–' : `★ ${average_rating.toFixed(2)}`, `on average, of ${plural(rating_count, 'rating')}`)),
   el('div', { class: 'columns' },
@@ -586,11 +617,15 @@ const loadStats = () => attempt($('view-stats'), async () => {
     bars('Pages finished by year', 'pages', by_year.map(({ year, pages }) => [String(year), pages])),
     bars('Top authors', 'books', top_authors.map(({ author, count }) => [author, count, to('shelf/completed', { search: author })])),
     bars('Top tags', 'books', top_tags.map(({ tag, count }) => [tag, count, to('shelf/completed', { tag })])))]);
-});
+}
 // --- lending -------------------------------------------------------------------------------------------------------
 const LOANS = { overdue: 'Overdue', active: 'On loan', returned: 'Returned', all: 'All' };
+const loanTabs = el('nav', { class: 'tabs', 'aria-label': 'Loans' });
+const cardForm = el('form', {}, el('input', { type: 'hidden', name: 'status' }), unseenLabel('Only of the card number',
+  el('input', { name: 'user_id', type: 'search', inputmode: 'numeric', placeholder: 'Card number' }), { 'data-staff': '' }));
+const lendingView = section('lending', 'Lending', cardForm, loanTabs);
 const loans = pages({
-  root: $('view-lending'), path: () => 'loans', address: ({ status, ...fields }) => to(`lending/${status}`, fields), key: loan => loan.id,
+  root: lendingView, label: 'Loans', path: () => 'loans', address: ({ status, ...fields }) => to(`lending/${status}`, fields), key: loan => loan.id,
   params: ({ status, ...fields }) => ({ ...fields, ...(status !== 'all' && { status }) }),
   row(loan, node) {
     const { id, book_id, user_id, title, username, quantity, borrowed_at, due_at, returned_at, renewals } = loan, late = new Date(due_at) < new Date();
@@ -608,15 +643,15 @@ const loans = pages({
   empty: (_, { status }) => nothing(status === 'overdue' ? 'Nothing is overdue.' : 'No loans here.',
     'Books with a copy to lend have a “Borrow it” button.', way('#/', 'To the catalogue')),
 });
-const card = $('view-lending').querySelector('form').elements; // whose loans, and which
+const card = cardForm.elements; // whose loans, and which
 async function loadLoanTabs(chosen, user_id) { // the overdue first, if there are any
   const count = status => get('loans', { ...(user_id && { user_id }), status, limit: 1 });
   const [{ total: overdue }, { total: active }] = await Promise.all([count('overdue'), count('active')]);
   const now = Object.hasOwn(LOANS, chosen) ? chosen : overdue ? 'overdue' : 'active';
-  drawTabs($('loan-tabs'), 'lending', LOANS, { overdue, active }, now);
+  drawTabs(loanTabs, 'lending', LOANS, { overdue, active }, now);
   return now;
 }
-const openLending = ({ id, query }) => attempt($('view-lending'), async () => loans.open({ ...query, status: await loadLoanTabs(id, query.user_id) }));
+const openLending = ({ id, query }) => attempt(lendingView, async () => loans.open({ ...query, status: await loadLoanTabs(id, query.user_id) }));
 const refreshLoans = () => Promise.all([loans.load(true), loadLoanTabs(card.status.value, card.user_id.value)]);
 card.user_id.addEventListener('input', () => loadLoanTabs(card.status.value, card.user_id.value).catch(() => {}));
 // --- files ---------------------------------------------------------------------------------------------------------
@@ -727,20 +762,16 @@ async function lacking({ id, warnings, dry_run }) { // how many rows went in wit
   }
   return [...rows].map(([without, of]) => entry(of.size, without));
 }
-function issues(severity, title, says) {
-  const names = el('tr', {}, ['Row', 'Column', 'Value', says].map(name => el('th', { scope: 'col' }, name)));
-  put($(`job-${severity}`), el('div', { class: 'scroll', role: 'region', tabindex: 0, 'aria-label': title },
-    el('table', {}, el('caption', {}, title), el('thead', {}, names), el('tbody', { tabindex: -1, 'aria-label': title }))));
-  return pages({
-    root: $(`job-${severity}`), path: () => `books/upload/${job.id}/errors`, params: () => ({ severity }), tag: 'tr', limit: 20, key: JSON.stringify,
-    row: ({ row, field, value, message }) => [row, field, value, message].map(cell => el('td', {}, cell)),
-  });
-}
+const issues = (severity, label, says) => pages({
+  root: $(`job-${severity}`), label, kind: ['Row', 'Column', 'Value', says],
+  path: () => `books/upload/${job.id}/errors`, params: () => ({ severity }), limit: 20, key: JSON.stringify,
+  row: ({ row, field, value, message }) => [row, field, value, message].map(cell => el('td', {}, cell)),
+});
 const refused = issues('error', 'Refused rows', 'Why'), warned = issues('warning', 'Warnings: these rows went in', 'What');
 $('job-download').onclick = tries($('job'), () => saveFile(`books/upload/${job.id}/errors?format=csv`, `upload-${job.id}-refused.csv`));
 $('job-cancel').onclick = tries($('job'), async () => { drawJob(await api('POST', `books/upload/${job.id}/cancel`)); keepFocus($('h-import')); });
 const uploads = pages({
-  root: $('uploads'), path: () => 'books/upload', address: fields => to('import', fields), limit: 10, key: upload => upload.id,
+  root: $('uploads'), label: 'Uploads', path: () => 'books/upload', address: fields => to('import', fields), limit: 10, key: upload => upload.id,
   row: ({ id, filename, status, created_at, rows, failed, warnings }) => [
     el('p', { class: 'grow' }, link(`#/import/${id}`, bdi(filename)), ' ', el('span', { class: status === 'failed' ? 'chip bad' : 'chip' }, WORDS[status])),
     facts(day(created_at), plural(rows, 'row'), failed > 0 && `${failed.toLocaleString('en')} refused`, warnings > 0 && plural(warnings, 'warning')),
@@ -750,7 +781,7 @@ const uploads = pages({
 // --- who is signed in ----------------------------------------------------------------------------------------------
 const isStaff = () => ['librarian', 'admin'].includes(me?.role);
 const mailAgain = async email => { await api('POST', 'auth/verify-email', { email }); return 'It is on its way.'; };
-const openAccount = (title, form) => openDialog($('account'), title, formOf({ how: 'strong', ...form }));
+const openAccount = (title, form) => openDialog('account', 'small', title, formOf({ how: 'strong', ...form }));
 function openSignIn({ username, password, email } = {}) { // at once where all is known, after signing up
   const form = openAccount('Sign in', {
     id: 'sign', verb: 'Sign in', parts: [userName('User name or e-mail address', { value: username }), secret('password', 'Password'),
@@ -795,13 +826,12 @@ const useCode = email => openCode({
     $('news').textContent = 'Your new password is set.';
   },
 });
-$('account').addEventListener('close', () => put($('account').lastElementChild)); // with what was typed
 for (const node of all('[data-open]')) node.onclick = () => node.dataset.open === 'up' ? openSignUp() : openSignIn();
 async function logIn(username, password) {
   token = (await api('POST', 'login?cookie=true', { username, password })).access_token;
   await signedIn();
   otherTabs.postMessage('in');
-  $('account').close();
+  closeDialog('account');
   keepFocus();
 }
 $('sign-out').onclick = async () => { await api('POST', 'auth/logout').catch(() => {}); otherTabs.postMessage('out'); signedOut(); };
@@ -813,36 +843,26 @@ async function signedIn() {
   if (!token) await refreshToken();
   if (!token) return;
   me = await get('users/me');
-  changedUser();
-  say(`Signed in as ${me.username}.`);
-}
-async function signedOut(why = '') {
-  token = me = job = entry = held = null;
-  for (const list of [shelf, reading, uploads, loans, refused, warned, sessions, users]) list.forget(); // the next at this machine may be somebody else
-  for (const node of all('#charts, #shelf-tabs, #loan-tabs, #my-address, #user > :last-child, .ticker, #latest')) put(node);
-  for (const field of [myForms.name.elements.full_name, desk.elements.reader]) field.defaultValue = '';
-  for (const form of [...Object.values(myForms), desk]) form.reset();
-  $('job').hidden = true;
-  changedUser();
-  $('notice').textContent = why;
-  keepFocus();
-  say('Signed out.');
-}
-function drawRole(role) { // kept for the next start, which then draws the right links at once
-  if (role) localStorage.role = role; else delete localStorage.role;
-  document.body.classList.toggle('member', Boolean(role));
-  document.body.classList.toggle('staff', ['librarian', 'admin'].includes(role));
-  document.body.classList.toggle('admin', role === 'admin');
-}
-const drawWho = () => put($('who'), me && [bdi(me.full_name ?? me.username), el('span', {}, `, ${me.role}`)]);
-function changedUser() {
-  drawRole(me?.role);
+  localStorage.role = me.role; // for the next start, which then draws the right links at once
+  drawRole(me.role);
   drawWho();
   route();
   reconnect();
+  say(`Signed in as ${me.username}.`);
 }
+function signedOut(why = '') { // the page begins anew, so that nothing of this account stays in it
+  delete localStorage.role;
+  history.replaceState({ ...history.state, why }, '');
+  location.reload();
+  return new Promise(() => {}); // until then, nothing goes on
+}
+function drawRole(role) {
+  const roles = { member: role, staff: ['librarian', 'admin'].includes(role), admin: role === 'admin' };
+  for (const [name, has] of Object.entries(roles)) document.body.classList.toggle(name, Boolean(has));
+}
+const drawWho = () => put($('who'), bdi(me.full_name ?? me.username), el('span', {}, `, ${me.role}`));
 // --- my account ----------------------------------------------------------------------------------------------------
-const myCard = el('p', { class: 'facts' }), myAddress = el('div', { id: 'my-address' });
+const myCard = el('p', { class: 'facts' }), myAddress = el('div', { id: 'my-address' }), mySessions = el('div');
 const myForms = Object.fromEntries(Object.entries({
   name: { title: 'Who I am', verb: 'Save the name', parts: [myCard, fullName('Full name, shown to staff and to you')],
     work: ({ full_name }) => changeMe({ full_name: full_name.trim() || null }, 'Saved.') },
@@ -851,29 +871,29 @@ const myForms = Object.fromEntries(Object.entries({
   password: { title: 'Password', verb: 'Change the password', parts:
     [secret('current_password', 'Present password'), newSecret('new_password', 'New password')],
     async work(fields) { await api('POST', 'auth/change-password', fields); sessions.load(true); return 'Your new password is set.'; } },
-  sessions: { title: 'Where I am signed in', verb: 'Sign out everywhere else', parts: el('ul', { class: 'rows', tabindex: -1, 'aria-label': 'My sessions' }), 
+  sessions: { title: 'Where I am signed in', verb: 'Sign out everywhere else', parts: mySessions,
     async work() {
       for (const { id, current } of (await get('auth/sessions?limit=100')).items) if (!current) await api('DELETE', `auth/sessions/${id}`);
       await sessions.load(true);
     } },
   data: { title: 'All about me', verb: 'Download it', parts: el('p', {}, 'All that is stored about you: account, shelf, reviews, loans, uploads and sessions.'),
     work: () => saveFile('users/me/export', `books-${me.username}.json`) },
-  deletion: { title: 'Delete my account', verb: 'Delete my account', how: 'danger', 
+  deletion: { title: 'Delete my account', verb: 'Delete my account', how: 'danger',
     parts: [el('p', {}, 'Your shelf, reviews, uploads and past loans go with it, for good. Books that you added stay.'), secret('password', 'My password')],
     async work(fields) { await api('DELETE', 'users/me', fields); otherTabs.postMessage('out'); await signedOut('Your account is deleted.'); } },
 }).map(([name, form]) => [name, formOf(form)]));
-$('view-account').append(el('div', { class: 'columns' }, Object.values(myForms)));
+const accountView = section('account', 'My account', null, el('div', { class: 'columns' }, Object.values(myForms)));
 const device = agent => [/Firefox|Chrome|Safari/, /Android|iPhone|iPad|Windows|Mac OS|Linux(?!; Android)/]
   .map(known => agent?.match(known)?.[0]).filter(Boolean).join(' on ') || agent || 'An unknown program';
 const sessions = pages({
-  root: myForms.sessions, path: () => 'auth/sessions', limit: 10, key: session => session.id,
+  root: mySessions, label: 'My sessions', path: () => 'auth/sessions', limit: 10, key: session => session.id,
   row: ({ id, user_agent, created_at, last_used_at, current }, node) => [
     grow(el('strong', {}, device(user_agent)), ' ', current && chip('this one'),
       facts(`since ${day(created_at)}`, `last used ${day(last_used_at)}`), alertSlot()),
     !current && button('End', tries(node, async () => { await api('DELETE', `auth/sessions/${id}`); await sessions.load(true); }),
       { 'aria-label': `End the session of ${device(user_agent)}` })],
 });
-const openMe = () => attempt($('view-account'), async () => { [me] = await Promise.all([get('users/me'), sessions.load(true)]); drawMe(); });
+const openMe = () => attempt(accountView, async () => { [me] = await Promise.all([get('users/me'), sessions.load(true)]); drawMe(); });
 async function changeMe(change, told) { me = await api('PATCH', 'users/me', change); drawMe(); return told; }
 function drawMe() {
   const { id, username, role, full_name, email, email_verified_at, pending_email, created_at } = me, { name, email: form } = myForms;
@@ -888,17 +908,17 @@ function drawMe() {
       pending_email && press('Keep the old one', () => changeMe({ email }, 'Your address stays as it is.'))));
 }
 // --- editing a book ------------------------------------------------------------------------------------------------
-const editForm = $('view-edit').appendChild(fill(addForm.cloneNode(true), { id: 'edit-form' }, []));
+const editForm = fill(addForm.cloneNode(true), { id: 'edit-form' }, []);
 let edited = null; // as it was read: what is sent is what differs
 const openEdit = id => attempt(editForm, async () => {
-  [edited, $('delete-book').hidden] = [null, true];
+  [edited, deleteBook.hidden] = [null, true];
   editForm.reset();
   drawEdited(await get(`books/${id}`));
 });
 function drawEdited(book, typed) {
   edited = book;
   fillIn(editForm, book, typed);
-  $('delete-book').hidden = !mayEdit(book);
+  deleteBook.hidden = !mayEdit(book);
 }
 async function changeEdited(method, json) { // where somebody else was faster, theirs is shown, and what was typed stays
   const was = edited;
@@ -911,14 +931,18 @@ async function changeEdited(method, json) { // where somebody else was faster, t
   }
 }
 onSubmit(editForm, async () => { await changeEdited('PATCH', changesOf(editForm)); leave(`#/book/${edited.id}`); });
-$('delete-book').onclick = ifSure(editForm, 'Delete this book?', 'Its reviews and its place on shelves go with it. This can’t be undone.', 'Delete it',
-  async () => { await changeEdited('DELETE'); leave('#/'); });
-const leave = address => { history.replaceState(null, '', `${base}/${address}`); route(true); }; // Back does not lead to what was left
+const deleteBook = button('Delete this book', ifSure(editForm, 'Delete this book?', 'Its reviews and its place on shelves go with it. This can’t be undone.',
+  'Delete it', async () => { await changeEdited('DELETE'); leave('#/'); }), { class: 'danger' });
+section('edit', 'Edit a book', deleteBook, editForm);
+const leave = address => { history.replaceState(null, '', address); route(true); }; // Back does not lead to what was left
 // --- users ---------------------------------------------------------------------------------------------------------
 const ROLES = [['reader', 'Reader'], ['librarian', 'Librarian'], ['admin', 'Admin']];
-choose($('view-users').querySelector('[name=role]'), 'All roles', ROLES);
+const usersView = section('users', 'Users', [mark('count'), way('#/users/new', 'New user')], filterForm(
+  wordsFilter('Search users for', 'User name, e-mail address, full name'), choiceFilter('role', 'Role', { '': 'All roles', ...Object.fromEntries(ROLES) }),
+  choiceFilter('is_active', 'State', { '': 'Active or not', true: 'Active', false: 'Deactivated' })));
 const users = pages({
-  root: $('view-users'), path: () => 'users', address: fields => to('users', fields), tag: 'tr', limit: 50, key: user => user.id,
+  root: usersView, label: 'Users', kind: ['User', 'Role', 'State', 'E-mail address', 'Since'],
+  path: () => 'users', address: fields => to('users', fields), limit: 50, key: user => user.id,
   row: ({ id, username, email, full_name, role, is_active, email_verified_at, created_at }) => [
     [link(`#/users/${id}`, bdi(username)), full_name && el('div', { class: 'soft' }, bdi(full_name))],
     role === 'reader' ? role : chip(role), el('span', { class: is_active ? 'good' : 'bad' }, is_active ? 'Active' : 'Deactivated'),
@@ -927,11 +951,11 @@ const users = pages({
 });
 let opened = null; // the id in the form, 'new', or none
 async function openUsers({ id, query }) {
-  const was = opened, tbody = $('view-users').querySelector('tbody');
+  const was = opened, tbody = usersView.querySelector('tbody');
   opened = id;
-  if (!id) $('user').close();
+  if (!id) closeDialog('user');
   if (!id || !tbody.children.length) await users.open(query);
-  if (id) await attempt($('view-users'), async () => drawUser(id === 'new' ? {} : await get(`users/${Number(id) || 0}`)));
+  if (id) await attempt(usersView, async () => drawUser(id === 'new' ? {} : await get(`users/${Number(id) || 0}`)));
   else if (was) (tbody.querySelector(`a[href="#/users/${was}"]`) ?? $('h-users')).focus();
 }
 function drawUser({ id, username, email, full_name, role = 'reader', is_active, pending_email, created_at }) {
@@ -948,11 +972,10 @@ function drawUser({ id, username, email, full_name, role = 'reader', is_active, 
   });
   const remove = ifSure(form, `Delete the account of ${username}?`,
     'Its shelf, reviews, uploads and past loans go with it, for good. Books that it added stay.', 'Delete it', () => change('DELETE'));
-  openDialog($('user'), id ? bdi(username) : 'New user', form);
+  openDialog('user', 'drawer', id ? bdi(username) : 'New user', form, () => {
+    if (at.name === 'users' && at.id) /^#\/users(\?|$)/.test(history.state?.from) ? history.back() : leave('#/users');
+  });
 }
-$('user').addEventListener('close', () => {
-  if (at.name === 'users' && at.id) /^#\/users(\?|$)/.test(history.state?.from) ? history.back() : leave('#/users');
-});
 // --- the desk ------------------------------------------------------------------------------------------------------
 const desk = formOf({
   title: 'Lend to a reader', verb: 'Lend', how: 'strong', work: lend, parts: [
@@ -961,10 +984,10 @@ const desk = formOf({
       field('until', 'Until, if not the usual time', { type: 'date', required: false })),
     el('p', { class: 'soft' }, 'Readers find their card number under “My account”. What they bring back is under ', link('#/lending', 'their loans'), '.')],
 });
-$('view-desk').append(desk, fill(formOf({
-  title: 'Backup', verb: 'Download a backup', parts: el('p', {}, 'A consistent copy of the whole database, made while everybody goes on working.'),
+section('desk', 'Desk', null, desk, formOf({
+  'data-admin': '', title: 'Backup', verb: 'Download a backup', parts: el('p', {}, 'A consistent copy of the whole database, made while everybody goes on working.'),
   work: () => saveFile('admin/backup', `books-${new Date().toISOString().slice(0, 10)}.db`),
-}), { 'data-admin': '' }, []));
+}));
 async function openDesk({ query }) {
   const book = query.book && await get(`books/${Number(query.book) || 0}`).catch(() => null);
   if (!book) return;
@@ -988,7 +1011,7 @@ async function lend({ book, reader, until }) { // the reader stays, for the next
 // --- views, each with an address -----------------------------------------------------------------------------------
 // A view is `#/name/id?query`: its title, `who` may see it, what opens it there, and what draws it anew after a change.
 const VIEWS = {
-  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query).then(drawSpines), openNow()]),
+  '': { title: 'Catalogue', open: ({ query }) => Promise.all([catalogue.open(query).then(drawSpines), loadGenres(), openNow()]),
     refresh: () => Promise.all([catalogue.load(true), loadGenres(), openNow()]) },
   book: { title: 'Book', open: ({ id }) => openBook(Number(id) || 0), refresh: () => shown?.id && Promise.all([readBook(shown.id), reviews.load(true)]) },
   add: { title: 'Add a book', who: 'member', open: openAdd },
@@ -1003,7 +1026,7 @@ const VIEWS = {
   desk: { title: 'Desk', who: 'staff', open: openDesk },
 };
 const sectionOf = name => $(`view-${name}`);
-const allowed = who => !who || document.body.classList.contains(who);
+const allowed = (who = isPrivate && 'member') => !who || document.body.classList.contains(who);
 function parse(address) {
   const [path, query] = address.replace(/^#?\/?/, '').split('?'), [name, id = ''] = path.split('/');
   return { name: Object.hasOwn(VIEWS, name) ? name : '', id, query: Object.fromEntries(new URLSearchParams(query)) };
@@ -1022,15 +1045,18 @@ async function route(moved = false) {
   $('now').hidden = Object.keys(at.query).length > 0; // a search is about other books
   if (!history.state?.key) history.replaceState({ key: Date.now() + Math.random(), from: last }, '');
   [entryKey, last] = [history.state.key, location.hash];
-  if (history.state.y != null) { scrolled.set(entryKey, history.state.y); history.replaceState({ ...history.state, y: null }, ''); }
+  const { y, why, ...state } = history.state; // `y` and `why` are of the page before a reload, and hold once
+  if (y != null) scrolled.set(entryKey, y);
+  history.replaceState(state, '');
   const view = VIEWS[at.name], place = allowed(view.who) ? at.name : 'invite', section = sectionOf(place);
   for (const other of all('main > section')) other.hidden = other !== section;
   for (const link of all('header nav a')) link.setAttribute('aria-current', parse(link.hash).name === at.name ? 'page' : 'false');
   if (at.name !== 'book') shown = held = null;
-  if (place !== 'users') $('user').close();
+  if (place !== 'users') closeDialog('user');
   $('news').textContent = '';
-  if (place !== 'invite') $('notice').textContent = ''; // there it says why one is no longer signed in
-  if (moved) { $('account').close(); showLog(false); }
+  $('notice').textContent = why ?? '';
+  if (why) $('main').focus();
+  if (moved) { closeDialog('account'); showLog(false); }
   setTitle();
   if (moved && !(from.name === at.name && from.id === at.id)) { // within a view, what has the focus keeps it
     scrollTo(0, scrolled.get(entryKey) ?? 0);
@@ -1046,7 +1072,6 @@ addEventListener('pagehide', () => history.replaceState({ ...history.state, y: s
 addEventListener('hashchange', () => route(true));
 $('book-back').onclick = event => { if (history.state?.from) { event.preventDefault(); history.back(); } }; // to the list as it was
 document.querySelector('.skip').onclick = event => { event.preventDefault(); $('main').focus(); }; // the view stays in the address
-for (const node of all('[data-close]')) node.onclick = () => node.closest('dialog').close();
 let refreshing = false, stale = false;
 async function refreshAll() { // one at a time, at most once a second, and not all clients at the same moment
   stale = true;
@@ -1115,10 +1140,18 @@ async function* frames(answer) {
     for (const block of blocks) yield Object.fromEntries(block.split(/\r?\n/).map(line => line.match(/^([^:]*):? ?(.*)$/s).slice(1)));
   }
 }
+async function tellLately() { // so that the ticker does not begin empty: the latest changes, or books if the service has started since
+  const { items } = await get(`events?limit=30&types=${TYPES}&after=${Math.max(0, lastId - 30)}`);
+  for (const { id, type, data, at } of items) if (id <= lastId) tell(type, data, new Date(at)); // the stream has the rest
+  if (ticker.children.length) return;
+  const { items: books } = await get('books?sort=-created&limit=5');
+  for (const book of books.reverse()) tell('book.created', book, new Date(book.created_at));
+}
 async function follow() {
   for (let tries = 0, pause = 2000; ;) {
-    while (document.hidden) await new Promise(done => { wake = done; }); // browsers allow few connections: seen tabs need them
+    while (document.hidden || !allowed()) await new Promise(done => { wake = done; }); // browsers allow few connections: seen tabs need them
     const woken = new Promise(done => { wake = done; });
+    if (!ticker.children.length) await tellLately().catch(() => {});
     connection = new AbortController();
     try {
       const answer = await watched(send(`stream?types=${TYPES},upload.*`, { signal: connection.signal, headers: lastId ? { 'Last-Event-ID': lastId } : {} }));
@@ -1149,14 +1182,12 @@ function reachable(yes) {
 function readAgain() { if (!me && localStorage.role) signedIn().catch(() => {}); else route(); }
 $('retry').onclick = () => { reconnect(); readAgain(); };
 // --- the start -----------------------------------------------------------------------------------------------------
-for (const link of all('footer a')) link.href = `${base}/${link.getAttribute('href')}`;
 $('hint').textContent = document.body.dataset.hint ?? '';
-history.replaceState(history.state, '', `${base}/${document.documentElement.dataset.book ? `#/book/${document.documentElement.dataset.book}` : location.hash}`);
+if (isPrivate) $('invite-why').textContent = 'This library shows its books to its members only.';
+if (isPrivate) $('export').onclick = event => { event.preventDefault(); saveFile('books/export', 'books.csv'); };
+const { book } = document.documentElement.dataset;
+history.replaceState(history.state, '', book ? `#/book/${book}` : location.hash);
 drawRole(localStorage.role);
 const starting = localStorage.role ? signedIn().catch(error => { if (me) show($('main'), error); }) : null;
-loadGenres();
 await Promise.all([route(), starting]);
-// What happened lately, so that the ticker does not begin empty.
-const { items: lately } = await get(`events?limit=30&types=${TYPES}&after=${Math.max(0, lastId - 30)}`).catch(() => ({ items: [] }));
-for (const { id, type, data, at } of lately) if (id <= lastId) tell(type, data, new Date(at)); // the stream has the rest
 follow();

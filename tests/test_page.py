@@ -888,7 +888,7 @@ def test_the_page_ends_with_its_footer(classics: Server, visit: Visit, size: tup
     )
     assert below < 70  # the bar of the views on a phone
     page.locator("#sign-in").click()
-    line = page.locator("#account [data-close]").bounding_box()
+    line = page.locator("#account").get_by_role("button", name="Close").bounding_box()
     assert line is not None
     assert line["height"] < 50, "the word is not broken"
 
@@ -1133,3 +1133,116 @@ def test_screenshots(server: Server, visit: Visit, tmp_path: Path) -> None:
     page.screenshot(path=folder / "docs.png")
     for name in ("catalogue", "shelf", "statistics", "docs"):
         assert 5_000 < (folder / f"{name}.png").stat().st_size < 150_000, name
+
+
+# --- a private catalogue ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "view"),
+    [
+        pytest.param("/", "", id="catalogue"),
+        pytest.param("/b/1", "", id="link to a book"),
+        pytest.param("/", "#/shelf", id="shelf"),
+    ],
+)
+def test_a_private_catalogue_shows_a_visitor_only_the_sign_in(
+    serve: Callable[..., Server], browser: Browser, path: str, view: str
+) -> None:
+    server = serve(PUBLIC_CATALOGUE="false")
+    sign_up(server.client, "Rita").add_book(**DUNE)
+    page = browser.new_page()
+    console: list[tuple[str, str]] = []
+    answers: list[tuple[int, str]] = []
+    page.on("console", lambda message: console.append((message.type, message.text)))
+    page.on("response", lambda answer: answers.append((answer.status, answer.url)))
+    page.goto(f"{server.url}{path}{view}")
+    expect(here(page)).to_contain_text("This library shows its books to its members only.")
+    expect(here(page).get_by_role("button", name="Sign in")).to_be_visible()
+    for part in ("header nav", ".live", "footer"):
+        expect(page.locator(part)).to_be_hidden()
+    page.wait_for_load_state("networkidle")
+    assert [url for _, url in answers if "/static/" not in url] == [f"{server.url}{path}"]
+
+    sign_in(page, "Rita")
+    page.goto(f"{server.url}/#/")
+    expect(here(page).get_by_label("Genre").locator("option")).to_have_count(2)
+    expect(open_book(page, "Dune").locator(".cover")).to_contain_text("Frank Herbert")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="The catalogue as CSV").click()
+    assert "Dune" in Path(download.value.path()).read_text("utf-8")
+    page.reload()
+    expect(page.locator("#live")).to_have_text("connected")
+    expect(page.locator(".ticker")).to_contain_text("New: Dune")
+    page.locator("#sign-out").click()
+    expect(here(page)).to_contain_text("This library shows its books to its members only.")
+    page.close()
+    assert [message for message in console if message[0] in ("error", "warning")] == []
+    assert [answer for answer in answers if answer[0] >= 400] == []
+
+
+def test_a_book_that_is_opened_again_has_its_cover(classics: Server, visit: Visit) -> None:
+    page = visit(classics)
+    for _ in range(2):
+        expect(open_book(page, "The Epic of Gilgamesh").locator(".cover")).to_contain_text("Anonymous")
+        page.go_back()
+
+
+def test_after_a_restart_the_ticker_shows_the_newest_books(serve: Callable[..., Server], visit: Visit) -> None:
+    server = serve()
+    for number in range(7):
+        Person(server.client, "admin", "admin").add_book(title=f"Volume {number}")
+    server.restart()
+    sign_up(server.client, "Rita")  # the ids of this and later events are far from those before
+    page = visit(server)
+    expect(page.locator("#latest")).to_contain_text("New: Volume 6 by Somebody")
+    expect(page.locator(".ticker li")).to_have_count(5)
+
+
+@pytest.mark.parametrize("width", [360, 390])
+def test_bars_of_links_fit_a_phone(server: Server, visit: Visit, width: int) -> None:
+    admin = Person(server.client, "admin", "admin")
+    for number in range(12):
+        book = admin.add_book(title=f"Volume {number}")
+        admin.put(f"/books/{book['id']}/stock", json={"copies": 1})
+        admin.post("/loans", json={"book_id": book["id"]})
+        admin.post(f"/my-library/{book['id']}", json={"status": "abandoned"})
+    page = visit(server, (width, 844))
+    sign_in(page, "admin", "admin")
+    for view, tab in (("Lending", "On loan 12"), ("My shelf", "Abandoned 12")):
+        go(page, view)
+        expect(here(page).get_by_role("link", name=tab)).to_be_visible()
+        for bar in (page.locator("header nav"), here(page).locator(".tabs")):
+            assert bar.evaluate("bar => bar.scrollWidth <= bar.clientWidth && bar.scrollLeft === 0"), view
+            tops = bar.locator("a").evaluate_all("links => links.map(link => link.getBoundingClientRect().top)")
+            assert len(set(tops)) == 1, view
+
+
+def test_signing_out_leaves_nothing_of_the_account_in_the_page(server: Server, visit: Visit) -> None:
+    rita = sign_up(server.client, "Rita")
+    rita.post(f"/my-library/{rita.add_book(**DUNE)['id']}")
+    rita.patch("/my-library/1", json={"tags": ["guilty pleasure"]})
+    page = visit(server, address="#/book/1")
+    sign_in(page, "Rita")
+    expect(page.get_by_label("Tags")).to_have_value("guilty pleasure")
+    page.locator("#sign-out").click()
+    expect(page.locator("#book-title")).to_have_text("Dune")
+    expect(page.locator("#sign-in")).to_be_visible()
+    typed = page.evaluate("[...document.querySelectorAll('input, textarea')].map(field => field.value)")
+    assert not [text for text in (*typed, page.locator("body").text_content()) if re.search("guilty|Rita", text or "")]
+
+
+def test_a_typed_number_of_copies_is_not_kept_for_the_next_book(server: Server, visit: Visit) -> None:
+    lydia = staff(server)
+    for title in ("Dune", "Emma"):
+        lydia.add_book(title=title)
+    page = visit(server, address="#/book/1")
+    sign_in(page, "Lydia")
+    copies = page.get_by_label("Copies that the library has")
+    copies.fill("7")
+    lydia.patch("/books/1", json={"pages": 412})
+    expect(page.locator("#book-info")).to_contain_text("412")
+    expect(copies).to_have_value("7")  # what is typed outlives changes of others
+    page.evaluate("location.hash = '#/book/2'")
+    expect(page.locator("#book-title")).to_have_text("Emma")
+    expect(copies).to_have_value("0")

@@ -592,3 +592,14 @@ def test_a_keyboard_is_enough_for_the_shelf(server: Server, visit: Visit) -> Non
     expect(page.get_by_text("Nothing here yet.")).to_be_visible()
     expect(here(page).locator(".rows")).to_be_focused()  # the button that was pressed is gone
     assert rita.get(f"/my-library/{book_id}").json()["status"] == "completed"
+
+
+def test_the_focus_stays_where_it_is_in_statistics(server: Server, visit: Visit) -> None:
+    rita = sign_up(server.client, "Rita")
+    shelve(rita, "Dune", {"genre": "Novel"}, status="completed")
+    page = reader(server, visit, "#/stats")
+    genre = page.locator("#charts").get_by_role("link", name="Novel")
+    genre.focus()
+    shelve(rita, "Emma", {"genre": "Novel"}, status="completed")
+    expect(page.get_by_role("list", name="Top genres")).to_contain_text("2 books")
+    expect(genre).to_be_focused()
