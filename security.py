@@ -87,7 +87,8 @@ async def read_form(request: Request, parser: MultiPartParser | None = None) -> 
         raise HTTPException(415, f"Forms are in UTF-8; the Content-Type says {charset[:50]}.")
     if media_type not in (b"", b"multipart/form-data", b"application/x-www-form-urlencoded"):
         shown = media_type[:100].decode("latin-1")
-        raise HTTPException(415, f"This path takes a form; the Content-Type says {shown}.")
+        taken = "a form or JSON" if parser is None else "multipart/form-data"
+        raise HTTPException(415, f"This path takes {taken}; the Content-Type says {shown}.")
     if parser is not None and media_type == b"multipart/form-data":
         try:
             request._form = await parser.parse()

@@ -604,7 +604,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture
-def server(serve: Callable[..., Server]) -> Server:
+def server(serve: Callable[..., Server], first_start: Path, tmp_path: Path) -> Server:
+    copy_of(first_start, tmp_path / "books.db")
     return serve()
 
 
