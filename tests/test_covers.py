@@ -134,13 +134,13 @@ def test_largest_picture(client: TestClient, reader: Person, others: Catalogues)
 
 
 def hang(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(0.3)
+    time.sleep(1)
 
 
 def drip(handler: BaseHTTPRequestHandler) -> None:
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(30):
+    for _ in range(60):
         handler.wfile.write(JPEG)
         time.sleep(0.02)
 
@@ -168,7 +168,7 @@ DOWN: dict[str, Fault] = {
 def test_source_that_is_down_is_asked_again_after_a_minute(
     client: TestClient, reader: Person, others: Catalogues, clock: Clock, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    monkeypatch.setattr(covers, "FETCH_TIMEOUT", 0.1 if fault in (hang, drip) else 5)
+    monkeypatch.setattr(covers, "FETCH_TIMEOUT", 0.3 if fault in (hang, drip) else 5)
     paths = [add_book(reader, EMMA), add_book(reader, DUNE)]
     others.covers = {EMMA: JPEG, DUNE: PNG}
     others.faults = [fault]
