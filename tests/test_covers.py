@@ -134,13 +134,13 @@ def test_largest_picture(client: TestClient, reader: Person, others: Catalogues)
 
 
 def hang(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(0.3)
+    time.sleep(1)
 
 
 def drip(handler: BaseHTTPRequestHandler) -> None:
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(30):
+    for _ in range(60):
         handler.wfile.write(JPEG)
         time.sleep(0.02)
 
@@ -168,7 +168,7 @@ DOWN: dict[str, Fault] = {
 def test_source_that_is_down_is_asked_again_after_a_minute(
     client: TestClient, reader: Person, others: Catalogues, clock: Clock, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    monkeypatch.setattr(covers, "FETCH_TIMEOUT", 0.1 if fault in (hang, drip) else 5)
+    monkeypatch.setattr(covers, "FETCH_TIMEOUT", 0.3 if fault in (hang, drip) else 5)
     paths = [add_book(reader, EMMA), add_book(reader, DUNE)]
     others.covers = {EMMA: JPEG, DUNE: PNG}
     others.faults = [fault]
@@ -289,7 +289,7 @@ def test_concurrency_is_bounded_and_nothing_else_waits(
     with ThreadPoolExecutor() as threads:
         answers = [threads.submit(client.get, path) for path in paths[:4]]
         wait_for(lambda: (slow.now == 2 and covers.places.locked()) or None)
-        assert connections.checkedout() == before  # type: ignore[attr-defined]
+        wait_for(lambda: connections.checkedout() <= before or None)  # type: ignore[attr-defined]  # the tail may read
         assert is_none(client, paths[4], "no-store")
         assert reader.add_book()["id"] == len(isbns) + 1
         slow.let_go.set()
