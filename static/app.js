@@ -444,8 +444,8 @@ const MOST_RENEWALS = 2; // of the service
 const mayRenew = loan => Boolean(loan) && !loan.returned_at && loan.renewals < MOST_RENEWALS && new Date(loan.due_at) > new Date();
 const loanButton = (text, path, json, told, more) => button(text, tries(bookView, async () => {
   const { id } = shown, loan = await api('POST', path(), json?.());
-  note(told(loan));
   await Promise.all([readBook(id), readMine(id)]);
+  note(told(loan)); // once its buttons can be pressed again
   keepFocus($('book-title'));
 }), more);
 const borrow = loanButton('Borrow it', () => 'loans', () => ({ book_id: shown.id }), ({ due_at }) => `Yours until ${day(due_at)}.`, { class: 'strong' });
