@@ -444,8 +444,8 @@ const MOST_RENEWALS = 2; // of the service
 const mayRenew = loan => Boolean(loan) && !loan.returned_at && loan.renewals < MOST_RENEWALS && new Date(loan.due_at) > new Date();
 const loanButton = (text, path, json, told, more) => button(text, tries(bookView, async () => {
   const { id } = shown, loan = await api('POST', path(), json?.());
-  note(told(loan));
   await Promise.all([readBook(id), readMine(id)]);
+  note(told(loan)); // once its buttons can be pressed again
   keepFocus($('book-title'));
 }), more);
 const borrow = loanButton('Borrow it', () => 'loans', () => ({ book_id: shown.id }), ({ due_at }) => `Yours until ${day(due_at)}.`, { class: 'strong' });
@@ -852,7 +852,7 @@ async function signedIn() {
 }
 function signedOut(why = '') { // the page begins anew, so that nothing of this account stays in it
   delete localStorage.role;
-  history.replaceState({ ...history.state, why }, '');
+  if (why) sessionStorage.why = why; // until it is shown
   location.reload();
   return new Promise(() => {}); // until then, nothing goes on
 }
@@ -1045,17 +1045,14 @@ async function route(moved = false) {
   $('now').hidden = Object.keys(at.query).length > 0; // a search is about other books
   if (!history.state?.key) history.replaceState({ key: Date.now() + Math.random(), from: last }, '');
   [entryKey, last] = [history.state.key, location.hash];
-  const { y, why, ...state } = history.state; // `y` and `why` are of the page before a reload, and hold once
-  if (y != null) scrolled.set(entryKey, y);
-  history.replaceState(state, '');
+  if (history.state.y != null) { scrolled.set(entryKey, history.state.y); history.replaceState({ ...history.state, y: null }, ''); }
   const view = VIEWS[at.name], place = allowed(view.who) ? at.name : 'invite', section = sectionOf(place);
   for (const other of all('main > section')) other.hidden = other !== section;
   for (const link of all('header nav a')) link.setAttribute('aria-current', parse(link.hash).name === at.name ? 'page' : 'false');
   if (at.name !== 'book') shown = held = null;
   if (place !== 'users') closeDialog('user');
   $('news').textContent = '';
-  $('notice').textContent = why ?? '';
-  if (why) $('main').focus();
+  if (place !== 'invite') $('notice').textContent = ''; // there it says why one is no longer signed in
   if (moved) { closeDialog('account'); showLog(false); }
   setTitle();
   if (moved && !(from.name === at.name && from.id === at.id)) { // within a view, what has the focus keeps it
@@ -1189,5 +1186,11 @@ const { book } = document.documentElement.dataset;
 history.replaceState(history.state, '', book ? `#/book/${book}` : location.hash);
 drawRole(localStorage.role);
 const starting = localStorage.role ? signedIn().catch(error => { if (me) show($('main'), error); }) : null;
-await Promise.all([route(), starting]);
+const opening = route();
+if (sessionStorage.why) {
+  $('notice').textContent = sessionStorage.why;
+  $('main').focus();
+  delete sessionStorage.why;
+}
+await Promise.all([opening, starting]);
 follow();

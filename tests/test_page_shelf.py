@@ -568,7 +568,7 @@ def test_nothing_moves_while_it_loads(server: Server, visit: Visit, size: tuple[
     )
     page.goto(f"{server.url}/{address}")
     expect(cards(page)).to_have_count(24)
-    expect(page.locator("progress").first).to_be_visible()
+    expect(here(page).locator("progress").first).to_be_visible()
     expect(page.locator("#live")).to_have_text("connected")
     assert page.evaluate("moved") < 0.05
 
