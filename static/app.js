@@ -626,7 +626,7 @@ const cardForm = el('form', {}, el('input', { type: 'hidden', name: 'status' }),
 const lendingView = section('lending', 'Lending', cardForm, loanTabs);
 const loans = pages({
   root: lendingView, label: 'Loans', path: () => 'loans', address: ({ status, ...fields }) => to(`lending/${status}`, fields), key: loan => loan.id,
-  params: ({ status, ...fields }) => ({ ...fields, ...(status !== 'all' && { status }) }),
+  params: ({ status, ...fields }) => ({ ...fields, ...(status && status !== 'all' && { status }) }), // none before the view is opened
   row(loan, node) {
     const { id, book_id, user_id, title, username, quantity, borrowed_at, due_at, returned_at, renewals } = loan, late = new Date(due_at) < new Date();
     const send = async what => { await api('POST', `loans/${id}/${what.toLowerCase()}`); await refreshLoans(); };
