@@ -220,7 +220,9 @@ def test_clients_behind_the_buffer_read_the_log(client: TestClient, reader: Pers
 
 
 @pytest.mark.slow
-def test_ids_that_are_not_in_the_log_cause_a_reset(server: Server, rita: Person) -> None:
+def test_ids_that_are_not_in_the_log_cause_a_reset(serve: Callable[..., Server]) -> None:
+    server = serve()
+    rita = sign_up(server.client, "Rita")
     rita.add_book()
     oldest, head = rita.get("/events").json()["items"][0]["id"], server.client.get("/events").json()["next"]
     for ahead, reason in ((-head, "expired"), (-1000, "expired"), (1, "future"), (2**63 - 1 - head, "future")):

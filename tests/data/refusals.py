@@ -31,7 +31,11 @@ REFUSALS = {
         "ref", "is not one of .*", "POST", "/books/external", {"source": "openlibrary", "ref": "zyTCAlFPjgYC"}
     ),
     "numbers of words": Refusal(
-        "search", "must have at most 16 words", "GET", "/books", {"search": " ".join("abcdefghijklmnopq")}
+        "search|title|author|publisher",
+        "must have at most 16 words",
+        "GET",
+        "/books",
+        {"search": " ".join("abcdefghijklmnopq")},
     ),
     "empty files": Refusal("file", "is empty", "POST", "/books/upload", {"file": ""}),
     "fields of a form, given twice": Refusal(
