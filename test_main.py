@@ -491,6 +491,7 @@ def test_the_readme_tour_works_as_written(serve: Callable[..., Server], tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.sqlite  # it starts on a file of its own, whatever the other tests run on
 def test_the_readme_commands_work_in_a_clean_clone(tmp_path: Path) -> None:
     clone = tmp_path / "books-api"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
