@@ -47,6 +47,7 @@ class Stream:
                     if line:
                         name, _, value = line.partition(": ")
                         frame[name] = value
+                        frame["seen"] = str(time.monotonic())
                     elif frame:
                         self.frames.append(frame)
                         frame = {}
@@ -81,10 +82,12 @@ def test_the_first_frame_is_ready_with_the_last_id(server: Server, rita: Person)
     assert 1500 <= int(first["retry"]) <= 2500
 
 
-def test_changes_arrive_as_they_are_logged(server: Server, rita: Person) -> None:
+def test_changes_arrive_within_half_a_second_as_they_are_logged(server: Server, rita: Person) -> None:
     stream = Stream(server.client)
     book = rita.add_book(title="Dune")
+    created = time.monotonic()
     event = stream.wait(1)[0]
+    assert float(event["seen"]) - created < 0.5
     logged = server.client.get("/events").json()["items"][-1]
     assert (int(event["id"]), event["event"], json.loads(event["data"])) == (
         logged["id"],
@@ -182,7 +185,7 @@ def test_limit_and_seconds_end_a_stream(server: Server, rita: Person) -> None:
     assert (len(limited.events), limited.error) == (2, None)
     timed = Stream(server.client, seconds=0.3)
     began = time.monotonic()
-    assert wait_for(lambda: timed.ended) - began > 0.2
+    assert 0.2 < wait_for(lambda: timed.ended) - began < 2
     assert timed.error is None
 
 
@@ -243,9 +246,10 @@ def test_streams_of_two_processes_have_the_same_order(serve: Callable[..., Serve
     sign_up(one.client, "rita")
     streams = [Stream(server.client) for server in (one, two)]
     writers = [Person(server.client, "rita") for server in (one, two)]
+    started = time.monotonic()
     writers[0].add_book(title="from one")
     for stream in streams:
-        stream.wait(1)
+        assert float(stream.wait(1)[0]["seen"]) - started < 1
 
     def write(writer: Person) -> None:
         for number in range(30):
@@ -339,12 +343,10 @@ def test_cursors_that_are_no_position_of_the_log_cause_a_reset(
     assert page["reset"] == reset
     assert [event["id"] for event in page["items"]] == [id_ for id_ in ids if id_ > cursor], "what the log still has"
     assert page["next"] == ids[-1]
-    expected = [id_ for id_ in ids if id_ > cursor] if reset is None else []
-    end = {"limit": len(expected)} if expected else {"seconds": 0.02}
-    frames = client.get("/stream", params={"since": cursor, **end}).text
+    frames = client.get("/stream", params={"since": cursor, "seconds": 0.2}).text
     if reset is None:
         assert "event: reset" not in frames
-        assert [int(one) for one in re.findall(r"^id: (\d+)", frames, re.MULTILINE)] == expected
+        assert [int(one) for one in re.findall(r"^id: (\d+)", frames, re.MULTILINE)] == [i for i in ids if i > cursor]
     else:
         assert json.loads(re.findall(r"event: reset\s+data: (.*)", frames)[0]) == reset
         assert "id: " not in frames, "then live"
@@ -496,12 +498,12 @@ def test_ids_start_at_the_creation_time_of_the_database(tmp_path: Path) -> None:
     assert abs(first / 1000 - time.time()) < 120
 
 
-def test_sigterm_ends_streams_cleanly(server: Server, rita: Person) -> None:
+def test_sigterm_ends_streams_cleanly_within_five_seconds(server: Server, rita: Person) -> None:
     streams = [Stream(server.client) for _ in range(20)]
     rita.add_book()
     for stream in streams:
         stream.wait(1)
-    assert server.stop() < 10
+    assert server.stop() < 5
     for stream in streams:
         wait_for(lambda stream=stream: stream.ended)  # type: ignore[misc]  # mypy gives a lambda's default no type
         assert stream.error is None, "closed in the middle of a chunk"

@@ -381,7 +381,7 @@ FAULTS: dict[str, tuple[Fault, int, int]] = {
 
 @pytest.mark.parametrize(("fault", "status", "tries"), FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("adding", [False, True], ids=["search", "add"])
-def test_faulty_source_is_502_or_504(
+def test_faulty_source_is_502_or_504_in_time(
     reader: Person,
     others: Catalogues,
     *,
@@ -395,6 +395,7 @@ def test_faulty_source_is_502_or_504(
     if fault in (hang, drip):
         monkeypatch.setattr(external, "CLIENT_POLICY", short)
     others.always = fault
+    started = time.monotonic()
     if adding:
         answer = reader.post("/books/external", json=GOOGLE_EMMA)
     else:
@@ -402,6 +403,7 @@ def test_faulty_source_is_502_or_504(
     assert answer.status_code == status
     assert answer.json()["detail"].startswith("Google Books ")
     assert len(others.requests) == tries
+    assert time.monotonic() - started < 3
     assert reader.get("/books").json()["total"] == 0
     others.always = None
     assert look(reader, q="emma")["total"] == 4, "a failure is not kept"
@@ -418,7 +420,7 @@ def test_retry_after_is_respected(reader: Person, others: Catalogues) -> None:
     others.faults = [answering({}, 500), answering({}, 429, Retry_After="1")]
     started = time.monotonic()
     assert look(reader, q="emma")["total"] == 4
-    assert time.monotonic() - started >= 1
+    assert 1 <= time.monotonic() - started < 3
     assert len(others.requests) == 3
 
 
@@ -623,7 +625,7 @@ def test_pause_between_two_requests_of_a_job(
     started = time.monotonic()
     reader.upload(f"isbn\n{EMMA}\n9780441172719\n{UNKNOWN}\n", enrich="true")
     assert len(others.requests) == 3
-    assert time.monotonic() - started >= 0.8
+    assert 0.8 <= time.monotonic() - started < 5
 
 
 def test_outage_refuses_only_rows_that_need_a_look_up(
@@ -699,7 +701,7 @@ def test_waiting_job_continues_after_a_restart(serve: Callable[..., Server], oth
         "/books/upload", files={"file": ("a.csv", f"isbn\n{EMMA}\n{UNKNOWN}\n".encode())}, data={"enrich": "true"}
     )
     wait_for(lambda: others.requests or None)
-    assert server.stop() < 10
+    assert server.stop() < 5
     others.always = None
     server.start()
     rita = Person(server.client, "Rita")

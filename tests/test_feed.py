@@ -376,7 +376,7 @@ def test_clients_that_read_nothing_are_closed_and_resume(quick: Callable[..., Se
             back = Stream(server.client, last_event_id=had[-1] if had else start)
             back.wait(len(log) - len(had))
             assert had + ids_of(back) == log
-    assert server.stop() < 10
+    assert server.stop() < 5
     assert "ERROR" not in server.log.read_text()
 
 

@@ -195,4 +195,4 @@ def test_sigterm_does_not_wait_for_retries(serve: Callable[..., Server]) -> None
     server = serve(SMTP_HOST="127.0.0.1", SMTP_PORT="9", SMTP_TLS="false")
     sign_up(server.client, "rita")
     wait_for(lambda: "mail to rita@example.com failed" in server.log.read_text() or None)
-    assert server.stop() < 10
+    assert server.stop() < 5

@@ -113,7 +113,7 @@ def test_each_change_of_a_group_succeeds_or_fails_for_itself(
         "book.created" if c is add else "book.updated" for c, o in succeeded if isinstance(o, int) and c is not delete
     ]
     assert [row[0] for row in query(f"SELECT type FROM event WHERE id > {last_event} ORDER BY id")] == types
-    for book_id, title in titles.items() - before.items():  # the search index has what the table has
+    for book_id, title in titles.items():  # the search index has what the table has
         found = client.get("/books", params={"search": title}).json()["items"]
         assert [item["id"] for item in found if item["title"] == title] == [book_id]
     if not database.is_postgresql():
