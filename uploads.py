@@ -52,7 +52,7 @@ ERRORS, REFUSED = (
     Listing(
         sa.select(JsonObject({name: getattr(UploadError, name) for name in names})),
         filters={name: getattr(UploadError, name) == sa.bindparam(name) for name in ("upload_id", "severity")}
-        | {"refused": sa.cast(UploadError.cells, sa.Text) != "null"},  # of several reasons, the first
+        | {"refused": sa.cast(UploadError.cells, sa.Text) != "null"},  # as JSON stores None: not a row's first reason
         orders={"id": (col(UploadError.id),)},
     )
     for names in (UploadErrorPublic.model_fields, ("cells", "field", "message"))

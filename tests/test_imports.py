@@ -337,6 +337,17 @@ def test_overlong_line_after_an_open_quote_does_not_hide_the_next_line(length: i
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("row", ['x","\n', '"A long title of a book","by somebody\n'], ids=["short", "long"])
+def test_cost_of_many_broken_records_is_bounded(row: str) -> None:
+    """24 MB, where a record may be read again for each of its lines."""
+    text = io.StringIO("title,author,pages\n" + row * (24_000_000 // len(row)), newline="")
+    started = time.monotonic()
+    with pytest.raises(csv_files.UnreadableFile, match="does not close"):
+        list(csv_files.records(text, csv_files.Dialect()))
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
 def test_file_whose_rows_all_open_a_quote_fails_with_a_reason(reader: Person) -> None:
     upload = reader.upload(b"title,author\n" + b'x","\n' * 20_000)
     assert upload["status"] == "failed"
@@ -612,8 +623,8 @@ def test_refused_rows_can_be_corrected_and_uploaded_again(reader: Person) -> Non
 
 
 def test_a_row_that_an_earlier_version_refused_for_several_reasons_is_returned_once(reader: Person) -> None:
-    """It kept the cells with the first reason only."""
-    upload = reader.upload("title,author\n,Jane Austen\n")
+    """It kept the cells with the first reason only. Rows with warnings are not refused."""
+    upload = reader.upload("title,author,pages\n,Jane Austen,1\nEmma,Jane Austen,many\n")
 
     def add_another(session: Session) -> None:
         error = {"upload_id": upload["id"], "row": 2, "severity": "error", "field": "author", "message": "is too long"}
@@ -621,9 +632,9 @@ def test_a_row_that_an_earlier_version_refused_for_several_reasons_is_returned_o
 
     database.write_sync(add_another)
     answer = reader.get(f"/books/upload/{upload['id']}/errors")
-    assert [error["message"] for error in answer.json()["items"]] == ["is missing", "is too long"]
+    assert [error["severity"] for error in answer.json()["items"]] == ["error", "warning", "error"]
     answer = reader.get(f"/books/upload/{upload['id']}/errors", params={"format": "csv"})
-    assert answer.text == "title,author,reason\r\n,Jane Austen,title is missing\r\n"
+    assert answer.text == "title,author,pages,reason\r\n,Jane Austen,1,title is missing\r\n"
 
 
 @pytest.mark.parametrize(
