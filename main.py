@@ -172,7 +172,7 @@ async def sweep_logins() -> None:
 # --- health -------------------------------------------------------------------------------------------------------
 
 # The last write that succeeded: frequent requests must not keep the disk busy, or other writers waiting.
-probes: TTLCache[str, bool, datetime] = TTLCache(1, timedelta(seconds=5), lambda: models.utcnow())  # noqa: PLW0108
+probes: TTLCache[str, bool, datetime] = TTLCache(1, timedelta(seconds=5), lambda: models.utcnow())  # noqa: PLW0108  # see external
 
 
 class Health(BaseModel):
@@ -287,26 +287,29 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 
 FRONT_PAGE = (STATIC / "index.html").read_text("utf-8")
 if settings.makes_admin_admin:
-    FRONT_PAGE = FRONT_PAGE.replace("<body>", '<body data-hint="In development mode: admin / admin.">')
+    FRONT_PAGE = FRONT_PAGE.replace("<body", '<body data-hint="In development mode: admin / admin."', 1)
+if not settings.public_catalogue:
+    FRONT_PAGE = FRONT_PAGE.replace("<body", "<body data-private", 1)
 
 
 def render_page(request: Request, page: str, if_none_match: str | None) -> Response:
     """The page, which browsers revalidate each time. Its addresses do not depend on its own."""
     root = html.escape(request.scope.get("root_path", "").rstrip("/"))
-    private = "" if settings.public_catalogue else " data-private"
-    page = page.replace("<head>", f'<head>\n<base href="{root}/">', 1).replace("<body", f"<body{private}", 1)
+    page = page.replace("<head>", f'<head>\n<base href="{root}/">', 1)
     headers = {"ETag": f'"{hashlib.sha256(page.encode()).hexdigest()[:32]}"', "Cache-Control": "no-cache"}
     return books.conditional_response(page, "text/html", headers, if_none_match)
 
 
 # --- Redoc --------------------------------------------------------------------------------------------------------
 
+REDOC = Path(fastapi_offline.__file__).parent / "static" / "redoc.standalone.js"
+
 
 @router.get("/static-offline-docs/redoc.standalone.js", include_in_schema=False)
 def redoc() -> Response:
     """Redoc without its logo, which is on another host: browsers report that the policy forbids it."""
-    script = (Path(fastapi_offline.__file__).parent / "static" / "redoc.standalone.js").read_text("utf-8")
-    return Response(script.replace("https://cdn.redoc.ly/redoc/logo-mini.svg", "data:,"), media_type="text/javascript")
+    script = REDOC.read_text("utf-8").replace("https://cdn.redoc.ly/redoc/logo-mini.svg", "data:,")
+    return Response(script, media_type="text/javascript")
 
 
 # --- the app ------------------------------------------------------------------------------------------------------
