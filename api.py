@@ -402,7 +402,7 @@ def _reader(name: str, parameter: inspect.Parameter, marks: Any) -> Reader:
     if isinstance(mark, params.Path):
         return lambda scope: validate(scope["path_params"][name])
     if isinstance(mark, params.Query):
-        return lambda scope: validate(scope["parameters"])
+        return lambda scope: validate(scope["books.parameters"])
     assert isinstance(mark, params.Header)
     header = name.replace("_", "-").encode()
     return lambda scope: validate(_header(scope, header))
@@ -513,8 +513,8 @@ def checked(router: Any) -> Any:
     async def check(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             parameters = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-            scope["parameters"] = dict(parameters)
-            if len(scope["parameters"]) < len(parameters):
+            scope["books.parameters"] = dict(parameters)
+            if len(scope["books.parameters"]) < len(parameters):
                 raise InvalidField(mode(name for name, _ in parameters), "is given twice", "query")
             path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
             if not (settings.public_catalogue or path == "/" or path.startswith(OPEN_PATHS)):

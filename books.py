@@ -160,10 +160,9 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
 
 
 def find_books(connection: Connection, filters: dict[str, Any], query: BookQuery) -> JsonPage:
-    terms = query.terms
-    if terms.are_costly:
+    if query.terms.are_costly:
         database.require_thread(connection)
-    if terms.is_ranked and query.sort is None:
+    if query.terms.is_ranked and query.sort is None:
         page = best_matches(connection, filters, query)
     else:
         page = BOOKS.page(connection, filters, query.sort or "id", query)
@@ -172,7 +171,7 @@ def find_books(connection: Connection, filters: dict[str, Any], query: BookQuery
     database.require_thread(connection)
 
     def find(text: str) -> str | None:
-        instead = filters | terms._replace(search=text).values()
+        instead = filters | query.terms._replace(search=text).values()
         return next(iter(BOOKS.page(connection, instead, "id", PageQuery(limit=1)).items), None)
 
     return page._replace(suggestions=suggest(connection, query.search, find))
