@@ -125,7 +125,7 @@ class BlankIsNull:
         text = described["anyOf"][0]
         text.pop("minLength", None)
         if (pattern := text.pop("pattern", NOT_BLANK)) != NOT_BLANK:
-            text["pattern"] = rf"^\s*$|{pattern}"
+            text["pattern"] = rf"^[{SPACE}]*$|{pattern}"
         return described
 
 
@@ -133,7 +133,8 @@ class BlankIsNull:
 Stripped = BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)
 INVALID_TEXT = "must not contain NUL characters or halves of surrogate pairs"
 Storable = _refuse(INVALID_CHARACTERS.search, INVALID_TEXT, pattern=r"\x00")
-NOT_BLANK = r"\S"
+SPACE = r"\s\x1c-\x1f\x85"  # what Python strips, in every dialect: ECMA's and pydantic's `\s` lack some of it
+NOT_BLANK = f"[^{SPACE}]"
 NotBlank = Field(json_schema_extra={"pattern": NOT_BLANK})  # documents that a stripped text must not be empty
 Title = Annotated[str, length(500), Stripped, Storable, NotBlank]
 Author = Annotated[str, length(1000), Stripped, Storable, NotBlank]
@@ -144,7 +145,7 @@ NoComma = _refuse(lambda t: "," in t, "must not contain a comma, which separates
 Tag = Annotated[str, length(50), Stripped, NoComma, Storable, NotBlank]
 LongText = Annotated[str, length(20_000), Stripped, Storable, NotBlank]
 URL_PATTERN = pattern(
-    r'^[Hh][Tt][Tt][Pp][Ss]?://[^\s<>"\\^`{|}]+$', "must be an address that begins with http:// or https://"
+    rf'^[Hh][Tt][Tt][Pp][Ss]?://[^{SPACE}<>"\\^`{{|}}]+$', "must be an address that begins with http:// or https://"
 )
 Url = Annotated[str, length(2000), StringConstraints(pattern=URL_PATTERN), Stripped, Storable]
 Isbn = Annotated[str, length(32), Stripped, AfterValidator(_to_isbn13)]

@@ -151,8 +151,7 @@ def sha256(secret: str) -> str:
 
 def hmac_hash(*parts: object) -> str:
     """Short codes can't be guessed from these without the key."""
-    text = ":".join(map(str, parts))
-    return hmac.new(_SigningKey.value.encode(), text.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(_SigningKey.value.encode(), ":".join(map(str, parts)).encode(), hashlib.sha256).hexdigest()
 
 
 # --- the current user ---------------------------------------------------------------------------------------------
