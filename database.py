@@ -343,6 +343,7 @@ PRAGMAS = {
     "foreign_keys": "ON",  # off by default in SQLite
     "busy_timeout": f"{BUSY_TIMEOUT}000",  # ms
     "cache_size": "-2000",  # KiB a connection, of up to a dozen; the system caches the file's pages, too
+    "mmap_size": f"{64 * 2**20}",  # bytes of the file that need no system call a page: a deep offset takes a quarter
     "temp_store": "MEMORY",  # sorting a page of rows needs no file
     "recursive_triggers": "ON",  # REPLACE must update the search index, too
     "secure_delete": "FAST",  # Debian's SQLite overwrites what is deleted: 0.6 s for an imported file of 100 MB
