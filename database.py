@@ -40,10 +40,8 @@ P = ParamSpec("P")
 Values = Mapping[str, Any]
 
 
-def to_json(value: object) -> str:
-    """JSON as it is stored and streamed, and in cursors (PostgreSQL's sort keys are decimals): compact, in UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=float)
-
+# JSON as it is stored and streamed, and in cursors (PostgreSQL's sort keys are decimals).
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=float).encode
 
 Change = tuple[Callable[..., Any], Any, Any]  # and its arguments
 

@@ -87,7 +87,8 @@ class ShelfQuery(PageQuery):
 @hot.get("/my-library", response_model=Page[EntryPublic], responses=PAGE)
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """List my shelf, newest first. `X-Event-Cursor` is the id of the last event that the page includes."""
-    filters = {"user_id": user.id, **query.model_dump(include={"status", "book_id"}, exclude_none=True)}
+    filters: dict[str, Any] = {"user_id": user.id, "status": query.status, "book_id": query.book_id}
+    filters = {name: value for name, value in filters.items() if value is not None}
     if query.tag is not None:
         filters["tag"] = database.to_json(query.tag)
     if query.search is not None:
