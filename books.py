@@ -319,7 +319,7 @@ def get_own_book(session: Session, book_id: int, user: Principal, if_match: str 
     """The book, if the user may change it and it is still the version that the client has."""
     book = or_404(session.get(Book, book_id), NO_BOOK)
     if if_match is not None and not etag_matches(if_match, etag_of(book.version)):
-        raise HTTPException(412, f"The book has changed: its ETag is now {etag_of(book.version)}.")
+        raise HTTPException(412, f"If-Match does not name the book's ETag, which is {etag_of(book.version)}.")
     if not user.is_staff and book.added_by != user.id:
         raise HTTPException(403, f"Only who added a book, librarians and admins {verb} it.")
     return book

@@ -346,8 +346,8 @@ def unescape_cell(value: str) -> str:
 
 def from_html(text: str) -> str:
     """A review as text: Goodreads and StoryGraph have HTML."""
-    broken = re.sub(r"<br\s*/?>", "\n", text, flags=re.IGNORECASE)
-    return unescape_html(re.sub(r"</?[a-zA-Z][^<>]*>", "", broken)).strip()
+    broken = re.sub(r"<br\s*/?>|</(p|div|li|h\d|blockquote)>", "\n", text, flags=re.IGNORECASE)
+    return unescape_html(re.sub(r"</?[a-zA-Z][a-zA-Z0-9]*(\s[^<>]*)?/?>", "", broken)).strip()
 
 
 def to_html(text: str) -> str:
@@ -429,6 +429,7 @@ LOOKED_UP = {"title", "author", "genre", "publisher", "pages", "cover_url", "pub
 class ShelfData(EntryUpdate):
     """An entry of a shelf. What the file does not have is None."""
 
+    status: Any = None  # a ShelfStatus
     added_at: Timestamp | None = None
 
 
@@ -444,9 +445,10 @@ class ImportRow:
     cells: Sequence[str]
     book: Any = None  # a BookCreate; None if the row is refused, or has to be looked up
     values: dict[str, Any] = field(default_factory=dict)  # the fields of the book, not validated
+    has_isbn: bool = False  # though it may be none, and left out
     lookup_isbn: str | None = None  # to look up before the row can become a book
     looked_up: set[str] = field(default_factory=set)  # the fields that were found by it
-    entry: ShelfData | None = None
+    entry: Any = None  # a ShelfData, in a file of a shelf
     issues: list[RowIssue] = field(default_factory=list)
     key: Any = None  # by which the import recognises duplicates
     outcome: str = "skipped"  # or inserted, updated, failed

@@ -27,7 +27,7 @@ import models
 from books import revise_book
 from csv_files import SHELF_FORMATS, BrokenRecord, ColumnMapping, ImportRow, InvalidCell, UnreadableFile, printable
 from models import Book, Principal, ShelfEntry, ShelfStatus, Upload, UploadChunk, UploadStatus
-from schemas import CSV_CONTEXT, INVALID_CHARACTERS, BookBase, BookCreate, BookUpdate, is_isbn13
+from schemas import CSV_CONTEXT, INVALID_CHARACTERS, BookCreate, BookUpdate, is_isbn13
 from search import TITLE, index_books
 from settings import settings
 
@@ -137,6 +137,7 @@ class RowParser:
         """Repair the ISBN, or do without."""
         found = [cells[i] for i in self.columns.fields["isbn"] if cells[i]]
         del row.values["isbn"]
+        row.has_isbn = True
         if isbn := next(filter(None, map(csv_files.repair_isbn, found)), None):
             row.values["isbn"] = isbn
         elif self.enrich and not {"title", "author"} <= row.values.keys():
@@ -192,7 +193,9 @@ class RowParser:
             self._warn(row, "rating", texts["rating"], f"{texts['rating']} is no quarter of a star: {rating} instead")
         started, finished = texts.get("started_at"), texts.get("finished_at")
         if periods := PERIOD.findall(texts.get("dates_read", "").replace(" ", "")):
-            started, finished = periods[-1][0], finished or periods[-1][1]
+            start, end = max(periods, key=lambda period: period[1] or "9")  # of days like 2023/03/01; or it goes on
+            if end in ("", finished or end):
+                started, finished = start, finished or end
         moments = {"started_at": started, "finished_at": finished, "added_at": texts.get("added_at")}
         values: dict[str, Any] = {}
         for name, text in moments.items():
@@ -204,7 +207,7 @@ class RowParser:
             status = ShelfStatus.completed if has_read else ShelfStatus.reading if "started_at" in values else None
         review = "\n\n".join(filter(None, (texts.get("review_title"), csv_files.from_html(texts.get("review", "")))))
         values |= {"rating": rating, "review": review or None, "tags": tags[:MAX_TAGS], "page": texts.get("page")}
-        values["status"] = status or ShelfStatus.wishlist
+        values["status"] = status
         row.entry = self._validate(row, csv_files.ShelfData, values, texts)
 
     def _read_moment(self, text: str) -> str | date:
@@ -220,6 +223,8 @@ class RowParser:
 # --- rows to books and shelf entries --------------------------------------------------------------------------------
 
 Key = str | tuple[str, ...]
+EXPERIENCE = {"rating", "review", "started_at", "finished_at"}
+AMBIGUOUS = "several books have this title and author; the file does not show which one is meant"
 
 
 @dataclass
@@ -229,13 +234,15 @@ class DuplicateTracker:
     ours: bool  # whether the file is an export of this service
     counts: Counter[int] = field(default_factory=Counter)  # of title and author, by hash
     dry_run: set[int] = field(default_factory=set)  # hashes of what a dry run would have added
+    shelved: set[int] = field(default_factory=set)  # ids of books; in a dry run, which adds none, hashes of their keys
 
-    def key(self, book: BookBase) -> Key:
+    def key(self, row: ImportRow) -> Key:
         """The ISBN, or without one title and author. In our own exports these are exact, and numbered: there, two
-        equal books are two."""
+        equal books are two. Where a spreadsheet has spoiled the ISBN, they are as in other files."""
+        book = row.book
         if book.isbn:
-            return book.isbn
-        if not self.ours:
+            return str(book.isbn)
+        if not self.ours or row.has_isbn:
             return _title_and_author(book.title, book.author)
         exact = hash((book.title, book.author))
         self.counts[exact] += 1
@@ -258,7 +265,7 @@ class BatchImporter:
     def import_rows(self, rows: Sequence[ImportRow]) -> None:
         good = [row for row in rows if row.book is not None]
         for row in good:
-            row.key = self.tracker.key(row.book)
+            row.key = self.tracker.key(row)
         self._find_books(good)
         new: dict[Key, ImportRow] = {}
         for row in good:
@@ -275,8 +282,6 @@ class BatchImporter:
             self._update_books([row for row in good if new.get(row.key) is not row])
         if self.upload.dry_run:
             self.tracker.dry_run.update(map(hash, new))
-            if self.upload.shelve:
-                self.tracker.dry_run.update(hash(("shelf", row.key)) for row in good)
 
     # --- the catalogue ---
 
@@ -295,9 +300,8 @@ class BatchImporter:
         counts: Counter[Key] = Counter()
         candidates = sa.select(*columns).where(TITLE.in_(titles)).order_by(*order)
         for book_id, title, author, isbn in self.session.execute(candidates):
-            if not self.tracker.ours:
-                self.ids.setdefault(_title_and_author(title, author), book_id)
-            elif isbn is None:
+            self.ids.setdefault(_title_and_author(title, author), book_id)
+            if self.tracker.ours and isbn is None:
                 counts[title, author] += 1
                 self.ids[title, author, str(counts[title, author])] = book_id
         self.ambiguous = {key for key, count in counts.items() if count > 1}
@@ -338,7 +342,7 @@ class BatchImporter:
         if all(getattr(book, name) == value for name, value in data.items()):
             return False
         if row.key[:2] in self.ambiguous:
-            row.warn(None, "", "several books have this title and author; the file does not show which one is meant")
+            row.warn(None, "", AMBIGUOUS)
         elif self.owner.is_staff or book.added_by == self.owner.id:
             revise_book(self.session, book, BookUpdate.model_validate(data))
             return True
@@ -356,19 +360,24 @@ class BatchImporter:
         entries, count, reviews = {entry.book_id: entry for entry in found}, 0, 0
         for row in rows:
             book = books.get(row.key)
-            if row.entry is None or book is None or hash(("shelf", row.key)) in self.tracker.dry_run:
+            mark = hash(row.key) if book is None or self.upload.dry_run else book.id
+            entry = entries.get(book.id) if book is not None else None
+            is_new, is_repeated = entry is None, mark in self.tracker.shelved
+            if is_repeated and not self.updating and row.entry.model_dump(include=EXPERIENCE, exclude_none=True):
+                row.warn(None, "", "is a book of an earlier row: its rating, review and dates were left out")
+            if book is None or (is_repeated and (is_new or not self.updating)):
                 continue
-            entry = entries.get(book.id)
-            is_new = entry is None
+            self.tracker.shelved.add(mark)
+            data = {name: new for name, new in row.entry if new not in (None, []) and getattr(entry, name, None) != new}
+            if not (is_new or (self.updating and data)):
+                continue
+            if row.key[:2] in self.ambiguous:
+                row.warn(None, "", AMBIGUOUS)
+                continue
             if entry is None:
-                entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, status=row.entry.status)
+                entry = ShelfEntry(user_id=self.owner.id, book_id=book.id, status=ShelfStatus.wishlist)
                 entries[book.id] = entry
                 self.session.add(entry)
-            elif not self.updating:
-                continue
-            data = {name: new for name, new in row.entry if new not in (None, []) and getattr(entry, name) != new}
-            if not (is_new or data):
-                continue
             before, row.outcome = (entry.rating, entry.review), "inserted" if is_new else "updated"
             entry.revise({"finished_at": entry.finished_at, **data})  # without finished_at, it might become now
             library.count_rating(book, before[0], entry.rating)
@@ -468,8 +477,8 @@ class CsvUpload:
         if any("\x00" in cell for cell in header):
             raise UnreadableFile("This is not a text file.")
         self.columns = csv_files.read_header(header, enrich=job.enrich, shelve=job.shelve)
-        if self.columns.ours:  # and not a dialect that some text in it looks like
-            self.dialect = csv_files.Dialect()
+        if self.columns.ours:  # and not the quotes that some text in it looks like
+            self.dialect = csv_files.Dialect(self.dialect.delimiter)
 
     def _open(self, file: ChunkReader) -> TextIO:
         buffered = io.BufferedReader(file, CHUNK)

@@ -145,7 +145,7 @@ class PageQuery(RequestModel):
 
     @property
     def start(self) -> int:
-        return self.offset or self.skip or 0
+        return (self.skip or 0) if self.offset is None else self.offset
 
     def keys(self, order: "Order") -> list[Key] | None:
         """The sort keys that the cursor holds."""

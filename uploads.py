@@ -299,6 +299,9 @@ SHELF_HINT = (
     "This is somebody's shelf: only its books go into the catalogue. Send it to /my-library/import to put them on your"
     " shelf, with your ratings, reviews, tags and dates."
 )
+ENCODING_HINT = (
+    "This is not in UTF-8, and is read as Windows-1252. If letters are wrong, save it as UTF-8, and upload it."
+)
 
 
 async def run_waiting(enrich: bool) -> None:
@@ -331,7 +334,7 @@ def _run_job(job: ImportJob) -> bool:
         tracker, rows = DuplicateTracker(file.columns.ours), file.rows()
         for row in islice(rows, job.done):  # those that it did before it was interrupted
             if row.book is not None:
-                tracker.key(row.book)
+                tracker.key(row)
         while batch := file.next_batch(rows, job.batch):
             is_ready = external.look_up_isbns(batch, job.renew_lease)
             if is_ready:
@@ -395,8 +398,9 @@ def _describe(session: Session, job: ImportJob, file: CsvUpload) -> None:
     upload.format, upload.encoding, upload.delimiter = columns.format, file.encoding, file.dialect.delimiter
     upload.header = [strip_invalid(cell[:MAX_CELL]) for cell in columns.header]
     upload.ignored_columns = columns.ignored
-    if columns.format in SHELF_FORMATS and not upload.shelve:
-        upload.hint = SHELF_HINT
+    about_shelf = PUBLIC_HINT if upload.shelve else SHELF_HINT if columns.format in SHELF_FORMATS else ""
+    about_encoding = ENCODING_HINT if file.encoding == "windows-1252" else ""
+    upload.hint = " ".join(filter(None, (about_encoding, about_shelf))) or None
 
 
 def _store_batch(

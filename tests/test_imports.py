@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -288,6 +289,50 @@ def test_ambiguous_books_of_an_export_are_not_updated(client: TestClient, reader
     assert (upload["updated"], upload["skipped"], upload["failed"]) == (0, upload["rows"], 0)
     assert "several books have this title and author" in upload["errors"][0]["message"]
     assert [book["genre"] for book in client.get("/books").json()["items"]] == ["X", "Y"]
+
+
+EXCEL: dict[str, Callable[[str], bytes]] = {
+    "semicolons": lambda text: text.replace(",", ";").encode("utf-8-sig"),
+    "tabs, in UTF-16": lambda text: text.replace(",", "\t").encode("utf-16"),
+    "rounded ISBNs": lambda text: re.sub(r"978(\d{10})", lambda found: f"{float(found[0]):.5E}", text).encode(),
+}
+
+
+@pytest.mark.parametrize("save", EXCEL.values(), ids=EXCEL)
+def test_exports_that_a_spreadsheet_has_saved_change_nothing(
+    client: TestClient, reader: Person, save: Callable[[str], bytes]
+) -> None:
+    for title, isbn in (("Dune", "9780441172719"), ("Emma", None), ("Persuasion", "9780141439587")):
+        book = reader.add_book(title=title, author="Somebody", isbn=isbn)
+        reader.post(f"/my-library/{book['id']}")
+        reader.patch(f"/my-library/{book['id']}", json={"status": "completed", "rating": 4})
+    for export, path in (("/books/export", "/books/upload"), ("/my-library/export", "/my-library/import")):
+        content = save(reader.get(export).text)
+        for on_duplicate in ("skip", "update"):
+            upload = reader.upload(content, path=path, on_duplicate=on_duplicate)
+            assert (upload["status"], upload["skipped"]) == ("completed", 3), upload["errors"]
+    assert client.get("/books").json()["total"] == reader.get("/my-library").json()["total"] == 3
+
+
+def test_a_shelf_does_not_guess_which_of_two_equal_books_is_meant(client: TestClient, reader: Person) -> None:
+    reader.add_book(title="Poems", author="Anonymous")
+    second = reader.add_book(title="Poems", author="Anonymous")
+    reader.post(f"/my-library/{second['id']}")
+    reader.patch(f"/my-library/{second['id']}", json={"rating": 5, "review": "Fine."})
+    upload = reader.upload(reader.get("/my-library/export").content, path="/my-library/import")
+    assert (upload["inserted"], upload["skipped"]) == (0, 1)
+    assert upload["errors"][0]["message"] == imports.AMBIGUOUS
+    assert client.get("/books/1/reviews").json()["total"] == 0
+
+
+def test_other_encodings_are_in_the_hint(reader: Person) -> None:
+    for content, hint in (
+        ("Été,Zoé".encode("cp1252"), True),
+        ("Война и мир,Лев Толстой".encode("cp1251"), True),
+        (b"A,B", False),
+    ):
+        upload = reader.upload(b"title,author\n" + content)
+        assert (uploads.ENCODING_HINT in (upload["hint"] or "")) is hint
 
 
 def test_short_windows_1252_text_is_detected(client: TestClient, reader: Person) -> None:

@@ -271,6 +271,28 @@ TRAITS: dict[str, tuple[str, list[dict[str, Any]], list[tuple[int, str, str]]]] 
         [{"status": "completed"}, {"status": "wishlist"}],
         [],
     ),
+    "StoryGraph, with several readings and paragraphs": (
+        "Title,Authors,ISBN/UID,Read Status,Star Rating,Review,Last Date Read,Dates Read\n"
+        'A,B,,read,4.25,"<p>One &amp; <b>two</b></p><ul><li>a</li><li>b</li></ul>",2023/03/01,'
+        '"2023/02/20-2023/03/01, 2021/09/14, 2020/01/01-2020/02/02"\n'
+        'C,D,,read,5,"<div>See <https://e.org/x>,</div><DIV>a<b and 1<2</DIV>",,'
+        '"2020/01/01-2020/02/02, 2019/01/01-2019/01/02"\n'
+        'E,F,,currently-reading,,,2020/02/02,"2019/01/01-2020/02/02, 2024/05/06-"\n'
+        "G,H,,read,,,2021/09/14,2020/01/01-2020/02/02\n",
+        [
+            {
+                **{"review": "One & two\na\nb", "rating": 4.25},
+                **{"started_at": "2023-02-20T00:00:00Z", "finished_at": "2023-03-01T00:00:00Z"},
+            },
+            {
+                "review": "See <https://e.org/x>,\na<b and 1<2",
+                **{"started_at": "2020-01-01T00:00:00Z", "finished_at": "2020-02-02T00:00:00Z"},
+            },
+            {"status": "reading", "started_at": "2024-05-06T00:00:00Z", "finished_at": "2020-02-02T00:00:00Z"},
+            {"started_at": None, "finished_at": "2021-09-14T00:00:00Z"},
+        ],
+        [],
+    ),
     "LibraryThing": (
         LIBRARYTHING,
         [
@@ -348,6 +370,29 @@ def test_text_that_is_cut_off_is_in_the_warning(reader: Person) -> None:
         assert whole.startswith(stored)
         assert whole[len(stored) :].strip(" ,").startswith(error["value"].rsplit(" ", 1)[0])
     assert cut == {}
+
+
+def test_an_update_without_a_status_keeps_the_one_that_is_known(reader: Person) -> None:
+    """LibraryThing's collections need not say whether a book was read."""
+    row = "Title\tPrimary Author\tCollections\tRating\nEmma\tJane Austen\tYour library\t\n"
+    reader.upload(row, path="/my-library/import")
+    assert shelf_of(reader)[0]["status"] == "wishlist"
+    reader.patch("/my-library/1", json={"status": "completed", "rating": 5})
+    upload = reader.upload(row, path="/my-library/import", on_duplicate="update")
+    assert (upload["updated"], upload["skipped"]) == (0, 1)
+    assert shelf_of(reader)[0]["status"] == "completed"
+
+
+def test_a_second_reading_of_a_book_is_in_a_warning(reader: Person) -> None:
+    """A shelf has one entry of a book; readers list another edition to read it again."""
+    header = "Title,Author,My Rating,Exclusive Shelf,My Review"
+    rows = f"{header}\nEmma,Jane Austen,4,read,First\nEmma,Jane Austen,2,read,Second\nEmma,Jane Austen,0,to-read,\n"
+    for dry_run in (True, False, False):
+        upload = reader.upload(rows, path="/my-library/import", dry_run=dry_run)
+        assert [(error["row"], error["message"]) for error in upload["errors"]] == [
+            (3, "is a book of an earlier row: its rating, review and dates were left out")
+        ]
+    assert [entry["review"] for entry in shelf_of(reader)] == ["First"]
 
 
 def test_an_unreadable_page_is_left_out(reader: Person) -> None:
