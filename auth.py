@@ -19,7 +19,7 @@ import security
 from api import MAX_ACCOUNT_BODY, PAGE, Router, errors, invalid_body, transactional
 from events import record_account_event
 from models import ANSWER_LIFETIME, InvalidField, LoginSession, OneTimeCode, Principal, StoredAnswer, User
-from pagination import JsonObject, Listing, Page, PageQuery, columns_of, page_response
+from pagination import JsonObject, Listing, Page, PageQuery, page_response
 from schemas import Id, RequestModel, SessionPublic, Storable
 from security import CurrentUser, unauthorized
 from settings import settings
@@ -131,7 +131,6 @@ async def parse_credentials(request: Request) -> Credentials:
 
 # Ids begin with 1.
 UNKNOWN_USER = User(id=0, username="", email="", password_hash=security.DUMMY_PASSWORD_HASH, is_active=False)
-TOKEN_SUMMARY = "Sign in (the address that OAuth2 clients expect)"
 SETS_COOKIE = errors(401, 403, 429, sends={200: "Set-Cookie"})
 LOGIN: Any = {"responses": SETS_COOKIE | errors(415), "response_model_exclude_none": True}
 
@@ -146,7 +145,7 @@ def takes(media_type: str, **more: Any) -> dict[str, Any]:
 @router.post(
     "/auth/token",
     name="token",
-    summary=TOKEN_SUMMARY,
+    summary="Sign in (the address that OAuth2 clients expect)",
     openapi_extra=takes("application/x-www-form-urlencoded", title="LoginForm"),
     **LOGIN,
 )
@@ -280,9 +279,8 @@ def logout_everywhere(session: Session, user: CurrentUser) -> None:
 
 
 SessionId = Annotated[Id, Path(description="The session's `id`.")]
-IS_CURRENT = col(LoginSession.id) == sa.bindparam("session_id")
 SESSIONS = Listing(
-    sa.select(JsonObject(columns_of(LoginSession, SessionPublic, current=IS_CURRENT))),
+    sa.select(JsonObject(LoginSession, SessionPublic, current=col(LoginSession.id) == sa.bindparam("session_id"))),
     filters={
         "user_id": col(LoginSession.user_id) == sa.bindparam("user_id"),
         "live_at": is_live(sa.bindparam("live_at", type_=UTCDateTime)),

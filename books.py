@@ -31,7 +31,7 @@ from api import (
 from csv_files import BOOK_COLUMNS, as_csv, price_cell
 from database import CompiledQuery
 from models import MAX_ID, MIN_YEAR, SCORE, UNKNOWN_YEAR, Book, Facet, Loan, Principal, Setting, ShelfEntry, facet_key
-from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, columns_of, json_response, page_response
+from pagination import JsonObject, JsonPage, Listing, Order, Page, PageQuery, json_response, page_response
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, BookUpdate, GenreCount, Id, Name, RequestModel, Title
 from search import AUTHOR, FEW_WORDS, TITLE, SearchTerms, best_first, count_matches, index_books, matches, suggest
 from security import Contributor, CurrentUser, Viewer, unauthorized
@@ -49,8 +49,8 @@ Sort = Literal[
 ]
 
 RATING = sa.cast(col(Book.rating_sum), sa.Float) / sa.func.nullif(col(Book.rating_count), sa.text("0"))
-PUBLIC_COLUMNS = columns_of(Book, BookPublic, rating=RATING)
-SELECT_BOOKS: Any = sa.select(JsonObject(PUBLIC_COLUMNS))
+BOOK_JSON = JsonObject(Book, BookPublic, rating=RATING)
+SELECT_BOOKS: Any = sa.select(BOOK_JSON)
 FIND_BOOK = CompiledQuery(SELECT_BOOKS.add_columns(col(Book.version)).where(col(Book.id) == sa.bindparam("book_id")))
 INSERT_BOOK = CompiledQuery(sa.insert(Book).returning(col(Book.id)))
 
@@ -136,7 +136,7 @@ class BookFilter(RequestModel):
             filters["added_by"] = viewer.id
         elif self.added_by:
             filters["added_by"] = min(int(self.added_by), MAX_ID)
-        return filters | terms.values() if (terms := self.terms) else filters
+        return filters | self.terms.values() if any(self.terms) else filters
 
 
 class BookQuery(BookFilter, PageQuery):
@@ -185,7 +185,8 @@ def best_matches(connection: Connection, filters: dict[str, Any], query: BookQue
     # With all matches found, the tiers that are left need not be searched.
     found = best_first(connection, others, BOOKS.conditions, filters, (int(tier), int(last)), min(limit, total))
     rows = found[query.start : query.start + query.limit]
-    texts = books_by_id(connection, [book_id for _, book_id in rows])
+    ids = {"ids": str([book_id for _, book_id in rows])}
+    texts = {book_id: text for text, book_id in BOOKS_BY_ID[database.backend().kind].all(connection, ids)}
     following = BEST_MATCH.encode(rows[-1]) if rows and len(found) == limit else None
     return JsonPage([texts[book_id] for _, book_id in rows], total, following, pagination.last_event_id(connection))
 
@@ -198,11 +199,6 @@ BOOKS_BY_ID = {
     kind: CompiledQuery(SELECT_BOOKS.add_columns(col(Book.id)).where(col(Book.id).in_(sa.text(ids))))
     for kind, ids in IDS.items()
 }
-
-
-def books_by_id(connection: Connection, ids: list[int]) -> dict[int, str]:
-    rows = BOOKS_BY_ID[database.backend().kind].all(connection, {"ids": str(ids)})
-    return {book_id: text for text, book_id in rows}
 
 
 MAX_GENRES = 200
@@ -270,13 +266,13 @@ async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Respo
 @idempotent
 def create_book(session: Session, new: BookCreate, user: Contributor) -> Response:
     """Add a book. An ISBN that is here already is refused with 409."""
-    book = add_book(session, new, user.id)
+    book = add_book(session, new, user)
     headers = {"Location": f"/books/{book.id}", "ETag": etag_of(book.version)}
     return json_response(book.model_dump_json(), 201, headers)
 
 
-def add_book(session: Session, new: BookBase, user_id: int | None) -> BookPublic:
-    book = Book.described(new) | Book.initial(user_id)
+def add_book(session: Session, new: BookBase, user: Principal | None) -> BookPublic:
+    book = Book.described(new) | Book.initial(user and user.id)
     book["id"] = INSERT_BOOK.first(session, book)[0]
     database.defer(session, index_books, book["id"])  # half the time of a new book, however many there are
     return record_book(session, "book.created", {**book, "rating": None})
@@ -330,7 +326,6 @@ def revise_book(session: Session, book: Book, change: BookCreate | BookUpdate) -
     if not session.is_modified(book):
         return BookPublic.model_validate(book)
     book.touch()
-    session.flush()
     return record_book(session, "book.updated", book)
 
 

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import logging
 import re
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Annotated, Any
 
 import httpx2
@@ -70,23 +70,22 @@ async def read_picture(response: httpx2.Response) -> bytes:
 
 FETCH_TIMEOUT = 10  # seconds, for one picture
 WAIT_TIMEOUT = 5  # seconds, for a request; the fetch goes on, for the next one
-PAUSE = timedelta(minutes=1)
+PAUSE = 60  # seconds
 MAX_WAITING = 60  # requests, and fetches; of this process, as the others
-slots, places = asyncio.Semaphore(6), asyncio.Semaphore(MAX_WAITING)  # for fetches, and for requests that wait
+slots = asyncio.Semaphore(6)
 fetches: dict[str, asyncio.Task[bytes | None]] = {}  # by ISBN
 # Holds the last fault of the source until it is asked again.
-faults: TTLCache[str, Exception, datetime] = TTLCache(1, PAUSE, lambda: models.utcnow())  # noqa: PLW0108  # see external
+faults: TTLCache[str, Exception, float] = TTLCache(1, PAUSE)
 
 
 async def wait_for_picture(isbn: str) -> bytes | None:
     """The picture, empty if there is none; None if that can't be found out now."""
-    if faults or places.locked() or len(fetches) >= MAX_WAITING:
-        return None
-    async with places:
-        if isbn not in fetches:
-            fetches[isbn] = asyncio.create_task(fetch(isbn))
-            fetches[isbn].add_done_callback(lambda _: fetches.pop(isbn))
-        done, _ = await asyncio.wait({fetches[isbn]}, timeout=WAIT_TIMEOUT)
+    if isbn not in fetches:
+        if faults or len(fetches) >= MAX_WAITING:
+            return None
+        fetches[isbn] = asyncio.create_task(fetch(isbn))
+        fetches[isbn].add_done_callback(lambda _: fetches.pop(isbn))
+    done, _ = await asyncio.wait({fetches[isbn]}, timeout=WAIT_TIMEOUT)
     return done.pop().result() if done else None
 
 
@@ -99,7 +98,7 @@ async def fetch(isbn: str) -> bytes | None:
                 picture = await download(isbn)
             await database.write(store, isbn, picture)
         except (TimeoutError, ValueError, httpx2.HTTPError, httpx2.InvalidURL, DBAPIError) as error:
-            log.warning("no covers for %s: %s: %r", PAUSE, isbn, error)
+            log.warning("no covers for %s s: %s: %r", PAUSE, isbn, error)
             faults["last"] = error
             return None
         return picture

@@ -394,11 +394,9 @@ def read_header(cells: Sequence[str], *, enrich: bool, shelve: bool) -> ColumnMa
     if len(cells) > MAX_COLUMNS:
         raise UnreadableFile(f"The first row has {len(cells):,} columns, more than {MAX_COLUMNS}. {shown}")
     has_reason, keys = cells[-1:] == [REASON], column_keys(cells)
-    kind, fields = "books", dict[str, list[int]]()
-    for name in SHELF_FORMATS:
-        if all({*FORMATS[name][field]} & {*keys} for field in ("author", "status", "rating")):
-            kind = name
-            break
+    needed, fields = ("author", "status", "rating"), dict[str, list[int]]()
+    shelves = (name for name in SHELF_FORMATS if all({*FORMATS[name][field]} & {*keys} for field in needed))
+    kind = next(shelves, "books")
     for name, names in FORMATS[kind].items():
         if found := [i for alias in names for i, key in enumerate(keys) if key == alias]:
             fields[name] = found

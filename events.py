@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
 import anyio
 import sqlalchemy as sa
@@ -33,15 +33,13 @@ import database
 import models
 import security
 from api import Router, errors, readonly
-from database import CompiledQuery
+from database import CompiledQuery, P, T
 from models import Event, Principal, Role, Setting
-from pagination import last_event_id, pruned_up_to_query
+from pagination import PRUNED, last_event_id
 from schemas import BlankIsNull, EventPublic, RequestModel, pattern
 from security import Viewer, is_token_valid
 from settings import settings
 
-T = TypeVar("T")
-P = ParamSpec("P")
 log = logging.getLogger("books.events")
 router = Router(tags=["Changes"])
 
@@ -116,10 +114,10 @@ def prune(session: Session) -> bool:
 
 # --- reading ------------------------------------------------------------------------------------------------------
 
-PRUNED_UP_TO = CompiledQuery(sa.select(pruned_up_to_query()))
+PRUNED_UP_TO = CompiledQuery(sa.select(PRUNED))
 LOGGED = (col(Event.id), col(Event.type), col(Event.private), col(Event.user_id), sa.cast(Event.data, sa.Text))
 EVENTS_AFTER = CompiledQuery(
-    sa.select(*LOGGED, pruned_up_to_query())
+    sa.select(*LOGGED, PRUNED)
     .where(col(Event.id) > sa.bindparam("cursor", type_=sa.BigInteger))
     .order_by(col(Event.id))
     .limit(sa.bindparam("limit", type_=sa.Integer))

@@ -5,9 +5,9 @@ import functools
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from enum import StrEnum
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import quote
 
 import httpx2
@@ -20,17 +20,16 @@ from sqlmodel import Session
 
 import database
 import events
-import models
 import schemas
 from api import INTERNAL_ERROR, Router, errors, or_404
 from books import add_book, etag_of
 from csv_files import LOOKED_UP, ImportRow, InvalidCell, from_html, read_date, repair_isbn
-from models import InvalidField, Principal, claim_job, schedule_job
+from database import T
+from models import InvalidField, claim_job, schedule_job
 from schemas import BlankIsNull, BookBase, BookCreate, BookPublic, Isbn, Price, RequestModel, Title
 from security import Contributor, CurrentUser, authorized
 from settings import VERSION, settings
 
-T = TypeVar("T")
 Parser = Callable[[Any], T]
 log = logging.getLogger("books.external")
 MAX_RESPONSE = 4 << 20  # bytes; forty books with long descriptions have some 400,000
@@ -350,8 +349,7 @@ class ExternalQuery(RequestModel):
     max_results: Annotated[int, Field(ge=1, le=40)] = 10
 
 
-# Answers as JSON, by query. `utcnow` is looked up at each call, so that tests can replace it.
-cache: TTLCache[str, bytes, datetime] = TTLCache(16 << 20, timedelta(hours=1), lambda: models.utcnow(), len)  # noqa: PLW0108
+cache: TTLCache[str, bytes, float] = TTLCache(16 << 20, 3600, getsizeof=len)  # answers as JSON, by query
 
 
 @router.get("", response_model=Candidates, responses=errors(502, 504))
@@ -384,14 +382,9 @@ async def add_external_book(payload: ExternalBook, user: Contributor, response: 
         raise InvalidField("ref", f"is not one of {LABELS[payload.source]}")
     no_book = f"{LABELS[payload.source]} has no such book."
     candidate = or_404(await fetch_candidate(payload.source, payload.ref), no_book)
-    book = await database.write(add_found_book, candidate.book(), user)
+    book = await database.write(authorized(add_book), candidate.book(), user)
     response.headers.update({"Location": f"/books/{book.id}", "ETag": etag_of(book.version)})
     return book
-
-
-@authorized
-def add_found_book(session: Session, new: BookCreate, user: Principal) -> BookPublic:
-    return add_book(session, new, user.id)
 
 
 # --- look-up by ISBN for imports ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import events
 import pagination
 import schemas
 from api import PAGE, Conflict, FastRoute, Router, errors, or_404, readonly, transactional
-from books import FIND_BOOK, NO_BOOK, PUBLIC_COLUMNS, BookId, SearchText
+from books import BOOK_JSON, FIND_BOOK, NO_BOOK, BookId, SearchText
 from csv_files import as_csv, price_cell
 from models import Book, Principal, ShelfEntry, ShelfStatus, User, normalize
 from pagination import JsonObject, JsonPage, Listing, Page, PageQuery, TimestampKey, json_response, page_response
@@ -31,7 +31,6 @@ router = Router(tags=["My library"])
 hot = Router(tags=["My library"], route_class=FastRoute)
 reviews_router = Router(tags=["Catalogue"])
 
-ENTRY_COLUMNS: dict[str, Any] = {name: getattr(ShelfEntry, name) for name in EntryPublic.model_fields if name != "book"}
 NOT_ON_SHELF = "This book is not on your shelf."
 OF_BOOK = col(ShelfEntry.book_id) == col(Book.id)
 
@@ -59,7 +58,7 @@ SORT_COLUMNS: dict[str, tuple[Any, ...]] = {
 Ascending = Literal["added", "finished", "updated", "title", "author", "rating"]
 Sort = Literal[Ascending, "-added", "-finished", "-updated", "-title", "-author", "-rating"]
 ENTRIES = Listing(
-    sa.select(JsonObject({**ENTRY_COLUMNS, "book": JsonObject(PUBLIC_COLUMNS)})).join_from(ShelfEntry, Book, OF_BOOK),
+    sa.select(JsonObject(ShelfEntry, EntryPublic, book=BOOK_JSON)).join_from(ShelfEntry, Book, OF_BOOK),
     filters={
         "user_id": col(ShelfEntry.user_id) == sa.bindparam("user_id"),
         "status": col(ShelfEntry.status) == sa.bindparam("status"),
@@ -177,7 +176,6 @@ def get_entry(session: Session, book_id: int, user: Principal) -> tuple[ShelfEnt
 def record_entry(
     session: Session, event_type: str, entry: ShelfEntry, book: Book, user: Principal | User
 ) -> EntryPublic:
-    session.flush()
     public = show_entry(entry, book)
     data = {"title": book.title, **public.model_dump(mode="json", exclude={"book", "review"})}
     events.record(session, event_type, data, owner=user.id)
@@ -185,7 +183,7 @@ def record_entry(
 
 
 def show_entry(entry: ShelfEntry, book: Book) -> EntryPublic:
-    return EntryPublic(**entry.model_dump(include=set(ENTRY_COLUMNS)), book=BookPublic.model_validate(book))
+    return EntryPublic(**entry.model_dump(), book=BookPublic.model_validate(book))
 
 
 def count_rating(book: Book, old: float | None, new: float | None) -> None:
@@ -204,12 +202,9 @@ def record_review(session: Session, event_type: str, book: Book, entry: ShelfEnt
 
 # --- reviews of a book --------------------------------------------------------------------------------------------
 
-REVIEW_COLUMNS = {"username": col(User.username)} | {
-    name: getattr(ShelfEntry, name) for name in ReviewPublic.model_fields if name != "username"
-}
 IS_REVIEW = sa.or_(col(ShelfEntry.rating).is_not(None), col(ShelfEntry.review).is_not(None))
 REVIEWS = Listing(
-    sa.select(JsonObject(REVIEW_COLUMNS)).join_from(ShelfEntry, User),
+    sa.select(JsonObject(ShelfEntry, ReviewPublic, username=col(User.username))).join_from(ShelfEntry, User),
     filters={"book_id": sa.and_(col(ShelfEntry.book_id) == sa.bindparam("book_id"), IS_REVIEW)},
     orders={"-id": (col(ShelfEntry.id),)},
 )
@@ -321,11 +316,11 @@ def most_frequent(names: Iterable[str]) -> list[tuple[str, int]]:
     """The most frequent names, each in one of its spellings."""
     spellings, counts = dict[str, str](), Counter[str]()
     for name in names:
-        key = normalize(name)
-        spellings.setdefault(key, name)
-        counts[key] += bool(key)
+        if key := normalize(name):
+            spellings.setdefault(key, name)
+            counts[key] += 1
     top = sorted(counts, key=lambda key: (-counts[key], key))[:TOP_COUNT]
-    return [(spellings[key], counts[key]) for key in top if counts[key]]
+    return [(spellings[key], counts[key]) for key in top]
 
 
 # --- export -------------------------------------------------------------------------------------------------------

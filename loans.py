@@ -19,7 +19,7 @@ import models
 from api import PAGE, Conflict, Router, errors, idempotent, or_404, readonly, transactional
 from books import NO_BOOK, BookId
 from models import MAX_COPIES, MAX_RENEWALS, Book, InvalidField, Loan, LoanStatus, Principal, User
-from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
+from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
 from schemas import Id, LoanCreate, LoanPublic, StockChange, StockPublic, StockUpdate
 from security import CurrentUser, Staff
 from settings import settings
@@ -32,9 +32,9 @@ IS_OPEN = col(Loan.returned_at).is_(None)
 IS_OVERDUE = col(Loan.due_at) < sa.bindparam("now", type_=UTCDateTime)
 STATUS = sa.case((sa.not_(IS_OPEN), "returned"), (IS_OVERDUE, "overdue"), else_="active")
 TITLE = sa.func.coalesce(col(Book.title), col(Loan.title))
-LOAN_COLUMNS = columns_of(Loan, LoanPublic, username=col(User.username), title=TITLE, status=STATUS)
+LOAN_JSON = JsonObject(Loan, LoanPublic, username=col(User.username), title=TITLE, status=STATUS)
 LOANS = Listing(
-    sa.select(JsonObject(LOAN_COLUMNS)).join_from(Loan, User).outerjoin(Book, col(Loan.book_id) == col(Book.id)),
+    sa.select(LOAN_JSON).join_from(Loan, User).outerjoin(Book, col(Loan.book_id) == col(Book.id)),
     filters={
         "id": col(Loan.id) == sa.bindparam("id"),
         "user_id": col(Loan.user_id) == sa.bindparam("user_id"),
@@ -79,10 +79,8 @@ def add_copies(session: Session, book_id: int, quantity: int) -> StockPublic:
     stock = get_stock(session, book_id)
     if stock.copies + quantity > MAX_COPIES:
         raise InvalidField("quantity", f"would make more than {MAX_COPIES} copies")
-    if stock.available + quantity < 0:
+    if quantity and not move_stock(session, book_id, copies=quantity, available=quantity):
         raise Conflict("on_loan", f"{stock.on_loan} of {stock.copies} are on loan: {stock.available} can be removed.")
-    if quantity:
-        move_stock(session, book_id, copies=quantity, available=quantity)
     return get_stock(session, book_id)
 
 
@@ -177,7 +175,6 @@ def return_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPub
     """Return a loan. 409 if they were returned already."""
     loan = get_open_loan(session, loan_id, user)
     loan.returned_at = models.utcnow()
-    session.flush()
     assert loan.book_id is not None  # a book on loan can't be deleted
     move_stock(session, loan.book_id, available=loan.quantity)
     return record_loan(session, "loan.returned", loan)

@@ -50,7 +50,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -172,7 +172,7 @@ async def sweep_logins() -> None:
 # --- health -------------------------------------------------------------------------------------------------------
 
 # The last write that succeeded: frequent requests must not keep the disk busy, or other writers waiting.
-probes: TTLCache[str, bool, datetime] = TTLCache(1, timedelta(seconds=5), lambda: models.utcnow())  # noqa: PLW0108  # see external
+probes: TTLCache[str, bool, float] = TTLCache(1, 5)
 
 
 class Health(BaseModel):

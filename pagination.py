@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple
 from urllib.parse import quote
 
 import sqlalchemy as sa
@@ -22,11 +22,10 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session, UTCDateTime, col
 
 import database
-from database import CompiledQuery
+from database import CompiledQuery, T
 from models import MAX_ID, Cents, Event, InvalidField, Setting
 from schemas import BlankIsNull, RequestModel, pattern
 
-T = TypeVar("T")
 Key = str | int | float
 MAX_CURSOR = 20_000  # characters: two keys of any script
 EXPORT_BATCH = 1000  # rows in memory at once
@@ -37,7 +36,8 @@ CSV_FILE = {"content": {"text/csv": {"schema": {"type": "string"}}}}
 
 
 class JsonObject(FunctionElement[str]):
-    """These columns as the text of a JSON object, as their response model would render them.
+    """Columns of a table as the text of a JSON object, as their response model would render them. `others` are fields
+    that are not columns.
 
     Dates that become objects only to become text again take longer than the rest of a page.
     """
@@ -45,14 +45,10 @@ class JsonObject(FunctionElement[str]):
     inherit_cache = False
     type = sa.Text()
 
-    def __init__(self, columns: Mapping[str, Any]) -> None:
+    def __init__(self, table: Any, model: Any, **others: Any) -> None:
+        columns = {name: getattr(table, name, None) for name in model.model_fields} | others
         self.names = [*columns]
         super().__init__(*columns.values())
-
-
-def columns_of(table: Any, model: type[BaseModel], **others: Any) -> dict[str, Any]:
-    """The table's columns by the fields of a response model; `others` are fields that are not columns."""
-    return {name: getattr(table, name, None) for name in model.model_fields} | others
 
 
 def _pairs(element: JsonObject, value: Callable[[Any], str]) -> str:
@@ -110,13 +106,9 @@ def json_response(text: str, status: int = 200, headers: Mapping[str, str] | Non
 # --- the position in the event log --------------------------------------------------------------------------------
 
 
-def pruned_up_to_query() -> sa.ScalarSelect[int]:
-    value = sa.cast(Setting.value, sa.BigInteger)
-    return sa.select(value).where(col(Setting.key) == "event_floor").scalar_subquery()
-
-
+PRUNED = sa.select(sa.cast(Setting.value, sa.BigInteger)).where(col(Setting.key) == "event_floor").scalar_subquery()
 LAST_EVENT_ID = CompiledQuery(
-    sa.select(sa.func.coalesce(sa.select(sa.func.max(col(Event.id))).scalar_subquery(), pruned_up_to_query()))
+    sa.select(sa.func.coalesce(sa.select(sa.func.max(col(Event.id))).scalar_subquery(), PRUNED))
 )
 
 

@@ -77,9 +77,6 @@ class SearchTerms(NamedTuple):
     author: str | None = None
     publisher: str | None = None
 
-    def __bool__(self) -> bool:
-        return any(text is not None for text in self)
-
     @property
     def in_columns(self) -> list[tuple[str, str]]:
         """The columns that have words of their own."""

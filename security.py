@@ -63,8 +63,7 @@ async def hash_password(password: str) -> str:
 async def verify_password(password: str, password_hash: str) -> tuple[bool, str | None]:
     """Whether it is right, and a new hash where the old one was made with other parameters."""
     verify = passwords.verify_and_update
-    is_right, new_hash = await asyncio.get_running_loop().run_in_executor(hashers, verify, password, password_hash)
-    return is_right, new_hash
+    return await asyncio.get_running_loop().run_in_executor(hashers, verify, password, password_hash)
 
 
 def check_password_strength(field: str, password: str, *names: str) -> None:

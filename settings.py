@@ -74,7 +74,6 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         alias_generator=str.upper,  # errors name settings as the environment does
-        populate_by_name=True,
         env_file=HERE / ".env",
         env_ignore_empty=True,  # `SECRET_KEY=` means "not set": with an empty key anyone could forge tokens
         extra="ignore",

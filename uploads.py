@@ -44,18 +44,21 @@ router = Router(tags=["In and out"])
 
 UploadId = Annotated[Id, Path(description="The upload's `id`.")]
 UPLOADS = Listing(
-    sa.select(JsonObject({name: getattr(Upload, name) for name in UploadPublic.model_fields})),
+    sa.select(JsonObject(Upload, UploadPublic)),
     filters={"id": col(Upload.id) == sa.bindparam("id"), "user_id": col(Upload.user_id) == sa.bindparam("user_id")},
     orders={"-id": (col(Upload.id),)},
 )
-ERRORS, REFUSED = (
-    Listing(
-        sa.select(JsonObject({name: getattr(UploadError, name) for name in names})),
-        filters={name: getattr(UploadError, name) == sa.bindparam(name) for name in ("upload_id", "severity")}
-        | {"refused": sa.cast(UploadError.cells, sa.Text) != "null"},  # as JSON stores None: not a row's first reason
-        orders={"id": (col(UploadError.id),)},
-    )
-    for names in (UploadErrorPublic.model_fields, ("cells", "field", "message"))
+CELLS = sa.cast(UploadError.cells, sa.Text)
+ERRORS = Listing(
+    sa.select(JsonObject(UploadError, UploadErrorPublic)),
+    filters={name: getattr(UploadError, name) == sa.bindparam(name) for name in ("upload_id", "severity")}
+    | {"refused": CELLS != "null"},  # as JSON stores None: not a row's first reason
+    orders={"id": (col(UploadError.id),)},
+)
+REFUSED = Listing(
+    sa.select(CELLS, col(UploadError.field), col(UploadError.message)),
+    filters=ERRORS.filters,
+    orders={"id": (col(UploadError.id),)},
 )
 
 # --- taking a file ------------------------------------------------------------------------------------------------
@@ -501,5 +504,5 @@ def list_upload_errors(
 
 
 def refused_cells(row: Sequence[Any]) -> list[str]:
-    error = json.loads(row[0])
-    return [*(error["cells"] or ()), " ".join(filter(None, (error["field"], error["message"])))]
+    cells, field, message, _ = row
+    return [*json.loads(cells), " ".join(filter(None, (field, message)))]

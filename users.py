@@ -25,7 +25,7 @@ from auth import ENDS_SESSION, SESSIONS, end_sessions
 from books import BOOKS, disown_books
 from events import record_account_event
 from models import Event, Loan, LoginSession, Principal, Role, Upload, UploadChunk, UploadError, User
-from pagination import JsonObject, Listing, Page, PageQuery, columns_of, json_response, page_response
+from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
 from schemas import AccountCreate, AccountUpdate, EventPublic, Id, Name, RequestModel, UserPublic, UserUpdate
 from security import Admin, CurrentUser, authorized, check_rate_limit
 from settings import settings
@@ -117,7 +117,7 @@ class AccountExport(BaseModel):
 
 
 def _mine(shape: type[BaseModel], table: Any, condition: ColumnElement[bool]) -> Listing:
-    columns = JsonObject(columns_of(table, shape))
+    columns = JsonObject(table, shape)
     return Listing(sa.select(columns), filters={"user_id": condition}, orders={"id": (col(table.id),)})
 
 
@@ -164,7 +164,7 @@ NO_USER = "No such user."
 EXISTS = col(User.email).contains("@")  # not so what is left of a deleted account; see `delete_account`
 SEARCHED = col(User.username) + "\n" + col(User.email) + "\n" + sa.func.coalesce(col(User.full_name), "")
 USERS = Listing(
-    sa.select(JsonObject(columns_of(User, UserPublic))),
+    sa.select(JsonObject(User, UserPublic)),
     filters={
         "exists": EXISTS,
         "id": col(User.id) == sa.bindparam("id"),
@@ -228,13 +228,11 @@ def update_user(
         accounts.cancel_all_mailed(session, user)
     if new_email != old_email:  # at once, unconfirmed
         user.email, user.email_verified_at = new_email, None
-        session.flush()
         accounts.cancel_all_mailed(session, user)
         record_account_event(session, user_id, "email_changed", old=old_email, new=new_email, by=admin.id)
         email = accounts.compose("address_changed", old_email, username=user.username, new=new_email)
         tasks.add_task(accounts.send, email)
         tasks.add_task(accounts.send, accounts.confirmation_email(session, user, new_email))
-    session.flush()
     if was_admin and (new_email != old_email or not is_active_admin(user)):
         require_an_admin(session)
     if user.role != role:

@@ -510,8 +510,7 @@ def nobody_asks_the_real_catalogues(monkeypatch: pytest.MonkeyPatch) -> None:
     external.cache.clear()
     covers.faults.clear()
     covers.fetches.clear()
-    for name, count in (("slots", 6), ("places", covers.MAX_WAITING)):  # of the event loop that waited for them
-        monkeypatch.setattr(covers, name, asyncio.Semaphore(count))
+    monkeypatch.setattr(covers, "slots", asyncio.Semaphore(6))  # of the event loop that waited for it
     for name in ("CLIENT_POLICY", "JOB_POLICY"):
         monkeypatch.setattr(external, name, getattr(external, name)._replace(pause=0.01))
 

@@ -61,7 +61,7 @@ def count_up(url: str) -> None:
 
 @pytest.mark.slow
 def test_no_update_is_lost_between_threads_and_processes(tmp_path: FilePath) -> None:
-    url = Settings(database_url=url_of(tmp_path / "books.db")).database_url
+    url = Settings(DATABASE_URL=url_of(tmp_path / "books.db")).database_url
     database.migrate(url)
     engine = sa.create_engine(url)
     with engine.begin() as connection:
@@ -275,7 +275,7 @@ def test_a_read_is_one_snapshot(client: TestClient, admin: Person) -> None:
         import books
         from schemas import BookCreate
 
-        books.add_book(session, BookCreate(title="A", author="B"), 1)
+        books.add_book(session, BookCreate(title="A", author="B"), None)
 
     assert client.portal is not None
     assert database.read_sync(count_twice) == (0, 0)
@@ -510,7 +510,7 @@ def read_setting(connection: sa.Connection, key: str) -> SettingBody:
 
 @pytest.fixture
 def small_app(first_start: FilePath, tmp_path: FilePath) -> Iterator[TestClient]:
-    url = Settings(database_url=copy_of(first_start, tmp_path / "small.db")).database_url
+    url = Settings(DATABASE_URL=copy_of(first_start, tmp_path / "small.db")).database_url
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

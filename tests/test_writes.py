@@ -40,7 +40,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def add(session: Session, title: str, fail: bool = False) -> int:
-    book = books.add_book(session, BookCreate(title=title, author="A"), 1)
+    book = books.add_book(session, BookCreate(title=title, author="A"), None)
     if fail:
         raise Refused(title)
     return book.id
