@@ -135,7 +135,7 @@ async def on_violation(_request: Request, error: IntegrityError) -> Response:
         )
     if kind == "check":
         return problem(422, f"{field} is out of range.", errors=[field_error(field, "is out of range", "check")])
-    return problem(409, "Something that this refers to, or that refers to this, stands in the way.", code="referenced")
+    return problem(409, "It refers to a row that does not exist, or another row refers to it.", code="referenced")
 
 
 def or_404(value: T | None, detail: str) -> T:
@@ -154,7 +154,7 @@ async def on_unavailable(_request: Request, error: Exception) -> Response:
     log.error("the database refused: %s", error)
     if database.is_full(error):
         return problem(507, "The disk is full: nothing can be written. Reading still works.")
-    return problem(503, "The database can't do this now, or not in time. Try again.", {"Retry-After": "1"})
+    return problem(503, "The database is busy, or does not answer. Try again.", {"Retry-After": "1"})
 
 
 HANDLERS: Any = {
@@ -485,7 +485,7 @@ class RequestMiddleware:
                     await problem(status, detail)(scope, receive, send_response)
                     replaced = True
                     return
-                added = common_headers(scope, path, b"etag" in headers)
+                added = common_headers(scope, path, bool(headers.keys() & {b"etag", b"cache-control"}))
                 message["headers"] = [*message["headers"], *added, (b"x-request-id", request_id.encode())]
                 if root and b"location" in headers:
                     message["headers"].remove((b"location", headers[b"location"]))
@@ -524,14 +524,14 @@ def checked(router: Any) -> Any:
     return check
 
 
-def common_headers(scope: Scope, path: str, has_etag: bool) -> Iterator[tuple[bytes, bytes]]:
+def common_headers(scope: Scope, path: str, may_be_stored: bool) -> Iterator[tuple[bytes, bytes]]:
     yield from SECURITY_HEADERS
     page = "/" if path.startswith("/b/") else path
     policy = VERIFY_CSP if path.startswith(VERIFY_LINK) else CSP_BY_PATH.get(page, DEFAULT_CSP)
     yield b"content-security-policy", policy
     if scope["scheme"] == "https":
         yield HSTS
-    # A response to a token may be private, unless it has an ETag.
-    is_private = not has_etag and any(name == b"authorization" for name, _ in scope["headers"])
+    # A response to a token may be private, unless it has an ETag or its own Cache-Control.
+    is_private = not may_be_stored and any(name == b"authorization" for name, _ in scope["headers"])
     if is_private or path.startswith(("/login", "/auth/")):
         yield b"cache-control", b"no-store"

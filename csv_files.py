@@ -400,7 +400,7 @@ def read_header(cells: Sequence[str], *, enrich: bool, shelve: bool) -> ColumnMa
     for name, names in FORMATS[kind].items():
         if found := [i for alias in names for i, key in enumerate(keys) if key == alias]:
             fields[name] = found
-    if list(cells[:-1] if has_reason else cells) == BOOK_COLUMNS:
+    if [cell for cell in cells if cell != REASON] == BOOK_COLUMNS:
         kind = "books-api"
     missing = [name for name in ("title", "author") if name not in fields]
     if missing and len(cells) == len(GOODREADS_COLUMNS) and shelf_status(cells[18].strip()):

@@ -211,12 +211,12 @@ def _commit(connection: Connection, changes: Iterable[Change], *, alone: bool = 
     is alone needs no savepoint, which would double the time of an import."""
     outcomes: list[Any] = []
     execute = _driver(connection).execute
-    # The driver's transaction is committed; the session only flushes, and its rollback only forgets (AUTOCOMMIT).
+    # The driver's transaction is committed; the session only flushes, and its rollback only discards its objects.
     with _transaction(connection, backend().begin_write), Session(connection) as session:
         session.info.update(connection=connection, deferred={})
         previous: Any = None
         for function, args, kwargs in changes:
-            if function is not previous:
+            if function is not previous:  # which may need what was deferred, as the update of a new book its index
                 _run_deferred(session)
             previous = function
             if not alone:
@@ -248,7 +248,8 @@ def _commit_with(engine: sa.Engine, changes: Iterable[Change], *, alone: bool = 
 
 
 def defer(session: Session, function: Callable[[Session, list[Any]], object], value: object) -> None:
-    """Call `function` before the commit, once for the values of all changes like this one; some may be undone then."""
+    """Call `function(session, values)` once before the commit, or before a change of another kind, with the values
+    deferred so far. Some of them may belong to changes that were rolled back."""
     session.info["deferred"].setdefault(function, []).append(value)
 
 
@@ -378,7 +379,9 @@ class Sqlite:
         @event.listens_for(self.engine, "checkout")
         def limit_time(driver: Any, *_: object) -> None:
             deadline = time.monotonic() + MAX_READ_TIME
-            driver.set_progress_handler(lambda: time.monotonic() > deadline, 100 * STEPS)  # waits for the GIL
+            driver.set_progress_handler(
+                lambda: time.monotonic() > deadline, 100 * STEPS
+            )  # rarely: each call waits for the GIL
 
     def close(self) -> None:
         self.loop_reader.close()

@@ -269,9 +269,9 @@ async def get_answer(client: httpx2.AsyncClient, source: Source, url: httpx2.URL
         raise SourceError(504, source, "does not answer in time", pause=0) from None
     except httpx2.RequestError as error:
         log.info("%s: %s", LABELS[source], type(error).__name__)
-        raise SourceError(502, source, "can't be reached, or breaks off", pause=0) from None
+        raise SourceError(502, source, "can't be reached, or closed the connection", pause=0) from None
     except ValueError:
-        raise SourceError(502, source, "answers what can't be read", pause=0) from None
+        raise SourceError(502, source, "sent an answer that can't be parsed", pause=0) from None
 
 
 MAX_ISBNS = 50  # in one request: Open Library asks for it
@@ -359,7 +359,7 @@ async def find_external_books(query: Annotated[ExternalQuery, Query()], _user: C
     502 if the source is down, 504 if it is slow.
     """
     if (query.q is None) == (query.isbn is None):
-        raise InvalidField("q", "is needed, or isbn, and only one of them", "query")
+        raise InvalidField("q", "is needed where isbn is not given, and not beside it", "query")
     key, start, limit = query.model_dump_json(), query.start_index, query.max_results
     body = cache.get(key)
     if body is None:

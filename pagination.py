@@ -144,7 +144,7 @@ class PageQuery(RequestModel):
         if not self.cursor:
             return None
         if self.start:
-            raise InvalidField("cursor", "and offset exclude each other", "query")
+            raise InvalidField("cursor", "can't be combined with offset or skip", "query")
         return order.decode(self.cursor)
 
 

@@ -298,7 +298,7 @@ function drawSpines() { // for the eye alone
 }
 function nothingFound(suggestions, { search = '', ...others }) {
   const meant = suggestions.flatMap((words, i) => [i ? ', ' : 'Did you mean ', link(to('', { ...others, search: words }), words)]);
-  return nothing('Nothing here is like that.', meant.length > 0 && [...meant, '?'],
+  return nothing('No books match.', meant.length > 0 && [...meant, '?'],
     way('#/', 'Show everything'), search && way(to('add', { search }), 'Add it by ISBN or by words'));
 }
 const emptyCatalogue = () => me
@@ -376,12 +376,12 @@ const reviews = pages({
   row: ({ username, rating, review, updated_at }) => [
     inRow(el('strong', {}, bdi(username)), rating && stars(rating), mark('soft', day(updated_at))),
     review && el('p', { class: 'text', dir: 'auto' }, review),
-    button('Take it away', takeAway(shown.id, username), { class: 'link danger', 'data-staff': '', 'aria-label': `Take away the review of ${username}` }),
+    button('Remove', takeAway(shown.id, username), { class: 'link danger', 'data-staff': '', 'aria-label': `Remove the review of ${username}` }),
   ],
   empty: () => 'Nobody has reviewed it yet.',
 });
-const takeAway = (id, username) => ifSure(bookView, `Take away the review of ${username}?`,
-  'Its stars go, too. The book stays on the shelf of its reader.', 'Take it away', async () => {
+const takeAway = (id, username) => ifSure(bookView, `Remove the review of ${username}?`,
+  'Its stars go, too. The book stays on the shelf of its reader.', 'Remove', async () => {
     await api('DELETE', `books/${id}/reviews/${encodeURIComponent(username)}`);
     note('The review is gone.');
     await Promise.all([readBook(id), reviews.load(true)]);
@@ -423,7 +423,7 @@ function drawBook(book) {
   const shows = `${book.id} ${book.title} ${book.author} ${book.isbn}`;
   if ($('book-cover').shows !== shows) put($('book-cover'), cover(book));
   $('book-cover').shows = shows;
-  put($('book-head'), el('p', { class: 'lead' }, 'by ', link(to('', { search: book.author }), bdi(book.author))),
+  put($('book-head'), el('p', { class: 'lead' }, 'by ', ...book.author.split(', ').flatMap((name, i) => [i ? ', ' : '', link(to('', { search: name }), bdi(name))])),
     el('p', {}, rating(book) || mark('soft', 'Not rated yet')));
   put($('book-info'), book.description && el('p', { class: 'text', dir: 'auto' }, book.description),
     el('dl', {}, Object.entries(known).flatMap(([name, value]) => value ? [el('dt', {}, name), el('dd', {}, value)] : [])),
@@ -458,7 +458,7 @@ share.onclick = async event => { // without a clipboard it is a link like others
   await navigator.clipboard.writeText(share.href).then(() => note('The link is copied.'), () => note(share.href));
 };
 const stockForm = formOf({
-  id: 'stock', 'data-staff': '', verb: 'Set the number', parts: [lendIt, field('copies', 'Copies that the library has', { type: 'number', max: 100000 })],
+  id: 'stock', 'data-staff': '', verb: 'Set the number', parts: [lendIt, field('copies', 'Copies that the library has', { type: 'number', max: 1000000 })],
   async work({ copies }) {
     const { id } = shown, now = await api('PUT', `books/${id}/stock`, { copies: Number(copies) });
     note(`The library has ${plural(now.copies, 'copy', 'copies')} of it.`);
@@ -511,7 +511,7 @@ const shelf = pages({
   root: shelfView, label: 'Books on my shelf', path: () => 'my-library', address: shelfAddress, key: item => item.book_id, row: drawEntry,
   skeleton: () => [el('div', { class: 'cover small' }), grow(el('h3', {}, ' '), el('p', { class: 'by' }, ' '), facts(' '))],
   empty: (_, { status, ...filters }) => Object.keys(filters).length
-    ? nothing('Nothing on your shelf is like that.', null, way(shelfAddress({ status }), 'Show all of it'))
+    ? nothing('No books on your shelf match.', null, way(shelfAddress({ status }), 'Show all of it'))
     : nothing('Nothing here yet.', 'Find a book in the catalogue and put it on your shelf, or bring in your shelf from Goodreads, StoryGraph or LibraryThing.',
       way('#/', 'To the catalogue'), way('#/import', 'Import')),
 });
@@ -947,7 +947,7 @@ const users = pages({
     [link(`#/users/${id}`, bdi(username)), full_name && el('div', { class: 'soft' }, bdi(full_name))],
     role === 'reader' ? role : chip(role), el('span', { class: is_active ? 'good' : 'bad' }, is_active ? 'Active' : 'Deactivated'),
     [email, !email_verified_at && el('div', { class: 'soft' }, 'not confirmed')], day(created_at)].map(cell => el('td', {}, cell)),
-  empty: () => 'Nobody here is like that.',
+  empty: () => 'No users match.',
 });
 let opened = null; // the id in the form, 'new', or none
 async function openUsers({ id, query }) {

@@ -163,7 +163,7 @@ def test_blocked_writers_do_not_block_readers(
             first = wait_for(lambda: next((one.result() for one in waiting if one.done()), None))
             assert (first.status_code, first.json()["detail"]) == (
                 503,
-                "The database can't do this now, or not in time. Try again.",
+                "The database is busy, or does not answer. Try again.",
             )
         assert {one.result().status_code for one in waiting} <= {200, 503}
     assert reader.patch("/books/1", json={"pages": 13}).status_code == 200

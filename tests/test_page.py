@@ -53,7 +53,7 @@ def test_a_visitor_searches_the_catalogue_and_opens_a_book(server: Server, visit
     page.get_by_label("Search for").fill("bronte")
     expect(cards(page)).to_have_count(2)
     page.get_by_label("Search for").fill("zzz")
-    expect(page.get_by_text("Nothing here is like that.")).to_be_visible()
+    expect(page.get_by_text("No books match.")).to_be_visible()
     page.get_by_role("link", name="Show everything").click()
     here(page).get_by_label("Genre").select_option("Epic")
     here(page).get_by_label("Sort by").select_option("year")
@@ -814,16 +814,16 @@ def test_the_ticker_is_small_and_opens(classics: Server, visit: Visit) -> None:
     header = page.locator("header").bounding_box()
     assert header is not None
     assert header["height"] < 70, "of one line"
-    page.get_by_role("button", name="Lately").click()
+    page.get_by_role("button", name="Recent changes").click()
     expect(page.get_by_role("log", name="What happens").get_by_role("link")).to_have_text("The Epic of Gilgamesh")
     page.keyboard.press("Escape")
     expect(page.locator("#log")).to_be_hidden()
-    page.get_by_role("button", name="Lately").click()
+    page.get_by_role("button", name="Recent changes").click()
     page.locator("#log").get_by_role("link").click()
     expect(page.locator("#log")).to_be_hidden()  # or it would cover the book
     page.go_back()
-    page.get_by_role("button", name="Lately").click()
-    page.get_by_label("Hold the ticker").check()
+    page.get_by_role("button", name="Recent changes").click()
+    page.get_by_label("Pause").check()
     Person(classics.client, "admin", "admin").add_book(title="Unheard of")
     expect(page.get_by_text("51", exact=True)).to_be_visible()
     expect(page.locator(".ticker")).not_to_contain_text("Unheard of")
@@ -882,7 +882,7 @@ def test_the_page_ends_with_its_footer(classics: Server, visit: Visit, size: tup
         rita.patch(f"/my-library/{book}", json={"rating": 4})
     page = visit(classics, size)
     expect(page.locator(".ticker .star").first).to_be_attached()
-    page.get_by_role("button", name="Lately").click()
+    page.get_by_role("button", name="Recent changes").click()
     below = page.evaluate(
         "document.documentElement.scrollHeight - scrollY"
         " - document.querySelector('footer').getBoundingClientRect().bottom"
@@ -1088,7 +1088,7 @@ def test_axe_finds_no_accessibility_problems(server: Server, visit: Visit, schem
         page.goto(f"{server.url}/#/{address}")
         expect(here(page)).to_contain_text(text)
         faults += axe(page, f"visitor, {address}")
-    page.get_by_role("button", name="Lately").click()
+    page.get_by_role("button", name="Recent changes").click()
     faults += axe(page, "ticker")
     page.goto(f"{server.url}/#/")
     page.locator("#sign-in").click()

@@ -107,7 +107,7 @@ def test_the_shelf_is_searched_filtered_by_tag_and_sorted(server: Server, visit:
     page.go_back()
     expect(cards(page)).to_have_count(2)
     here(page).get_by_label("Search my shelf for").fill("nobody")
-    expect(page.get_by_text("Nothing on your shelf is like that.")).to_be_visible()
+    expect(page.get_by_text("No books on your shelf match.")).to_be_visible()
     page.get_by_role("link", name="Show all of it").click()
     cards(page).get_by_role("link", name="desert").click()
     expect(cards(page)).to_have_count(1)
@@ -358,7 +358,7 @@ def test_a_file_is_recognised_before_it_is_sent(
     expect(page.locator("#public")).to_be_visible(visible=shelves)
     goal = "Upload to my shelf" if shelves else "Upload to the catalogue"
     expect(page.get_by_role("button", name=goal)).to_be_visible()
-    page.get_by_label("Only try it").check()
+    page.get_by_label("Dry run").check()
     expect(page.get_by_role("button", name="Upload to try it")).to_be_visible()
     assert "POST" not in sent
 
@@ -402,7 +402,7 @@ def test_a_try_says_what_would_be(server: Server, visit: Visit) -> None:
     rita = sign_up(server.client, "Rita")
     page = reader(server, visit, "#/import")
     choose(page, "export.csv", GOODREADS + "Emma,Jane Austen,3,read,,0,,\n")
-    page.get_by_label("Only try it").check()
+    page.get_by_label("Dry run").check()
     page.get_by_role("button", name="Upload to try it").click()
     told = "1 book would be on your shelf, 1 would go in without a page count."
     expect(page.locator("#job-told")).to_have_text(told)

@@ -70,9 +70,11 @@ REFUSALS = {
         {"current_password": "a long way", "new_password": "a long way"},
     ),
     "a cursor and an offset": Refusal(
-        "cursor", "and offset exclude each other", "GET", "/books", {"cursor": "abcd", "offset": 1}
+        "cursor", "can't be combined with offset or skip", "GET", "/books", {"cursor": "abcd", "offset": 1}
     ),
-    "a query or an ISBN": Refusal("q", "is needed, or isbn, and only one of them", "GET", "/books/external", {}),
+    "a query or an ISBN": Refusal(
+        "q", "is needed where isbn is not given, and not beside it", "GET", "/books/external", {}
+    ),
     # What depends on what is stored
     "keys of another request": Refusal(
         "idempotency-key", "was used for another request", "POST", "/books", BOOK | {"title": "Dune Messiah"}
