@@ -308,10 +308,14 @@ def end_session(
         set_cookie(request, response)
 
 
-def delete_expired(session: Session) -> None:
-    """Delete sessions, codes and stored answers that have ended. What happened to them is in the log."""
-    now = models.utcnow()
-    ended = sa.or_(col(LoginSession.expires_at) <= now, col(LoginSession.revoked_at).is_not(None))
-    session.execute(sa.delete(LoginSession).where(ended))
-    session.execute(sa.delete(OneTimeCode).where(col(OneTimeCode.expires_at) <= now))
-    session.execute(sa.delete(StoredAnswer).where(col(StoredAnswer.created_at) <= now - ANSWER_LIFETIME))
+def delete_expired(session: Session) -> bool:
+    """Delete a batch of sessions, codes and stored answers that have ended, of which the log has what happened; whether
+    more are left to delete."""
+    now, execute = models.utcnow(), session.connection().execute
+    ended: dict[Any, ColumnElement[bool]] = {
+        LoginSession: sa.or_(col(LoginSession.expires_at) <= now, col(LoginSession.revoked_at).is_not(None)),
+        OneTimeCode: col(OneTimeCode.expires_at) <= now,
+        StoredAnswer: col(StoredAnswer.created_at) <= now - ANSWER_LIFETIME,
+    }
+    batches = (sa.delete(table).where(models.is_of_batch(table, condition)) for table, condition in ended.items())
+    return any(execute(batch).rowcount == models.MAX_ROWS for batch in batches)

@@ -151,22 +151,26 @@ async def run_every(seconds: float, job: Callable[..., Awaitable[None]], *args: 
         await anyio.sleep(seconds)
 
 
+async def run_batches(delete: Callable[..., bool], *args: Any) -> None:
+    """Each call deletes a batch, and says whether more is left to delete."""
+    while await anyio.to_thread.run_sync(database.write_sync, delete, *args):  # noqa: ASYNC110  # no event to wait for
+        await anyio.sleep(PAUSE)
+
+
 async def delete_accounts() -> None:
     """Go on with the accounts that were too large for one transaction. Several workers may do so at once."""
     for user_id in await database.read(users.deleted_accounts):
-        while not await anyio.to_thread.run_sync(database.write_sync, users.delete_batch, user_id):  # noqa: ASYNC110  # no event to wait for
-            await anyio.sleep(PAUSE)
+        await run_batches(users.delete_batch, user_id)
 
 
 async def prune_events() -> None:
     if await database.write(claim_job, "pruning", timedelta(seconds=50)):
-        while await anyio.to_thread.run_sync(database.write_sync, events.prune):  # noqa: ASYNC110  # no event to wait for
-            await anyio.sleep(PAUSE)
+        await run_batches(events.prune)
 
 
 async def sweep_logins() -> None:
     if await database.write(claim_job, "sweep", timedelta(minutes=55)):
-        await anyio.to_thread.run_sync(database.write_sync, auth.delete_expired)
+        await run_batches(auth.delete_expired)
 
 
 # --- health -------------------------------------------------------------------------------------------------------

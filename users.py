@@ -24,7 +24,7 @@ from api import PAGE, Conflict, Router, errors, or_404, readonly, transactional,
 from auth import ENDS_SESSION, SESSIONS, end_sessions
 from books import BOOKS, disown_books
 from events import record_account_event
-from models import Event, Loan, LoginSession, Principal, Role, Upload, UploadChunk, UploadError, User
+from models import Event, Loan, LoginSession, Principal, Role, StoredAnswer, Upload, UploadChunk, UploadError, User
 from pagination import JsonObject, Listing, Page, PageQuery, json_response, page_response
 from schemas import AccountCreate, AccountUpdate, EventPublic, Id, Name, RequestModel, UserPublic, UserUpdate
 from security import Admin, CurrentUser, authorized, check_rate_limit
@@ -269,7 +269,7 @@ def delete_user(session: Session, user_id: UserId, admin: Admin, tasks: Backgrou
     tasks.add_task(accounts.send, delete_account(session, user_id, admin))
 
 
-MAX_ROWS, MAX_BOOKS = 1000, 100  # to a transaction: other writers wait some 10 ms, on PostgreSQL 30
+MAX_BOOKS = 100  # to a transaction, as MAX_ROWS
 
 
 def delete_account(session: Session, user_id: int, by: Principal) -> accounts.Email:
@@ -300,20 +300,18 @@ def deleted_accounts(connection: Connection) -> Sequence[int]:
 
 
 def delete_batch(session: Session, user_id: int) -> bool:
-    """Delete the next rows of a deleted account, its own last. False if more are left."""
+    """Delete the next rows of a deleted account, its own last; whether more are left to delete."""
     uploads, execute = sa.select(col(Upload.id)).where(col(Upload.user_id) == user_id), session.connection().execute
     rows: dict[Any, ColumnElement[bool]] = {
         UploadError: col(UploadError.upload_id).in_(uploads),
         UploadChunk: col(UploadChunk.upload_id).in_(uploads),
-        **{table: col(table.user_id) == user_id for table in (Upload, Loan, LoginSession, Event)},
+        **{table: col(table.user_id) == user_id for table in (Upload, Loan, LoginSession, StoredAnswer, Event)},
     }
     for table, condition in rows.items():
-        key = sa.inspect(table).primary_key
-        batch = sa.tuple_(*key).in_(sa.select(*key).where(condition).limit(MAX_ROWS))
         change = sa.update(Event).values(events.ERASED) if table is Event else sa.delete(table)
-        if execute(change.where(batch)).rowcount == MAX_ROWS:
-            return False
+        if execute(change.where(models.is_of_batch(table, condition))).rowcount == models.MAX_ROWS:
+            return True
     if any(change(session, user_id, MAX_BOOKS) == MAX_BOOKS for change in (library.delete_entries, disown_books)):
-        return False
+        return True
     execute(sa.delete(User).where(col(User.id) == user_id))
-    return True
+    return False

@@ -13,8 +13,9 @@ from sqlmodel import Session, select
 
 import auth
 import database
+import models
 from accounts import Email
-from models import LoginSession, OneTimeCode
+from models import LoginSession, OneTimeCode, StoredAnswer
 from settings import settings
 from tests.fixtures import JSON, NEW, PASSWORD, Clock, Person, Server, sign_up, token_in, wait_for
 
@@ -269,6 +270,27 @@ def test_expired_sessions_and_codes_are_deleted(
     clock.advance(days=14)
     database.write_sync(auth.delete_expired)
     assert database.write_sync(left) == (0, 0)
+
+
+def test_expired_rows_are_deleted_in_batches(client: TestClient, reader: Person, clock: Clock) -> None:
+    """200,000 stored answers in one transaction kept other writers waiting for two seconds."""
+
+    def fill(session: Session) -> None:
+        common: dict[str, Any] = {
+            "user_id": 2,
+            "request_hash": "",
+            "status": 201,
+            "headers": {},
+            "body": "",
+            "created_at": clock.now,
+        }
+        session.add_all(StoredAnswer(key=str(n), **common) for n in range(2 * models.MAX_ROWS + 1))
+
+    database.write_sync(fill)
+    assert database.write_sync(auth.delete_expired) is False
+    clock.advance(days=2)
+    assert [database.write_sync(auth.delete_expired) for _ in range(3)] == [True, True, False]
+    assert database.write_sync(lambda session: session.exec(select(StoredAnswer)).first()) is None
 
 
 # --- unconfirmed addresses ---------------------------------------------------------------------------------------
