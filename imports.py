@@ -371,7 +371,7 @@ class BatchImporter:
             data = {name: new for name, new in row.entry if new not in (None, []) and getattr(entry, name, None) != new}
             if not (is_new or (self.updating and data)):
                 continue
-            if row.key[:2] in self.ambiguous:
+            if not is_new and row.key[:2] in self.ambiguous:
                 row.warn(None, "", AMBIGUOUS)
                 continue
             if entry is None:
