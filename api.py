@@ -485,7 +485,7 @@ class RequestMiddleware:
                     await problem(status, detail)(scope, receive, send_response)
                     replaced = True
                     return
-                added = common_headers(scope, path, bool(headers.keys() & {b"etag", b"cache-control"}))
+                added = common_headers(scope, path, bool({b"etag", b"cache-control"} & headers.keys()))
                 message["headers"] = [*message["headers"], *added, (b"x-request-id", request_id.encode())]
                 if root and b"location" in headers:
                     message["headers"].remove((b"location", headers[b"location"]))
@@ -524,7 +524,7 @@ def checked(router: Any) -> Any:
     return check
 
 
-def common_headers(scope: Scope, path: str, may_be_stored: bool) -> Iterator[tuple[bytes, bytes]]:
+def common_headers(scope: Scope, path: str, decides_caching: bool) -> Iterator[tuple[bytes, bytes]]:
     yield from SECURITY_HEADERS
     page = "/" if path.startswith("/b/") else path
     policy = VERIFY_CSP if path.startswith(VERIFY_LINK) else CSP_BY_PATH.get(page, DEFAULT_CSP)
@@ -532,6 +532,6 @@ def common_headers(scope: Scope, path: str, may_be_stored: bool) -> Iterator[tup
     if scope["scheme"] == "https":
         yield HSTS
     # A response to a token may be private, unless it has an ETag or its own Cache-Control.
-    is_private = not may_be_stored and any(name == b"authorization" for name, _ in scope["headers"])
+    is_private = not decides_caching and any(name == b"authorization" for name, _ in scope["headers"])
     if is_private or path.startswith(("/login", "/auth/")):
         yield b"cache-control", b"no-store"

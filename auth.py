@@ -309,8 +309,8 @@ def end_session(
 
 
 def delete_expired(session: Session) -> bool:
-    """Delete a batch of sessions, codes and stored answers that have ended, of which the log has what happened; whether
-    more are left to delete."""
+    """Delete a batch of sessions, codes and stored answers that have ended; whether more are left to delete. The event
+    log keeps what happened to them."""
     now, execute = models.utcnow(), session.connection().execute
     ended: dict[Any, ColumnElement[bool]] = {
         LoginSession: sa.or_(col(LoginSession.expires_at) <= now, col(LoginSession.revoked_at).is_not(None)),

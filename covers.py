@@ -71,7 +71,7 @@ async def read_picture(response: httpx2.Response) -> bytes:
 FETCH_TIMEOUT = 10  # seconds, for one picture
 WAIT_TIMEOUT = 5  # seconds, for a request; the fetch goes on, for the next one
 PAUSE = 60  # seconds
-MAX_WAITING = 60  # requests, and fetches; of this process, as the others
+MAX_WAITING = 60  # fetches of this process
 slots = asyncio.Semaphore(6)
 fetches: dict[str, asyncio.Task[bytes | None]] = {}  # by ISBN
 # Holds the last fault of the source until it is asked again.

@@ -443,7 +443,7 @@ class ImportRow:
     cells: Sequence[str]
     book: Any = None  # a BookCreate; None if the row is refused, or has to be looked up
     values: dict[str, Any] = field(default_factory=dict)  # the fields of the book, not validated
-    has_isbn: bool = False  # though it may be none, and left out
+    has_bad_isbn: bool = False  # which was left out
     lookup_isbn: str | None = None  # to look up before the row can become a book
     looked_up: set[str] = field(default_factory=set)  # the fields that were found by it
     entry: Any = None  # a ShelfData, in a file of a shelf

@@ -40,7 +40,7 @@ P = ParamSpec("P")
 Values = Mapping[str, Any]
 
 
-# JSON as it is stored and streamed, and in cursors (PostgreSQL's sort keys are decimals).
+# Compact JSON in UTF-8, as it is stored and streamed, and in cursors (PostgreSQL's sort keys are decimals).
 to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=float).encode
 
 Change = tuple[Callable[..., Any], Any, Any]  # and its arguments
@@ -342,7 +342,7 @@ PRAGMAS = {
     "foreign_keys": "ON",  # off by default in SQLite
     "busy_timeout": f"{BUSY_TIMEOUT}000",  # ms
     "cache_size": "-2000",  # KiB a connection, of up to a dozen; the system caches the file's pages, too
-    "mmap_size": f"{64 * 2**20}",  # bytes of the file that need no system call a page: a deep offset takes a quarter
+    "mmap_size": f"{32 << 20}",  # bytes at the beginning of the file that are read without a system call for each page
     "temp_store": "MEMORY",  # sorting a page of rows needs no file
     "recursive_triggers": "ON",  # REPLACE must update the search index, too
     "secure_delete": "FAST",  # Debian's SQLite overwrites what is deleted: 0.6 s for an imported file of 100 MB
@@ -379,9 +379,8 @@ class Sqlite:
         @event.listens_for(self.engine, "checkout")
         def limit_time(driver: Any, *_: object) -> None:
             deadline = time.monotonic() + MAX_READ_TIME
-            driver.set_progress_handler(
-                lambda: time.monotonic() > deadline, 100 * STEPS
-            )  # rarely: each call waits for the GIL
+            # Rarely: each call waits for the GIL.
+            driver.set_progress_handler(lambda: time.monotonic() > deadline, 100 * STEPS)
 
     def close(self) -> None:
         self.loop_reader.close()

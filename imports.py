@@ -137,12 +137,12 @@ class RowParser:
         """Repair the ISBN, or do without."""
         found = [cells[i] for i in self.columns.fields["isbn"] if cells[i]]
         del row.values["isbn"]
-        row.has_isbn = True
         if isbn := next(filter(None, map(csv_files.repair_isbn, found)), None):
             row.values["isbn"] = isbn
         elif self.enrich and not {"title", "author"} <= row.values.keys():
             row.refuse(self.names["isbn"], found[0], "is not an ISBN, and can't be repaired; this row needs one")
         elif self.columns.format != "storygraph":  # whose column has ids of its own, too
+            row.has_bad_isbn = True
             self._warn(row, "isbn", found[0], f"{printable(found[0], 50)} is not an ISBN; left out")
 
     def _read_book(self, row: ImportRow, texts: dict[str, str]) -> None:
@@ -242,7 +242,7 @@ class DuplicateTracker:
         book = row.book
         if book.isbn:
             return str(book.isbn)
-        if not self.ours or row.has_isbn:
+        if not self.ours or row.has_bad_isbn:
             return _title_and_author(book.title, book.author)
         exact = hash((book.title, book.author))
         self.counts[exact] += 1
@@ -364,7 +364,7 @@ class BatchImporter:
             entry = entries.get(book.id) if book is not None else None
             is_new, is_repeated = entry is None, mark in self.tracker.shelved
             if is_repeated and not self.updating and row.entry.model_dump(include=EXPERIENCE, exclude_none=True):
-                row.warn(None, "", "is a book of an earlier row: its rating, review and dates were left out")
+                row.warn(None, ",".join(row.cells), "is about the same book as an earlier row, and was left out")
             if book is None or (is_repeated and (is_new or not self.updating)):
                 continue
             self.tracker.shelved.add(mark)

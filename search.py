@@ -170,8 +170,8 @@ _at_least = sa.select(TERM).where(sa.bindparam("word") <= TERM).order_by(TERM)
 FIRST_TERM = CompiledQuery(_at_least.limit(1))
 MAX_VARIED = 2  # words of a query
 MAX_SCANNED = 20_000  # of the words with the same beginning
-MIN_SIMILARITY = 0.65  # 1 - edits / letters; finds 89 % of codespell's misspellings of words in goodbooks-10k
-MAX_TRIED, MAX_SUGGESTIONS = 10, 5  # queries
+MIN_SIMILARITY = 0.59  # 1 - edits / letters: finds 89 % of codespell's misspellings of words in goodbooks-10k
+MAX_NEAREST, MAX_TRIED, MAX_SUGGESTIONS = 5, 10, 5  # words, and queries
 
 _scanned = _at_least.where(sa.bindparam("last") >= TERM).limit(MAX_SCANNED).subquery().c.term
 _space: Any = sa.literal_column("' '")
@@ -183,6 +183,7 @@ def suggest(connection: Connection, text: str, find: Callable[[str], str | None]
 
     `find` gives the first book that a query finds, as JSON. Its spelling is shown: `word_key` has no marks.
     """
+    # The first word of the index that is not before each, in the order of the alphabet.
     following = {word: FIRST_TERM.first(connection, {"word": word}) for word in whole(text)}
     long_enough = {word for word in following if 3 <= len(word) <= 40 and not word[0].isdigit()}
     # Where all are known, one may be another's misspelling.
@@ -212,7 +213,11 @@ def _nearest_words(connection: Connection, word: str) -> list[tuple[str, float]]
         beginning = word[:length]
         (terms,) = TERMS.first(connection, {"word": beginning, "last": f"{beginning}\U0010ffff"})
         others = [term for term in (terms or "").split() if term != word]
-        if nearest := process.extract(word, others, scorer=normalized_similarity, score_cutoff=MIN_SIMILARITY, limit=5):
+        others.sort(key=lambda term: abs(len(term) - len(word)))  # the first of equally near ones counts
+        nearest = process.extract(
+            word, others, scorer=normalized_similarity, score_cutoff=MIN_SIMILARITY, limit=MAX_NEAREST
+        )
+        if nearest:
             return [(other, similarity) for other, similarity, _ in nearest]
     return []
 

@@ -150,7 +150,8 @@ def sha256(secret: str) -> str:
 
 def hmac_hash(*parts: object) -> str:
     """Short codes can't be guessed from these without the key."""
-    return hmac.new(_SigningKey.value.encode(), ":".join(map(str, parts)).encode(), hashlib.sha256).hexdigest()
+    text = ":".join(map(str, parts))
+    return hmac.new(_SigningKey.value.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
 # --- the current user ---------------------------------------------------------------------------------------------

@@ -303,7 +303,7 @@ SHELF_HINT = (
     " shelf, with your ratings, reviews, tags and dates."
 )
 ENCODING_HINT = (
-    "This is not in UTF-8, and is read as Windows-1252. If letters are wrong, save it as UTF-8, and upload it."
+    "This is not in UTF-8, and is read as Windows-1252. If letters are wrong, save it as UTF-8, and upload it again."
 )
 
 

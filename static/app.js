@@ -423,7 +423,7 @@ function drawBook(book) {
   const shows = `${book.id} ${book.title} ${book.author} ${book.isbn}`;
   if ($('book-cover').shows !== shows) put($('book-cover'), cover(book));
   $('book-cover').shows = shows;
-  put($('book-head'), el('p', { class: 'lead' }, 'by ', ...book.author.split(', ').flatMap((name, i) => [i ? ', ' : '', link(to('', { search: name }), bdi(name))])),
+  put($('book-head'), el('p', { class: 'lead' }, 'by ', ...book.author.split(', ').filter(Boolean).flatMap((name, i) => [i ? ', ' : '', link(to('', { search: name }), bdi(name))])),
     el('p', {}, rating(book) || mark('soft', 'Not rated yet')));
   put($('book-info'), book.description && el('p', { class: 'text', dir: 'auto' }, book.description),
     el('dl', {}, Object.entries(known).flatMap(([name, value]) => value ? [el('dt', {}, name), el('dd', {}, value)] : [])),

@@ -587,6 +587,8 @@ def test_offset_and_skip(client: TestClient, shelf: Person) -> None:
         assert [book["title"] for book in page["items"]] == whole[2:5]
         assert page["total"] == len(whole)
         assert client.get("/books", params={name: 100}).json()["items"] == []
+    first = client.get("/books", params={"offset": 0, "skip": 2, "limit": 3}).json()
+    assert [book["title"] for book in first["items"]] == whole[:3], "offset counts"
     best = found(client, search="dune")
     page = client.get("/books", params={"search": "dune", "offset": 1, "limit": 2}).json()
     assert [book["title"] for book in page["items"]] == best[1:3]

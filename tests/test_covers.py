@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from typing import Any
+from unittest.mock import Mock
 
 import httpx2 as httpx
 import pytest
@@ -269,12 +270,14 @@ class Slow:
         send(handler, JPEG)
 
 
-def test_two_at_once_fetch_once(client: TestClient, reader: Person, others: Catalogues) -> None:
-    path, slow = add_book(reader), Slow(others)
+def test_two_at_once_fetch_once(
+    client: TestClient, reader: Person, others: Catalogues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, slow, waiting = add_book(reader), Slow(others), Mock(wraps=covers.wait_for_picture)
+    monkeypatch.setattr(covers, "wait_for_picture", waiting)
     with ThreadPoolExecutor() as threads:
         answers = [threads.submit(client.get, path) for _ in range(4)]
-        wait_for(lambda: slow.now or None)
-        time.sleep(0.1)  # for the others
+        wait_for(lambda: (len(covers.fetches) == 1 and waiting.call_count == 4) or None)
         slow.let_go.set()
         assert [answer.result().content for answer in answers] == [JPEG] * 4
     assert (len(others.requests), covers.fetches) == (1, {})

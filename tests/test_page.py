@@ -661,6 +661,16 @@ def test_a_book_that_i_hold_offers_to_return_it(server: Server, visit: Visit) ->
     expect(view.get_by_role("button", name="Return it")).to_be_hidden()
 
 
+def test_each_author_of_a_book_has_a_link(server: Server, visit: Visit) -> None:
+    """All of them together may have more words than a search takes."""
+    admin, authors = Person(server.client, "admin", "admin"), ", ".join(f"Ann {n} Lee" for n in range(20))
+    admin.add_book(title="Letters", author=authors)
+    admin.add_book(title="Notes", author="Ann 7 Lee")
+    page = visit(server)
+    open_book(page, "Letters").get_by_role("link", name="Ann 7 Lee").click()
+    expect(cards(page)).to_have_count(2)
+
+
 def test_a_link_to_a_book_can_be_shared(server: Server, visit: Visit) -> None:
     Person(server.client, "admin", "admin").add_book(**DUNE)
     page = visit(server)

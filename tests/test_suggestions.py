@@ -109,10 +109,11 @@ def test_suggestions_follow_the_books(client: TestClient, admin: Person) -> None
 
 
 def test_at_most_five_suggestions_the_nearest_first(client: TestClient, admin: Person) -> None:
-    words = "hardback harmless harbour harbours harbors harbor harbaur harbuoy"
+    words = "hardback harmless harmonic harbour harbours harbored harbor harbouring"
     admin.upload(f"title,author\n{''.join(f'{word},X{chr(10)}' for word in words.split())}")
     found = suggestions(client, search="harbuor")
-    assert found == ["harbor", "harbour", "harbuoy", "harbours", "harbaur"]
+    assert len(found) == 5
+    assert found[0] == "harbour"
 
 
 @pytest.mark.slow
@@ -133,16 +134,24 @@ FILL = """INSERT INTO book (title, author, title_key, author_key, copies, availa
   created_at, updated_at)
 SELECT title, 'A', title, 'a', 0, 0, 0, 0, 1, '2026-01-01', '2026-01-01' FROM (
   WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000)
-  SELECT 'the ' || substr('abcdefghijklmnopqrst', 1 + i % 20, 1) || substr('aeiou', 1 + i / 20 % 5, 1)
+  SELECT 'the ' || substr('ttttttttabcdefghijkl', 1 + i % 20, 1) || substr('aeiou', 1 + i / 20 % 5, 1)
     || substr('bcdfgklmnprst', 1 + i / 100 % 13, 1) || substr('aeiou', 1 + i / 1300 % 5, 1)
     || substr('bcdfgklmnprst', 1 + i / 6500 % 13, 1) || (i % 7) AS title FROM n) AS made"""
+
+# How many words are compared with those of the query. More than 20,000 begin with `t`.
+COMPARED = {
+    "the tukzb": [5915],
+    "tsssssss": [0, search.MAX_SCANNED],
+    "qoqoqoqo tatatata": [0, 0, 5915],
+    "the tukob nothing": [0, 0, 5915],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.sqlite
-@pytest.mark.parametrize("text", ["the tukzb", "sssssss", "qoqoqoqo tatatata", "the tukob nothing"])
+@pytest.mark.parametrize(("text", "words"), COMPARED.items())
 def test_the_cost_of_suggestions_among_a_hundred_thousand_books_is_bounded(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch, text: str
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, text: str, words: list[int]
 ) -> None:
     def fill(session: Session) -> None:
         session.execute(sa.text(FILL))
@@ -160,9 +169,7 @@ def test_the_cost_of_suggestions_among_a_hundred_thousand_books_is_bounded(
     monkeypatch.setattr(process, "extract", extract)
     database.write_sync(fill)
     assert database.read_sync(count_steps) <= 400_000  # some 20 ms
-    compared = [len(call.args[1]) for call in extract.call_args_list]
-    assert 0 < max(compared, default=1) <= search.MAX_SCANNED
-    assert len(compared) <= 4
+    assert sorted(len(call.args[1]) for call in extract.call_args_list) == words
 
 
 # --- filters ------------------------------------------------------------------------------------------------------

@@ -389,9 +389,10 @@ def test_a_second_reading_of_a_book_is_in_a_warning(reader: Person) -> None:
     rows = f"{header}\nEmma,Jane Austen,4,read,First\nEmma,Jane Austen,2,read,Second\nEmma,Jane Austen,0,to-read,\n"
     for dry_run in (True, False, False):
         upload = reader.upload(rows, path="/my-library/import", dry_run=dry_run)
-        assert [(error["row"], error["message"]) for error in upload["errors"]] == [
-            (3, "is a book of an earlier row: its rating, review and dates were left out")
+        assert [(error["row"], error["value"], error["message"]) for error in upload["errors"]] == [
+            (3, "Emma,Jane Austen,2,read,Second", "is about the same book as an earlier row, and was left out")
         ]
+        assert upload["warnings"] == 1
     assert [entry["review"] for entry in shelf_of(reader)] == ["First"]
 
 
