@@ -299,12 +299,12 @@ class Listing:
         """All items, for streams in threads."""
         return ([row[0] for row in rows] for rows in self.row_batches(filters, order))
 
-    def row_batches(self, filters: Filters, order: str) -> Iterator[list[Any]]:
+    def row_batches(self, filters: Filters, order: str, batch: int | None = None) -> Iterator[list[Any]]:
         """All rows, with the columns of the order behind their own. Each batch is a read of its own: a slow client
-        holds neither a connection nor the write-ahead log."""
+        holds neither a connection nor the write-ahead log. `batch`: its rows, `EXPORT_BATCH` by default."""
         keys: Sequence[Key] | None = None
         while True:
-            rows, keys = database.read_sync(self._rows, filters, self.orders[order], keys, 0, EXPORT_BATCH)
+            rows, keys = database.read_sync(self._rows, filters, self.orders[order], keys, 0, batch or EXPORT_BATCH)
             yield rows
             if keys is None:
                 return

@@ -101,7 +101,6 @@ async def delete_me(body: MyPassword, user: CurrentUser, request: Request, tasks
 
 class UploadProblem(schemas.UploadErrorPublic):
     upload_id: int
-    cells: list[str] | None = Field(description="The whole row, if it was refused.")
 
 
 class AccountExport(BaseModel):

@@ -302,6 +302,28 @@ def test_long_rows_cost_little_memory(serve: Callable[..., Server], line: str) -
     assert growth < 150
 
 
+@pytest.mark.slow
+def test_refused_rows_are_returned_in_little_memory(serve: Callable[..., Server]) -> None:
+    """81 MB; with 1,000 rows in memory at once it was 290 MB."""
+    server = serve()
+    rita = sign_up(server.client, "rita")
+    header, row = ",".join(f"c{n}" for n in range(400)), ",".join(["x" * 4400] * 400)
+    upload = rita.upload(f"title,author,{header}\n" + f",,{row}\n" * 46)
+    assert upload["failed"] == 46
+    before, size = resident_mb(server.process.pid, "VmHWM"), 0
+    path, token = (
+        f"/books/upload/{upload['id']}/errors?format=csv",
+        {"Authorization": f"Bearer {rita.tokens['access_token']}"},
+    )
+    with server.client.stream("GET", path, headers=token) as answer:
+        for piece in answer.iter_raw():
+            size += len(piece)
+    growth = resident_mb(server.process.pid, "VmHWM") - before
+    print(f"{size / 1e6:.0f} MB: +{growth:.0f} MB")
+    assert size > 80_000_000
+    assert growth < 150
+
+
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
 
