@@ -68,6 +68,7 @@ ENTRIES = Listing(
     },
     orders={s + name: (*columns, col(ShelfEntry.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")}
     | {"-finished": (_finished_or("0001-01-01"), col(ShelfEntry.id))},
+    indexed=[(("user_id",), "added")],
 )
 
 # --- my shelf -----------------------------------------------------------------------------------------------------

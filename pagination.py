@@ -6,7 +6,7 @@ does not grow with depth, and rows inserted or deleted meanwhile neither repeat 
 
 import base64
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, Literal, NamedTuple
@@ -220,7 +220,7 @@ class Listing:
     `filters` are conditions by name, each bound to a value of its own name; `orders` are tuples of columns, the id
     last. A condition may be a function, for one that depends on the database. `filters` of a call: the conditions to
     apply and their values; keys that name no condition are only bound. `counts` are cheaper counts than `count(*)`
-    for some sets of conditions.
+    for some sets of conditions; `indexed` are sets with orders that an index keeps: nothing is to be sorted.
     """
 
     def __init__(
@@ -230,8 +230,9 @@ class Listing:
         filters: Mapping[str, Any],
         orders: Mapping[str, tuple[Any, ...]],
         counts: Mapping[tuple[str, ...], Any] | None = None,
+        indexed: Collection[tuple[tuple[str, ...], str]] = (),
     ) -> None:
-        self.select, self.filters, self.counts = select, filters, counts or {}
+        self.select, self.filters, self.counts, self.indexed = select, filters, counts or {}, indexed
         self.orders = {name: Order(name, columns) for name, columns in orders.items()}
         self.row_id = next(iter(self.orders.values())).columns[-1]
         self._compiled = functools.lru_cache(1000)(self._compile)
@@ -256,7 +257,8 @@ class Listing:
         pages = [page.limit(bindparam("limit", type_=sa.Integer)) for page in pages]
         # Sort ids, not JSON: rendering rows that the page skips takes far longer. PostgreSQL also renders those that
         # an offset skips.
-        if names or (not by_cursor and database.is_postgresql()):
+        sorts = names and (names, order.name.lstrip("-")) not in self.indexed
+        if sorts or (not by_cursor and database.is_postgresql()):
             ids = [page.with_only_columns(self.row_id, maintain_column_froms=True) for page in pages]
             pages = [self.select.where(self.row_id.in_(page)).order_by(*order.order_by()) for page in ids]
         return [CompiledQuery(page.add_columns(*order.columns)) for page in pages]
