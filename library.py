@@ -236,7 +236,7 @@ def remove_review(session: Session, book_id: BookId, username: Reviewer, user: S
 
 
 def delete_entries(session: Session, user_id: int, limit: int) -> int:
-    """Delete entries of a user, with their ratings in the figures of the books; how many."""
+    """Delete up to `limit` entries of a user, and take their ratings out of the books' totals; how many."""
     entries = sa.select(ShelfEntry, Book).join_from(ShelfEntry, Book, OF_BOOK).order_by(col(ShelfEntry.book_id))
     rows = session.execute(entries.where(col(ShelfEntry.user_id) == user_id).limit(limit)).all()
     for entry, book in rows:

@@ -172,7 +172,7 @@ def read_loan(connection: Connection, loan_id: LoanId, user: CurrentUser) -> Res
 @router.post("/loans/{loan_id:id}/return", responses=errors(404, 409))
 @transactional
 def return_loan(session: Session, loan_id: LoanId, user: CurrentUser) -> LoanPublic:
-    """Return a loan. 409 if they were returned already."""
+    """Return a loan. 409 if it was returned already."""
     loan = get_open_loan(session, loan_id, user)
     loan.returned_at = models.utcnow()
     assert loan.book_id is not None  # a book on loan can't be deleted

@@ -220,7 +220,7 @@ class Listing:
     `filters` are conditions by name, each bound to a value of its own name; `orders` are tuples of columns, the id
     last. A condition may be a function, for one that depends on the database. `filters` of a call: the conditions to
     apply and their values; keys that name no condition are only bound. `counts` are cheaper counts than `count(*)`
-    for some sets of conditions; `indexed` are sets with orders that an index keeps: nothing is to be sorted.
+    for some sets of conditions; `indexed` are sets and orders that an index already gives: nothing is to be sorted.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class Listing:
         return None if row is None else str(row[0])
 
     def batches(self, filters: Filters, order: str) -> Iterator[list[str]]:
-        """All items, for streams in threads."""
+        """All items, for a StreamingResponse: it blocks, in a thread."""
         return ([row[0] for row in rows] for rows in self.row_batches(filters, order))
 
     def row_batches(self, filters: Filters, order: str, batch: int | None = None) -> Iterator[list[Any]]:

@@ -139,7 +139,7 @@ class UploadParser(MultiPartParser):
 
 
 class UploadRoute(APIRoute):
-    """FastAPI reads a form before it looks at the token."""
+    """Checks the user before the form is read; FastAPI does so after."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
