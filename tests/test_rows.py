@@ -385,6 +385,10 @@ def test_every_list_is_read_by_an_index(client: TestClient) -> None:
         pages = [(names, page) for names in MORE_FILTERS for page in pages_of(names, BOOKS.orders)]
         shelf = [(f"shelf by {name}", ENTRIES._compiled(("user_id",), o, False)) for name, o in ENTRIES.orders.items()]
         pages += [((), (name, statements, {})) for name, statements in shelf]
+        keys = {"key0": "2026-11-26 08:00:00.000000", "key1": 5}
+        for order in ("added", "-added"):
+            by_cursor = ENTRIES._compiled(("user_id",), ENTRIES.orders[order], True)
+            pages.append(((), (f"shelf by {order}, cursor", by_cursor, keys)))
         for names, (name, statements, bound) in pages:
             steps = [step for statement in statements for step in plan(connection, statement, bound)]
             by_id = name.split(" by ")[1].startswith(("id", "-id", "created", "-created", "added", "-added"))
