@@ -37,7 +37,7 @@ from search import AUTHOR, FEW_WORDS, TITLE, SearchTerms, best_first, count_matc
 from security import Contributor, CurrentUser, Viewer, unauthorized
 
 router = Router(prefix="/books", tags=["Catalogue"])
-hot = Router(prefix="/books", tags=["Catalogue"], route_class=FastRoute)
+fast = Router(prefix="/books", tags=["Catalogue"], route_class=FastRoute)
 exports = Router(prefix="/books", tags=["In and out"])
 
 BookId = Annotated[Id, Path(description="The book's `id`.")]
@@ -149,7 +149,7 @@ BookPage: Any = create_model(
 )
 
 
-@hot.get("", response_model=BookPage, responses=PAGE)
+@fast.get("", response_model=BookPage, responses=PAGE)
 async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, request: Request) -> Response:
     """Find books: filter, search and sort the catalogue.
 
@@ -254,14 +254,14 @@ NOT_MODIFIED: dict[int | str, Any] = {304: {"description": "It is still the vers
 CHANGE_RESPONSES = errors(403, 404, 409, 412, sends={200: "ETag"})
 
 
-@hot.get("/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | errors(404, sends={200: "ETag"}))
+@fast.get("/{book_id:id}", response_model=BookPublic, responses=NOT_MODIFIED | errors(404, sends={200: "ETag"}))
 async def read_book(book_id: BookId, if_none_match: IfNoneMatch = None) -> Response:
     """Read a book. Its `ETag` names its version."""
     body, version = or_404(await database.read(FIND_BOOK.first, {"book_id": book_id}), NO_BOOK)
     return conditional_response(body, "application/json", {"ETag": etag_of(version)}, if_none_match)
 
 
-@hot.post("", status_code=201, response_model=BookPublic, responses=errors(403, 409, sends={201: "Location ETag"}))
+@fast.post("", status_code=201, response_model=BookPublic, responses=errors(403, 409, sends={201: "Location ETag"}))
 @transactional
 @idempotent
 def create_book(session: Session, new: BookCreate, user: Contributor) -> Response:

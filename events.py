@@ -35,7 +35,7 @@ import security
 from api import Router, errors, readonly
 from database import CompiledQuery, P, T
 from models import Event, Principal, Role, Setting
-from pagination import PRUNED, last_event_id
+from pagination import LOG_FLOOR, last_event_id
 from schemas import BlankIsNull, EventPublic, RequestModel, pattern
 from security import Viewer, is_token_valid
 from settings import settings
@@ -114,10 +114,10 @@ def prune(session: Session) -> bool:
 
 # --- reading ------------------------------------------------------------------------------------------------------
 
-PRUNED_UP_TO = CompiledQuery(sa.select(PRUNED))
+PRUNED_UP_TO = CompiledQuery(sa.select(LOG_FLOOR))
 LOGGED = (col(Event.id), col(Event.type), col(Event.private), col(Event.user_id), sa.cast(Event.data, sa.Text))
 EVENTS_AFTER = CompiledQuery(
-    sa.select(*LOGGED, PRUNED)
+    sa.select(*LOGGED, LOG_FLOOR)
     .where(col(Event.id) > sa.bindparam("cursor", type_=sa.BigInteger))
     .order_by(col(Event.id))
     .limit(sa.bindparam("limit", type_=sa.Integer))

@@ -28,7 +28,7 @@ from search import AUTHOR, TITLE, SearchTerms, in_title_or_author, matching_ids
 from security import CurrentUser, Staff
 
 router = Router(tags=["My library"])
-hot = Router(tags=["My library"], route_class=FastRoute)
+fast = Router(tags=["My library"], route_class=FastRoute)
 reviews_router = Router(tags=["Catalogue"])
 
 NOT_ON_SHELF = "This book is not on your shelf."
@@ -84,7 +84,7 @@ class ShelfQuery(PageQuery):
     sort: Sort = Field(default="-added", description="Unknown days of `finished` come last.")
 
 
-@hot.get("/my-library", response_model=Page[EntryPublic], responses=PAGE)
+@fast.get("/my-library", response_model=Page[EntryPublic], responses=PAGE)
 async def list_entries(query: Annotated[ShelfQuery, Query()], user: CurrentUser, request: Request) -> Response:
     """List my shelf, newest first. `X-Event-Cursor` is the id of the last event that the page includes."""
     filters: dict[str, Any] = {"user_id": user.id, "status": query.status, "book_id": query.book_id}
@@ -340,6 +340,7 @@ async def export_library(user: CurrentUser) -> StreamingResponse:
     )
 
 
+# Goodreads' column `Exclusive Shelf`. Of several names for a status, the first is written.
 EXCLUSIVE_SHELVES = {status: name for name, status in reversed(csv_files.SHELVES.items())}
 
 

@@ -133,7 +133,7 @@ async def recurring_jobs() -> AsyncIterator[None]:
     async with anyio.create_task_group() as jobs:
         jobs.start_soon(run_every, 1, database.checkpoint_wal)
         for enrich in (False, True):  # go on with the uploads of processes that were stopped or killed
-            jobs.start_soon(run_every, RESUME_INTERVAL, uploads.run_waiting, enrich)
+            jobs.start_soon(run_every, RESUME_INTERVAL, uploads.import_waiting, enrich)
         jobs.start_soon(run_every, RESUME_INTERVAL, delete_accounts)
         jobs.start_soon(run_every, 60, prune_events)
         jobs.start_soon(run_every, 600, sweep_logins)
@@ -354,7 +354,7 @@ if settings.cors_origins:
 app.add_middleware(RequestMiddleware)  # outermost, so that its headers are on errors of the others, too
 NOUNS = (books, covers, library, auth, accounts, users, uploads, external, loans, events)
 # The most frequent first, even before /docs: Starlette tries routes in turn.
-ROUTERS = (books.hot, library.hot, *(noun.router for noun in NOUNS), library.reviews_router, books.exports, router)
+ROUTERS = (books.fast, library.fast, *(noun.router for noun in NOUNS), library.reviews_router, books.exports, router)
 app.router.routes[:0] = [route for each in ROUTERS for route in each.routes]
 # Within CORS and the error handlers, unlike `add_middleware`: its errors are problem documents with CORS headers.
 app.router.middleware_stack = api.checked(app.router.middleware_stack)

@@ -106,9 +106,9 @@ def json_response(text: str, status: int = 200, headers: Mapping[str, str] | Non
 # --- the position in the event log --------------------------------------------------------------------------------
 
 
-PRUNED = sa.select(sa.cast(Setting.value, sa.BigInteger)).where(col(Setting.key) == "event_floor").scalar_subquery()
+LOG_FLOOR = sa.select(sa.cast(Setting.value, sa.BigInteger)).where(col(Setting.key) == "event_floor").scalar_subquery()
 LAST_EVENT_ID = CompiledQuery(
-    sa.select(sa.func.coalesce(sa.select(sa.func.max(col(Event.id))).scalar_subquery(), PRUNED))
+    sa.select(sa.func.coalesce(sa.select(sa.func.max(col(Event.id))).scalar_subquery(), LOG_FLOOR))
 )
 
 

@@ -206,7 +206,7 @@ async def store_upload(form: ShelfForm, user: Principal, tasks: BackgroundTasks,
     if not form.file.size:
         raise InvalidField("file", "is empty")
     upload = await anyio.to_thread.run_sync(database.write_sync, complete_upload, user, form)
-    tasks.add_task(run_waiting, upload.enrich)
+    tasks.add_task(import_waiting, upload.enrich)
     response.headers["Location"] = f"/books/upload/{upload.id}"
     return upload
 
@@ -307,18 +307,18 @@ ENCODING_HINT = (
 )
 
 
-async def run_waiting(enrich: bool) -> None:
+async def import_waiting(enrich: bool) -> None:
     """Import the stored files that no job has: new ones, and those of processes that were stopped or killed. Look-ups
     (`enrich`), which may wait for hours, have a place of their own."""
     if await database.read(next_upload, enrich) is not None:
-        await database.run_job("lookups" if enrich else "imports", run_uploads, enrich)
+        await database.run_job("lookups" if enrich else "imports", import_all, enrich)
 
 
-def run_uploads(enrich: bool) -> None:
+def import_all(enrich: bool) -> None:
     """Import stored files until none is left. What was done before is not done again."""
     while (job := database.write_sync(_claim, enrich)) is not None:
         try:
-            if not _run_job(job):
+            if not _import_upload(job):
                 return
         except JobCancelled as reason:
             log.info("upload %s stopped: %s", job.upload_id, reason)
@@ -329,7 +329,7 @@ def run_uploads(enrich: bool) -> None:
             return
 
 
-def _run_job(job: ImportJob) -> bool:
+def _import_upload(job: ImportJob) -> bool:
     """False if the server stops first."""
     try:
         file = CsvUpload(job)

@@ -813,10 +813,10 @@ def test_a_file_that_was_not_stored_whole_is_not_imported(
     answer = reader.post("/books/upload", files={"file": ("a.csv", b"title,author\nDune,Frank Herbert\n")})
     assert (answer.status_code, database.read_sync(count_chunks)) == (503, 1)
     assert client.portal is not None
-    client.portal.call(uploads.run_waiting, False)
+    client.portal.call(uploads.import_waiting, False)
     assert reader.get("/books/upload/1").json()["status"] == "processing"
     clock.advance(seconds=61)
-    client.portal.call(uploads.run_waiting, False)
+    client.portal.call(uploads.import_waiting, False)
     upload = reader.get("/books/upload/1").json()
     assert (upload["status"], upload["inserted"], database.read_sync(count_chunks)) == ("failed", 0, 0)
     assert upload["error"] == "The file was not stored whole: upload it again."
@@ -878,7 +878,7 @@ def test_lease_is_renewed_while_earlier_rows_are_read_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(imports.RowParser, "parse", parse_slowly)
-        uploads.run_uploads(enrich=False)
+        uploads.import_all(enrich=False)
     assert other_jobs == [None] * 60
     assert reader.get(where).json()["rows"] == 60
 

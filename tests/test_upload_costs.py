@@ -196,7 +196,7 @@ def test_a_slow_client_has_a_minute_for_each_piece(reader: Person, clock: Clock,
         for piece in (BOOKS, "A,", "B\n", "C,D\n"):
             file.write(piece.encode())
             clock.advance(seconds=pause)
-            uploads.run_uploads(enrich=False)
+            uploads.import_all(enrich=False)
         database.write_sync(uploads.complete_upload, user, form)
     upload = reader.get("/books/upload/1").json()
     assert (upload["status"], upload["error"] is None) == (status, status == "queued")
@@ -399,7 +399,7 @@ def test_an_upload_whose_job_died_three_times_fails(reader: Person, clock: Clock
     for _ in range(3):
         assert [claim(), claim()] == [upload_id, None]
         clock.advance(seconds=16)
-    uploads.run_uploads(enrich=False)
+    uploads.import_all(enrich=False)
     upload = reader.get(f"/books/upload/{upload_id}").json()
     assert (upload["status"], upload["rows"]) == ("failed", 0)
     assert upload["error"] == "3 processes ended while they imported this file: it is not tried again."
@@ -417,16 +417,16 @@ def test_an_upload_that_gets_on_is_resumed_any_number_of_times(
     monkeypatch.setattr(uploads, "BATCH", 1)
     rows = "".join(f"Book {number},Somebody\n" for number in range(8))
     with monkeypatch.context() as patch:
-        patch.setattr(uploads, "run_waiting", lambda _: None)
+        patch.setattr(uploads, "import_waiting", lambda _: None)
         path = reader.post("/books/upload", files={"file": ("a.csv", f"title,author\n{rows}")}).headers["Location"]
     for done in range(1, 8):
         with monkeypatch.context() as patch:
             patch.setattr(database, "server_is_stopping", die)
             with pytest.raises(Killed):
-                uploads.run_uploads(enrich=False)
+                uploads.import_all(enrich=False)
         assert reader.get(path).json()["rows"] == done
         clock.advance(seconds=16)
-    uploads.run_uploads(enrich=False)
+    uploads.import_all(enrich=False)
     assert reader.get(path).json()["inserted"] == client.get("/books").json()["total"] == 8
 
 
@@ -439,9 +439,9 @@ def test_a_full_disk_is_no_failed_attempt(reader: Person, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(uploads, "_store_batch", fail)
         for _ in range(5):
-            uploads.run_uploads(enrich=False)
+            uploads.import_all(enrich=False)
             assert reader.get(f"/books/upload/{upload_id}").json()["status"] == "queued"
-    uploads.run_uploads(enrich=False)
+    uploads.import_all(enrich=False)
     assert reader.get(f"/books/upload/{upload_id}").json()["inserted"] == 2
 
 
@@ -455,7 +455,7 @@ def test_an_import_goes_on_after_the_clock_was_set(reader: Person, clock: Clock,
     job.renew_lease()  # the process is alive
     assert database.read_sync(uploads.next_upload, False) is None
     clock.advance(seconds=imports.LEASE.total_seconds() + 1)
-    uploads.run_uploads(enrich=False)
+    uploads.import_all(enrich=False)
     assert database.write_sync(lambda session: session.get_one(Upload, upload_id).status) == "completed"
 
 
