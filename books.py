@@ -89,6 +89,9 @@ BOOKS = Listing(
         "added_by": col(Book.added_by) == sa.bindparam("added_by"),
         "isbn": col(Book.isbn) == sa.bindparam("isbn"),
         "words": matches,
+        # The unary plus (https://sqlite.org/optoverview.html) has SQLite walk through the index of the order until the
+        # page is full. Looking up a third of 100,000 books and sorting them took 50 instead of 5 ms.
+        "common_words": lambda: matches("common_words", sa.literal_column("+book.id")),
     },
     orders={s + name: (*columns, col(Book.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")}
     | {"year": (YEAR_ASCENDING, col(Book.id))},
@@ -162,25 +165,26 @@ async def list_books(query: Annotated[BookQuery, Query()], viewer: Viewer, reque
 def find_books(connection: Connection, filters: dict[str, Any], query: BookQuery) -> JsonPage:
     if query.terms.are_costly:
         database.require_thread(connection)
+    total = BOOKS.total(connection, filters)
     if query.terms.is_ranked and query.sort is None:
-        page = best_matches(connection, filters, query)
+        page = best_matches(connection, filters, query, total)
     else:
-        page = BOOKS.page(connection, filters, query.sort or "id", query)
-    if query.search is None or page.total:
+        if "words" in filters and not database.is_postgresql() and 10 * total > BOOKS.total(connection, {}):
+            filters = {"common_words" if name == "words" else name: value for name, value in filters.items()}
+        page = BOOKS.page(connection, filters, query.sort or "id", query, total)
+    if query.search is None or total:
         return page
     database.require_thread(connection)
 
     def find(text: str) -> str | None:
-        instead = filters | query.terms._replace(search=text).values()
-        return next(iter(BOOKS.page(connection, instead, "id", PageQuery(limit=1)).items), None)
+        return BOOKS.first(connection, filters | query.terms._replace(search=text).values())
 
     return page._replace(suggestions=suggest(connection, query.search, find))
 
 
-def best_matches(connection: Connection, filters: dict[str, Any], query: BookQuery) -> JsonPage:
+def best_matches(connection: Connection, filters: dict[str, Any], query: BookQuery, total: int) -> JsonPage:
     tier, last = query.keys(BEST_MATCH) or (0, 0)
     limit = query.start + query.limit + 1
-    total = BOOKS.total(connection, filters)
     others = tuple(name for name in BOOKS.names(filters) if name != "words")
     # With all matches found, the tiers that are left need not be searched.
     found = best_first(connection, others, BOOKS.conditions, filters, (int(tier), int(last)), min(limit, total))

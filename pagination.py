@@ -271,11 +271,11 @@ class Listing:
     def total(self, connection: Connection, filters: Filters) -> int:
         return int(self._count(self.names(filters)).first(connection, filters)[0])
 
-    def page(self, connection: Connection, filters: Filters, order: str, query: PageQuery) -> JsonPage:
-        by = self.orders[order]
+    def page(self, connection: Connection, filters: Filters, order: str, query: PageQuery, total: int = 0) -> JsonPage:
+        by, total = self.orders[order], total or self.total(connection, filters)
         rows, last = self._rows(connection, filters, by, query.keys(by), query.start, query.limit)
         following = None if last is None else by.encode(last)
-        return JsonPage([row[0] for row in rows], self.total(connection, filters), following, last_event_id(connection))
+        return JsonPage([row[0] for row in rows], total, following, last_event_id(connection))
 
     def _rows(
         self, connection: Connection, filters: Filters, order: Order, keys: Sequence[Key] | None, start: int, limit: int

@@ -98,18 +98,18 @@ class SearchTerms(NamedTuple):
         return {**values, "title": sort_key(self.search or "")}
 
 
-def matches() -> ColumnElement[bool]:
-    """The condition that a book matches the words; bound as `words`."""
+def matches(words: str = "words", book_id: Any = Book.id) -> ColumnElement[bool]:
+    """The condition that a book matches the words, which are bound by this name."""
     if database.is_postgresql():
         return WORDS.bool_op("@@")(_tsquery("words"))
-    return col(Book.id).in_(matching_ids())
+    return book_id.in_(matching_ids(words))  # type: ignore[no-any-return]
 
 
-def matching_ids() -> sa.Select[Any]:
+def matching_ids(words: str = "words") -> sa.Select[Any]:
     """For conditions of other tables."""
     if database.is_postgresql():
         return sa.select(col(Book.id)).where(matches()).correlate(None)
-    return sa.select(ROWID).select_from(FTS).where(_match("words"))
+    return sa.select(ROWID).select_from(FTS).where(_match(words))
 
 
 def in_title_or_author(text: str) -> str:
@@ -122,9 +122,7 @@ def in_title_or_author(text: str) -> str:
 
 
 def count_matches() -> sa.Select[Any]:
-    if database.is_postgresql():
-        return sa.select(sa.func.count()).select_from(Book).where(matches())
-    return sa.select(sa.func.count()).select_from(FTS).where(_match("words"))
+    return sa.select(sa.func.count()).select_from(matching_ids().subquery())
 
 
 @functools.lru_cache(1000)

@@ -247,8 +247,7 @@ def complete_upload(session: Session, user: Principal, form: ShelfForm) -> Uploa
 
 def delete_upload(session: Session, job: ImportJob) -> None:
     """One that was not stored whole, unless it was cancelled."""
-    ours = sa.and_(col(Upload.id) == job.upload_id, col(Upload.worker) == job.worker)
-    session.execute(sa.delete(Upload).where(ours))
+    session.execute(sa.delete(Upload).where(col(Upload.id) == job.upload_id, col(Upload.worker) == job.worker))
 
 
 def visible_to(user: Principal) -> dict[str, Any]:
