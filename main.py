@@ -265,7 +265,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
 
     At SIGTERM, sse-starlette sets `events.tail.closing` and streams end; a running import releases its upload after the
     present batch, and retries of mails are dropped. uvicorn waits for requests and background tasks, at most for its
-    `--timeout-graceful-shutdown`, and only then ends this. Uploads that are left over go on at the next start.
+    `--timeout-graceful-shutdown`, and then shuts down the lifespan. Uploads that are left over go on at the next start.
     """
     configure_logging()
     raise_file_limit()
