@@ -834,7 +834,12 @@ async function logIn(username, password) {
   closeDialog('account');
   keepFocus();
 }
-$('sign-out').onclick = async () => { await api('POST', 'auth/logout').catch(() => {}); otherTabs.postMessage('out'); signedOut(); };
+$('sign-out').onclick = async () => {
+  connection?.abort(); // a stream that has just been asked for would be refused
+  await api('POST', 'auth/logout').catch(() => {});
+  otherTabs.postMessage('out');
+  signedOut();
+};
 function keepFocus(wanted = $('main')) { // where what had it is gone
   const at = document.activeElement;
   if (at === document.body || !at.getClientRects().length) wanted.focus({ preventScroll: true });
@@ -1148,8 +1153,8 @@ async function follow() {
   for (let tries = 0, pause = 2000; ;) {
     while (document.hidden || !allowed()) await new Promise(done => { wake = done; }); // browsers allow few connections: seen tabs need them
     const woken = new Promise(done => { wake = done; });
-    if (!ticker.children.length) await tellLately().catch(() => {});
     connection = new AbortController();
+    if (!ticker.children.length) await tellLately().catch(() => {});
     try {
       const answer = await watched(send(`stream?types=${TYPES},upload.*`, { signal: connection.signal, headers: lastId ? { 'Last-Event-ID': lastId } : {} }));
       for await (const { event, id, data, retry } of frames(answer)) {
