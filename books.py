@@ -90,7 +90,7 @@ BOOKS = Listing(
         "isbn": col(Book.isbn) == sa.bindparam("isbn"),
         "words": matches,
         # The unary plus (https://sqlite.org/optoverview.html) has SQLite walk through the index of the order until the
-        # page is full. Looking up a third of 100,000 books and sorting them took 50 instead of 5 ms.
+        # page is full. Looking up a third of 100,000 books and sorting them took 28 instead of 6.5 ms.
         "common_words": lambda: matches("common_words", sa.literal_column("+book.id")),
     },
     orders={s + name: (*columns, col(Book.id)) for name, columns in SORT_COLUMNS.items() for s in ("", "-")}
@@ -177,7 +177,8 @@ def find_books(connection: Connection, filters: dict[str, Any], query: BookQuery
     database.require_thread(connection)
 
     def find(text: str) -> str | None:
-        return BOOKS.first(connection, filters | query.terms._replace(search=text).values())
+        instead = filters | query.terms._replace(search=text).values()
+        return next(iter(BOOKS.page(connection, instead, "id", PageQuery(limit=1)).items), None)
 
     return page._replace(suggestions=suggest(connection, query.search, find))
 

@@ -272,6 +272,7 @@ class Listing:
         return int(self._count(self.names(filters)).first(connection, filters)[0])
 
     def page(self, connection: Connection, filters: Filters, order: str, query: PageQuery, total: int = 0) -> JsonPage:
+        """A page; `total` where it is counted already."""
         by, total = self.orders[order], total or self.total(connection, filters)
         rows, last = self._rows(connection, filters, by, query.keys(by), query.start, query.limit)
         following = None if last is None else by.encode(last)

@@ -410,7 +410,7 @@ def test_response_times_do_not_reveal_accounts(
     """Of a request for a known and one for an unknown account, either is the slower one about as often."""
     sign_up(server.client, "rita")
     server.client.post("/auth/forgot-password", json={"email": "rita@example.com"})
-    # Mails are made from 0.05 s after the response on, and must not delay the next request.
+    # A mail is composed 0.05 s after the response, and must not delay the next request.
     pause = 0.08 if path in ("/auth/forgot-password", "/auth/verify-email") else 0.01
 
     def seconds(body: dict[str, str]) -> float:

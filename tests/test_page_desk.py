@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 from sqlmodel import col
 
 import models
@@ -160,6 +160,31 @@ def test_a_forgotten_password_is_set_with_a_mailed_code(server: Server, visit: V
     page.locator("#sign-out").click()
     page.locator("#sign-in").click()
     expect(dialog.get_by_label("User name or e-mail address")).to_be_focused()
+
+
+def test_signing_out_cancels_a_stream_that_has_just_been_asked_for(server: Server, visit: Visit) -> None:
+    """Its token is revoked before the server reads it: browsers would report the 401."""
+    sign_up(server.client, "Rita")
+    page = opened(server, visit, "Rita", "#/shelf")
+    expect(page.locator("#live")).to_have_text("connected")
+    page.wait_for_timeout(1000)  # then it reads its lists once more
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    def log_out(route: Route) -> None:
+        answer = route.fetch()
+        held[0].continue_()
+        page.wait_for_timeout(100)
+        route.fulfill(response=answer)
+
+    page.route("**/stream?*", hold, times=1)
+    page.route("**/auth/logout", log_out)
+    with page.expect_request("**/stream?*"):
+        page.evaluate("dispatchEvent(new Event('online'))")  # then the page connects again
+    page.locator("#sign-out").click()
+    expect(page.locator("#sign-in")).to_be_visible()
 
 
 def test_the_page_of_a_mailed_link_leads_back(server: Server, visit: Visit) -> None:

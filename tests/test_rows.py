@@ -478,3 +478,11 @@ def test_a_sorted_page_of_a_common_word_looks_up_few_books(client: TestClient, o
     of_page = steps_of(lambda connection: find_books(connection, query.filters(None), query))
     of_every_match = steps_of(lambda connection: BOOKS.page(connection, query.filters(None), order, query))
     assert of_page < of_every_match / 2
+
+
+@pytest.mark.sqlite
+def test_a_sorted_page_of_a_rare_word_does_not_go_through_all_books(client: TestClient, reader: Person) -> None:
+    database.write_sync(fill, 0, 5000)
+    reader.add_book(title="Quixote")
+    query = BookQuery.model_validate({"search": "quixote", "sort": "-title"})
+    assert steps_of(lambda connection: find_books(connection, query.filters(None), query)) < 20
